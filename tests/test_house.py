@@ -1,0 +1,112 @@
+"The rules of the house: floors, light imports, clean notebooks, papers that are true"
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE,NBS = ROOT/'amulet_hybrid',ROOT/'nbs'
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+RUNS = [p for p in NOTEBOOKS if p.parent.name=='runs']
+
+def cells(notebook): return json.loads(notebook.read_text(encoding='utf-8'))['cells']
+
+def floors():
+    "Module name -> number of the notebook that exports it"
+    out = {}
+    for notebook in NBS.glob('[0-9]*.ipynb'):
+        for cell in cells(notebook):
+            if found := re.search(r'^#\s*\|\s*default_exp\s+(\S+)', ''.join(cell['source']), re.M): out[found[1]] = int(notebook.name.split('_')[0])
+    return out
+
+def modules():
+    "Module name -> file, of all that is exported"
+    return {'.'.join(p.relative_to(PACKAGE).with_suffix('').parts): p for p in sorted(PACKAGE.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')}
+
+def imports(path, name):
+    "(module, star) of every import of a file, the relative ones made absolute"
+    package = ['amulet_hybrid', *name.split('.')[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): yield from ((alias.name, False) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join(package[:len(package)-node.level+1] + ([node.module] if node.module else [])) if node.level else node.module
+            for alias in node.names:
+                below = f'{base}.{alias.name}'.removeprefix('amulet_hybrid.')
+                yield (f'amulet_hybrid.{below}' if base.startswith('amulet_hybrid') and below in modules() else base), alias.name=='*'
+
+def loaded(code, *unwanted):
+    "Which of the packages `unwanted` are loaded after `code`"
+    program = f'import sys\n{code}\nprint([m for m in {unwanted!r} if m in sys.modules])'
+    return ast.literal_eval(subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+def test_every_module_has_its_notebook(): assert set(modules())==set(floors())
+
+@pytest.mark.parametrize('name', modules())
+def test_imports_only_from_below(name):
+    floor = floors()
+    ours = {m.removeprefix('amulet_hybrid.') for m,_ in imports(modules()[name], name) if m.startswith('amulet_hybrid.')}
+    assert {m for m in ours if floor[m] >= floor[name]}==set()
+
+@pytest.mark.parametrize('name', modules())
+def test_imports_are_named_and_ours_to_ship(name):
+    found = list(imports(modules()[name], name))
+    assert not any(star for _,star in found)
+    assert not {m.split('.')[0] for m,_ in found} & {'fastcore', 'nbdev', 'execnb'}
+
+def test_init_holds_only_the_version():
+    version = re.search(r'^version = (\S+)', (ROOT/'settings.ini').read_text(encoding='utf-8'), re.M)[1]
+    assert (PACKAGE/'__init__.py').read_text(encoding='utf-8').strip()==f'__version__ = "{version}"'
+    assert all(p.read_text(encoding='utf-8').strip()=='' for p in PACKAGE.glob('*/__init__.py'))
+
+def test_import_is_light(): assert loaded('import amulet_hybrid', 'torch', 'fastapi', 'cv2')==[]
+
+def test_command_line_starts_light():
+    assert loaded('import amulet_hybrid.cli', 'torch', 'sklearn', 'cv2', 'pandas', 'fastapi', 'matplotlib', 'numpy')==[]
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.name)
+def test_notebook_is_small_and_whole(notebook):
+    assert notebook.stat().st_size < 200_000
+    outputs = [o for cell in cells(notebook) for o in cell.get('outputs', [])]
+    assert not [o for o in outputs if o['output_type']=='error']
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.name)
+def test_notebook_names_no_machine(notebook):
+    "Outputs hold no path of the machine that made them"
+    outputs = json.dumps([cell.get('outputs', []) for cell in cells(notebook)])
+    places = [f'{p}{os.sep}' for p in (ROOT, Path.home()) if p!=Path(p.anchor)]
+    assert not [p for p in (*places, 'site-packages') if p in outputs]
+
+def test_table_of_floors_is_true():
+    rows = re.findall(r'^\| (\d\d_\S+) \| (\S+) \| \S', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)
+    assert [n for n,_ in rows]==sorted(p.stem for p in NBS.glob('[0-9]*.ipynb'))
+    assert all(n.split('_', 1)[1]==module for n,module in rows)
+
+@pytest.mark.parametrize('link', [NBS/'_quarto.yml', PACKAGE/'runs'], ids=lambda p: p.name)
+def test_links_are_relative(link):
+    assert link.is_symlink() and link.exists() and not Path(os.readlink(link)).is_absolute()
+
+def test_readme_is_what_make_readme_makes(tmp_path):
+    command = next(line for line in (ROOT/'Makefile').read_text(encoding='utf-8').splitlines() if 'nbconvert' in line).strip().lstrip('@')
+    words = shlex.split(command.replace('$(BIN)', str(BIN)).replace('--output-dir .', f'--output-dir {shlex.quote(str(tmp_path))}'))
+    subprocess.run(words, cwd=ROOT, check=True)
+    assert (tmp_path/'README.md').read_text(encoding='utf-8')==(ROOT/'README.md').read_text(encoding='utf-8')
+
+def test_there_is_a_run(): assert (PACKAGE/'runs'/'train.ipynb').is_file()
+
+@pytest.mark.parametrize('notebook', RUNS, ids=lambda p: p.name)
+def test_parameters_survive_cleaning(notebook, tmp_path):
+    "papermill finds its cell by the tag; without it the run would silently use the defaults"
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    copy = tmp_path/'nbs'/'runs'/notebook.name
+    copy.parent.mkdir(parents=True)
+    shutil.copy(notebook, copy)
+    subprocess.run([BIN/'nbdev_clean', '--fname', copy], cwd=tmp_path, check=True)
+    assert len([cell for cell in cells(copy) if 'parameters' in cell['metadata'].get('tags', [])])==1
