@@ -57,7 +57,7 @@ else
 	@out='$(OUT)'; $(BIN)/amulet run --data-dir '$(DATA)' $(if $(GROUPS),--groups '$(GROUPS)') \
 	  --output-dir "$${out:-runs/$$(basename "$$(cd '$(DATA)' && pwd)")}" $(OPTIONS)
 endif
-OPTIONS = $(if $(WEIGHTS),--weights-dir '$(WEIGHTS)') $(if $(SEED),--seed '$(SEED)') $(if $(filter-out 0,$(QUICK)),--quick)
+OPTIONS = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(SEED),--seed '$(SEED)') $(if $(filter-out 0,$(QUICK)),--quick)
 
 check: dev ## Notebooks and modules agree and are clean; ruff; mypy
 	@echo "== notebooks and modules agree"
@@ -84,7 +84,7 @@ lab: install ## Explore the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
 serve: install ## Answer over HTTP with MODEL=runs/samples/bundle at HOST=127.0.0.1 PORT=8000
-	@$(BIN)/amulet serve --model '$(MODEL)' --host '$(HOST)' --port '$(PORT)'
+	@$(BIN)/amulet serve --model-dir '$(MODEL)' --host '$(HOST)' --port '$(PORT)'
 
 docs: dev ## Render the documentation site into _docs (needs Quarto on the PATH)
 	@command -v quarto >/dev/null || { echo "Quarto, which renders the site, is not on the PATH."; echo "Get it from https://quarto.org/docs/get-started and run make docs again."; exit 1; }
@@ -95,7 +95,7 @@ docs: dev ## Render the documentation site into _docs (needs Quarto on the PATH)
 	@echo "The site is in _docs/index.html"
 
 readme: dev ## Make README.md from nbs/index.ipynb
-	@$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --log-level ERROR nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=remove-cell --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README --log-level ERROR nbs/index.ipynb
 
 clean: ## Remove what was made here, except .venv, samples and runs
 	@rm -rf _proc _docs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache nbs/.ipynb_checkpoints

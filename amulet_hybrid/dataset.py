@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'scan_folder', 'scan_csv', 'groups_from_csv', 'groups_from_pattern', 'make_manifest']
 
-# %% ../nbs/10_dataset.ipynb #f950188b
+# %% ../nbs/10_dataset.ipynb #d1f03415
 import re
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from .core import DatasetError, log
 
-# %% ../nbs/10_dataset.ipynb #596324f7
+# %% ../nbs/10_dataset.ipynb #460f966b
 SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'testing': 'test'}
 _LITTER = {'thumbs.db', 'desktop.ini', '__macosx'}
 
@@ -37,18 +37,21 @@ def scan_folder(
     parted = bool(tops) and all(t.lower() in SPLITS for t in tops)
     rows = [(p.as_posix(), p.parts[1] if parted else p.parts[0], SPLITS[p.parts[0].lower()] if parted else '') for p in paths if len(p.parts) > 1+parted]
     if not rows:
-        raise DatasetError('no photos in class folders', code='no_photos', where=root, advice='Make a folder for each class and put its photos into it: buddha/1.jpg, ganesha/1.jpg')
+        raise DatasetError('no photos in class folders', code='no_photos', where=root,
+                           advice='Make a folder for each class and put its photos into it: buddha/1.jpg, ganesha/1.jpg')
     return pd.DataFrame(rows, columns=['path', 'label', 'split'])
 
-# %% ../nbs/10_dataset.ipynb #e8faf788
+# %% ../nbs/10_dataset.ipynb #58549ab9
 def _read_csv(path, columns):
     "CSV of strings that has the columns asked for"
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError as error: raise DatasetError('no such file', code='no_such_file', where=path) from error
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error: raise DatasetError(f'not a CSV: {error}', code='bad_table', where=path) from error
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise DatasetError(f'not a CSV: {error}', code='bad_table', where=path) from error
     table.columns = table.columns.str.strip()
     if missing := [c for c in columns if c not in table]:
-        raise DatasetError(f'the column {missing[0]!r} is missing', code='bad_table', where=path, advice=f'Its first line must name {", ".join(columns)}; it names {", ".join(table.columns)}')
+        raise DatasetError(f'the column {missing[0]!r} is missing', code='bad_table', where=path,
+                           advice=f'Its first line must name {", ".join(columns)}; it names {", ".join(table.columns)}')
     return table
 
 def scan_csv(
@@ -57,13 +60,14 @@ def scan_csv(
     "What a table says"
     table = _read_csv(path, ['path', 'label'])
     if 'split' not in table: table['split'] = ''
-    if wrong := sorted(set(table['split'].str.lower()) - {'', *SPLITS}): raise DatasetError(f'no split is called {wrong[0]!r}', code='bad_table', where=path, advice=f'Known: {", ".join(SPLITS)}')
+    if wrong := sorted(set(table['split'].str.lower()) - {'', *SPLITS}):
+        raise DatasetError(f'no split is called {wrong[0]!r}', code='bad_table', where=path, advice=f'Known: {", ".join(SPLITS)}')
     table['split'] = table['split'].str.lower().map(SPLITS).fillna('')
     if len(twice := table.path[table.path.duplicated()]): raise DatasetError(f'{twice.iloc[0]!r} is listed twice', code='bad_table', where=path)
     if not len(table): raise DatasetError('the table is empty', code='no_photos', where=path)
     return table[[c for c in ('path', 'label', 'split', 'group') if c in table]]
 
-# %% ../nbs/10_dataset.ipynb #7de4bb26
+# %% ../nbs/10_dataset.ipynb #ec55c2a0
 def groups_from_csv(
     paths:pd.Series, # Paths relative to the root
     csv:str|Path # Columns path and group
@@ -72,7 +76,8 @@ def groups_from_csv(
     table = _read_csv(csv, ['path', 'group'])
     group = paths.map(dict(zip(table['path'].str.replace('\\', '/').str.removeprefix('./'), table['group']))).fillna('')
     if not (group!='').any():
-        raise DatasetError('none of its paths is a photo of this folder', code='groups_mismatch', where=csv, advice=f'Paths are relative to the folder of photos, like {paths.iloc[0]}')
+        raise DatasetError('none of its paths is a photo of this folder', code='groups_mismatch', where=csv,
+                           advice=f'Paths are relative to the folder of photos, like {paths.iloc[0]}')
     if (without := int((group=='').sum())): log.warning('%s names no group for %d of %d files; each is taken as a group of its own', csv, without, len(paths))
     return group
 

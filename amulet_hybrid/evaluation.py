@@ -6,7 +6,7 @@
 __all__ = ['INK', 'FAINT', 'ACCENT', 'MARKS', 'CSS', 'PAGE', 'plot_confusion', 'plot_per_class', 'plot_reliability', 'list_cases',
            'judge', 'compare_rivals', 'Evaluation', 'evaluate', 'render_report']
 
-# %% ../nbs/51_evaluation.ipynb #600084bd
+# %% ../nbs/51_evaluation.ipynb #03a652ee
 import base64
 import html
 import io
@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from .core import ConfigError, atomic_write
 from .metrics import OVERALL, Interval, Metrics, count_words, evaluate_predictions, paired_difference, reliability
 
-# %% ../nbs/51_evaluation.ipynb #90b9d589
+# %% ../nbs/51_evaluation.ipynb #db381f98
 INK,FAINT,ACCENT = '#24323d', '#8a97a1', '#2b6a99'
 MARKS = {'recall': ('#2b6a99', 'o'), 'precision': ('#c8792b', 'D'), 'f1': ('#5b8c5a', 's')}
 
@@ -56,7 +57,7 @@ def _short(name, most=32):
     name = ' '.join(str(name).split())
     return name if len(name)<=most else f'{name[:most-13]}...{name[-10:]}'
 
-# %% ../nbs/51_evaluation.ipynb #023458c1
+# %% ../nbs/51_evaluation.ipynb #e97a6910
 def plot_confusion(
     confusion:np.ndarray, # (classes, classes) photos; rows are the truth
     classes:Sequence[str] # Names of the rows
@@ -76,7 +77,7 @@ def plot_confusion(
     ax.set_xlabel('called (rows: what it is)', color=INK, fontsize=9)
     return fig
 
-# %% ../nbs/51_evaluation.ipynb #27af1598
+# %% ../nbs/51_evaluation.ipynb #a24cade0
 def plot_per_class(
     per_class:pd.DataFrame # As in `Metrics.per_class`; drawn from top to bottom
 ): # matplotlib Figure
@@ -106,7 +107,7 @@ def plot_reliability(
     ax.set_ylabel('share of right photos', color=INK, fontsize=9)
     return fig
 
-# %% ../nbs/51_evaluation.ipynb #e14683a6
+# %% ../nbs/51_evaluation.ipynb #5f9c284f
 def _png(fig):
     "data: address of a matplotlib Figure and its width in pixels"
     out = io.BytesIO()
@@ -122,9 +123,9 @@ def _thumbnail(image, side=160):
     small.convert('RGB').save(out, 'JPEG', quality=80)
     return 'data:image/jpeg;base64,'+base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/51_evaluation.ipynb #4f8a7973
+# %% ../nbs/51_evaluation.ipynb #6a4aa042
 def list_cases(
-    y_true:Sequence[int], # (n,) class indices
+    y_true:ArrayLike, # (n,) class indices
     proba:np.ndarray, # (n, classes)
     classes:Sequence[str], # Names of the columns
     paths:Sequence[Any]|None=None, # (n,) file names; 'photo 12' if left out
@@ -139,7 +140,7 @@ def list_cases(
                           'truth': [classes[i] for i in y], 'truth_probability': p[rows,y]})
     return table[(said==y)==right].sort_values('confidence', ascending=right, kind='stable').rename_axis('row')
 
-# %% ../nbs/51_evaluation.ipynb #71ed41aa
+# %% ../nbs/51_evaluation.ipynb #d582047b
 def _ms(value): return f'{value:.0f} ms' if value>=9.95 else f'{value:.1f} ms' if value>=.095 else f'{value:.2f} ms'
 
 def judge(
@@ -160,13 +161,13 @@ def judge(
     if extra is not None and extra<=0: return f'{start}; but {rival} is no quicker, so the {name} may stay.'
     return f'{start}, so {rival} alone would do{"" if not extra or not ms else f" in {1-extra/ms:.0%} of the time"}.'
 
-# %% ../nbs/51_evaluation.ipynb #01fa3ef6
+# %% ../nbs/51_evaluation.ipynb #3b8caa33
 def compare_rivals(
-    y_true:Sequence[int], # (n,) class indices
+    y_true:ArrayLike, # (n,) class indices
     proba:np.ndarray, # (n, classes) of the judged model
     rivals:dict[str, tuple[np.ndarray, float|None]], # Name -> its probabilities for the same photos, and milliseconds a photo
     classes:Sequence[str], # Names of the columns
-    groups:Sequence[Any]|None=None, # (n,) names; None: each photo alone
+    groups:ArrayLike|None=None, # (n,) names; None: each photo alone
     ms:float|None=None, # Milliseconds a photo of the judged model
     name:str='ensemble', # Of the judged model
     n_boot:int=2000, # Resamples
@@ -182,7 +183,7 @@ def compare_rivals(
                      'milliseconds': took, 'verdict': judge(who, difference, ms, took, name) if difference else ''}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('model')
 
-# %% ../nbs/51_evaluation.ipynb #cd83e7d1
+# %% ../nbs/51_evaluation.ipynb #2c88b88a
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "Everything the report shows; `save` writes it"
@@ -206,6 +207,8 @@ class Evaluation:
         m = self.metrics
         return (f'Right on {int(np.trace(m.confusion)):,} of {count_words(m.n, m.n_groups)}: balanced accuracy {m.interval("balanced_accuracy")} '
                 f'over {int((m.per_class.support>0).sum())} classes.')
+
+    def __repr__(self): return self.summary
 
     @property
     def verdict(self) -> str: # One sentence; empty without rivals
@@ -242,7 +245,7 @@ class Evaluation:
 
 def _records(frame, orient='records'): return json.loads(frame.to_json(orient=orient, default_handler=str))
 
-# %% ../nbs/51_evaluation.ipynb #26ac55ba
+# %% ../nbs/51_evaluation.ipynb #852ad5df
 def _check_extras(notes, sections):
     "Notes and sections that the report can show"
     from matplotlib.figure import Figure
@@ -263,11 +266,11 @@ def _read_thumbnails(read_photo, rows):
     return small
 
 def evaluate(
-    y_true:Sequence[int], # (n,) indices into `classes`
+    y_true:ArrayLike, # (n,) indices into `classes`
     proba:np.ndarray, # (n, classes) probabilities, rows sum to 1
     classes:Sequence[str], # Class names in the order of the columns
     *,
-    groups:Sequence[Any]|None=None, # (n,) names; photos of one group are drawn together; None: each photo alone
+    groups:ArrayLike|None=None, # (n,) names; photos of one group are drawn together; None: each photo alone
     paths:Sequence[Any]|None=None, # (n,) file names to show
     read_photo:Callable[[int], np.ndarray]|None=None, # Row -> (height, width, 3) uint8 RGB; None: no photos are shown
     rivals:dict[str, tuple[np.ndarray, float|None]]|None=None, # Name -> probabilities for the same photos, milliseconds a photo
@@ -296,7 +299,7 @@ def evaluate(
 
 _N_ERRORS,_N_UNSURE = 24, 8 # photos that are shown
 
-# %% ../nbs/51_evaluation.ipynb #909c83c6
+# %% ../nbs/51_evaluation.ipynb #4cc8e39e
 CSS = '''
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#24323d;--soft:#5c6973;--line:#e3e7ea;--accent:#2b6a99;--range:#a9c7dd;--track:#eef1f3;
 --warn:#8a5200;--warnbg:#fdf3e1;--infobg:#eaf2f8;--bad:#a8322a}
@@ -307,7 +310,8 @@ CSS = '''
 body{margin:0;background:var(--bg);color:var(--ink);
 font:16px/1.55 -apple-system,BlinkMacSystemFont,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",Arial,"Noto Sans Thai",sans-serif;overflow-wrap:anywhere}
 main{max-width:64rem;margin:0 auto;padding:2rem 1.25rem 4rem}
-h1{font-size:1.35rem;margin:0 0 .75rem;color:var(--soft);font-weight:600}h2{font-size:1.2rem;margin:0 0 .4rem}h3{font-size:1rem;margin:1.5rem 0 .3rem}p{margin:.35rem 0;max-width:46rem}
+h1{font-size:1.35rem;margin:0 0 .75rem;color:var(--soft);font-weight:600}
+h2{font-size:1.2rem;margin:0 0 .4rem}h3{font-size:1rem;margin:1.5rem 0 .3rem}p{margin:.35rem 0;max-width:46rem}
 .lead{text-wrap:balance;font-size:1.4rem;line-height:1.35;font-weight:600}
 .soft,small{color:var(--soft)}small{font-size:.85rem}
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1.25rem;margin:1.25rem 0}
@@ -331,9 +335,7 @@ tr:last-child>*{border-bottom:0}
 .photos{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:1rem;padding:0;margin:.9rem 0;list-style:none}
 .photos li{font-size:.85rem;line-height:1.4}
 .photos img,.gap{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:var(--track);border-radius:6px;margin-bottom:.35rem}
-.gap{padding:.6rem;color:var(--soft);font-size:.8rem;overflow:hidden}
-.no{color:var(--bad)}
-.pre{white-space:pre-line}
+.gap{padding:.6rem;color:var(--soft);font-size:.8rem;overflow:hidden}.no{color:var(--bad)}.pre{white-space:pre-line}
 @media (max-width:44rem){main{padding:1rem .75rem 3rem}section{padding:1rem .85rem}.lead{font-size:1.2rem}
 .photos{grid-template-columns:repeat(2,minmax(0,1fr))}
 thead{display:none}tr{display:block;padding:.55rem 0;border-bottom:1px solid var(--line)}tr:last-child{border-bottom:0}
@@ -411,7 +413,7 @@ Look at the labels first: a mistake the model is sure of is often a photo in the
 {% endfor %}</main></body></html>
 '''
 
-# %% ../nbs/51_evaluation.ipynb #cc986b6d
+# %% ../nbs/51_evaluation.ipynb #42f3f8aa
 _WORDS = {'accuracy': ('Accuracy', 'share of photos that are named rightly'),
           'balanced_accuracy': ('Balanced accuracy', 'mean recall of the classes: a small class counts as much as a large one'),
           'macro_f1': ('Macro F1', 'mean F1 of the classes: false calls count too'),
@@ -450,7 +452,7 @@ def _pairs(metrics, most=5):
     cells = sorted(zip(*np.nonzero(wrong), strict=True), key=lambda ij: -wrong[ij])[:most]
     return [f'{wrong[i,j]} of {wrong[i].sum()+metrics.confusion[i,i]} photos of {names[i]} are called {names[j]}.' for i,j in cells]
 
-# %% ../nbs/51_evaluation.ipynb #d43a8071
+# %% ../nbs/51_evaluation.ipynb #9d47aa8a
 def _cell(value):
     "Short text of any value"
     if value is None or isinstance(value, (float, np.floating)) and np.isnan(value): return ''
@@ -481,7 +483,7 @@ def render_report(
     from markupsafe import Markup
     env,m = Environment(autoescape=True), e.metrics
     env.filters |= {'at': lambda v, top: f'{100*min(max(v/top, 0), 1):.2f}%', 'share': lambda v: f'{v:.2f}',
-                    'figure': lambda x: '' if math.isnan(x.value) else str(x), 'breakable': lambda text: Markup('<wbr>').join(re.split(r'(?<=[_/-])', str(text)))}
+                    'figure': lambda x: '' if math.isnan(x.value) else x, 'breakable': lambda text: Markup('<wbr>').join(re.split(r'(?<=[_/-])', str(text)))}
     weakest = m.per_class.sort_values('f1', kind='stable')
     numbers = {k: i+1 for i,k in enumerate(m.per_class.index)}
     per_class = [{'name': k, 'number': numbers[k], 'support': row.support, 'groups': row.groups} |

@@ -6,7 +6,7 @@
 __all__ = ['FATAL', 'NOTED', 'perceptual_hash', 'tiny_copy', 'measure_photo', 'quality_score', 'near_pairs', 'clusters',
            'chain_pairs', 'InspectionConfig', 'Inspection', 'has_issue', 'inspect_photos']
 
-# %% ../nbs/11_inspection.ipynb #31962621
+# %% ../nbs/11_inspection.ipynb #05107f06
 import json
 import os
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from .core import Config, ConfigError, DatasetError, ImageError, atomic_write, bytes_digest, progress
 from .images import LIMITS, ImageLimits, probe_image, read_image, resize_image
 
-# %% ../nbs/11_inspection.ipynb #bb0635a1
+# %% ../nbs/11_inspection.ipynb #4fea46c5
 FATAL = ('image_not_found', 'empty_file', 'image_too_large', 'unsupported_format', 'corrupt_image', 'bad_dimensions') # the photo cannot be used
 NOTED = ('wrong_extension', 'animated', 'rotated', 'not_rgb', 'blurred', 'dark', 'bright', 'low_contrast', 'small', 'duplicate', 'near_duplicate', 'label_conflict') # it can
 _SUFFIX = {'.jpg': 'JPEG', '.jpeg': 'JPEG', '.jfif': 'JPEG', '.png': 'PNG', '.bmp': 'BMP', '.gif': 'GIF', '.webp': 'WEBP'}
@@ -50,7 +50,8 @@ def measure_photo(
     limits:ImageLimits=LIMITS # What is let in
 ) -> dict: # Columns of the manifest, `reason` for what is fatal, and `tiny`
     "All that inspection knows about one file; never raises for a bad one"
-    row = {'sha256': '', 'bytes': 0, 'format': '', 'width': 0, 'height': 0, 'blur': np.nan, 'brightness': np.nan, 'contrast': np.nan, 'phash': '', 'issues': '', 'reason': '', 'tiny': None}
+    row = {'sha256': '', 'bytes': 0, 'format': '', 'width': 0, 'height': 0, 'blur': np.nan, 'brightness': np.nan, 'contrast': np.nan,
+           'phash': '', 'issues': '', 'reason': '', 'tiny': None}
     try:
         with open(path, 'rb') as file: data = file.read(limits.max_bytes+1)
         row |= {'sha256': bytes_digest(data) if len(data) <= limits.max_bytes else '', 'bytes': os.path.getsize(path)}
@@ -65,7 +66,7 @@ def measure_photo(
     return row | {'blur': float(cv2.Laplacian(grey, cv2.CV_64F).var()), 'brightness': float(grey.mean()), 'contrast': float(grey.std()),
                   'phash': np.packbits(perceptual_hash(rgb)).tobytes().hex(), 'issues': ' '.join(issues), 'tiny': tiny_copy(rgb)}
 
-# %% ../nbs/11_inspection.ipynb #2f7b84a4
+# %% ../nbs/11_inspection.ipynb #827a3cec
 def quality_score(
     measured:pd.DataFrame # Columns blur, brightness, contrast, width, height
 ) -> pd.Series: # 0..100
@@ -80,7 +81,7 @@ def _quality_issues(m):
     return {'blurred': (log_blur < log_blur.median()-3.5*max(spread, .05)) & (m['blur'] < 100), 'dark': m['brightness'] < 40, 'bright': m['brightness'] > 225,
             'low_contrast': m['contrast'] < 12, 'small': m[['width','height']].min(axis=1) < 64}
 
-# %% ../nbs/11_inspection.ipynb #a053d96c
+# %% ../nbs/11_inspection.ipynb #6a988084
 def near_pairs(
     hashes:np.ndarray, # (n, 64) bool
     tiny:np.ndarray, # (n, d) float32, rows of length 1
@@ -113,7 +114,7 @@ def chain_pairs(
     before = named.groupby(keys[(keys!='').to_numpy()].to_numpy()).shift()
     return np.stack([before.dropna().astype(int), named[before.notna().to_numpy()]], 1) if len(named) else np.zeros((0,2), int)
 
-# %% ../nbs/11_inspection.ipynb #c45f50af
+# %% ../nbs/11_inspection.ipynb #6e3e1591
 @dataclass(frozen=True)
 class InspectionConfig(Config):
     "How closely to look"
@@ -149,6 +150,8 @@ class Inspection:
         with atomic_write(paths['inspection']) as part: part.write_text(json.dumps(found, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
         return paths
 
+    def __repr__(self): return f'Inspection({len(self.manifest)} files, {len(self.usable)} usable, {len(self.duplicates)} in duplicate clusters)'
+
     def _repr_html_(self):
         notes = ''.join(f'<li><b>{level}</b>: {_escape(text)}</li>' for level,text in self.notes)
         return f'<ul>{notes}</ul>' + self.classes.to_html() + (self.unreadable.to_html(index=False) if len(self.unreadable) else '')
@@ -163,13 +166,13 @@ def has_issue(manifest:pd.DataFrame, codes:Iterable[str]) -> np.ndarray: # (n,) 
 def _mark(issues, code, rows):
     return [f'{i} {code}'.strip() if hit else i for i,hit in zip(issues, rows)]
 
-# %% ../nbs/11_inspection.ipynb #a02668bf
+# %% ../nbs/11_inspection.ipynb #6c191291
 def _name_groups(given, cluster, paths):
     "One name a cluster: what the user called it, or its first path"
     names = pd.DataFrame({'cluster': cluster, 'given': given, 'path': paths})
     first = names.groupby('cluster')['path'].transform('min')
     known = names[names['given']!=''].groupby('cluster')['given'].agg(lambda g: '+'.join(sorted(set(g))[:3]) + ('+...' if len(set(g))>3 else ''))
-    return names['cluster'].map(known).fillna(first).to_numpy()
+    return names['cluster'].map(known).astype(object).fillna(first).to_numpy()
 
 def _duplicate_table(m, exact, near):
     "Clusters of more than one photo, largest first"
@@ -193,8 +196,9 @@ def inspect_photos(
     measured = pd.DataFrame([{k: v for k,v in row.items() if k!='tiny'} for row in rows], index=manifest.index)
     m = pd.concat([manifest, measured.drop(columns='reason')], axis=1)
     ok = ~has_issue(m, FATAL)
-    if not ok.any(): raise DatasetError(f'none of the {len(m)} files is a photo we can read', code='no_photos', where=root, advice=f'The first says: {measured["reason"].iloc[0]}')
-    unreadable = m.loc[~ok, ['path', 'label']].assign(code=m['issues'], reason=measured['reason']).reset_index(drop=True)
+    if not ok.any(): raise DatasetError(f'none of the {len(m)} files is a photo we can read', code='no_photos', where=root,
+                                        advice=f'The first says: {measured["reason"].iloc[0]}')
+    unreadable = m.assign(code=m['issues'], reason=measured['reason']).loc[~ok, ['path', 'label', 'code', 'reason']].reset_index(drop=True)
     for code,hit in _quality_issues(m[ok]).items(): m.loc[ok, 'issues'] = _mark(m.loc[ok, 'issues'], code, hit)
     m['quality'] = quality_score(m[ok]).reindex(m.index)
     good = m[ok].reset_index(drop=True)
@@ -205,7 +209,8 @@ def inspect_photos(
     duplicates = _duplicate_table(good, exact, near)
     joined = clusters(len(good), np.concatenate([same, pairs, chain_pairs(good['group'])]))
     conflict = good.groupby(near)['label'].transform('nunique').gt(1).to_numpy()
-    marks = {'duplicate': pd.Series(exact).duplicated(keep=False), 'near_duplicate': good['path'].isin(duplicates.loc[duplicates['kind']=='near', 'path']), 'label_conflict': conflict}
+    marks = {'duplicate': pd.Series(exact).duplicated(keep=False), 'near_duplicate': good['path'].isin(duplicates.loc[duplicates['kind']=='near', 'path']),
+             'label_conflict': conflict}
     for code,hit in marks.items(): good['issues'] = _mark(good['issues'], code, hit)
     m.loc[ok, 'issues'] = good['issues'].to_numpy()
     given = good['group'].copy()
@@ -214,24 +219,28 @@ def inspect_photos(
     classes['share'] = (classes['photos']/classes['photos'].sum()).round(3)
     return Inspection(m, unreadable, duplicates, classes, _advise(m, good, given, unreadable, duplicates, classes))
 
-# %% ../nbs/11_inspection.ipynb #2fc1c74b
+# %% ../nbs/11_inspection.ipynb #052a05c5
 def _advise(m, good, given, unreadable, duplicates, classes):
     notes = []
     conflicts = duplicates[duplicates.groupby('cluster')['label'].transform('nunique')>1]
     if len(conflicts):
         example = conflicts[conflicts['cluster']==conflicts['cluster'].iloc[0]]
-        notes.append(('warning', f'{conflicts["cluster"].nunique()} photos are filed under more than one class, for example {" and ".join(example["path"][:2])}. One of the labels is wrong.'))
+        notes.append(('warning', f'{conflicts["cluster"].nunique()} photos are filed under more than one class, '
+                                 f'for example {" and ".join(example["path"][:2])}. One of the labels is wrong.'))
     if len(unreadable):
         kinds = ', '.join(f'{n} {code}' for code,n in unreadable['code'].value_counts().items())
         notes.append(('warning', f'{len(unreadable)} of {len(m)} files cannot be used and are left out ({kinds}).'))
     if len(small := classes[classes['groups']<2]): notes.append(('warning', f'No honest test is possible for {", ".join(small.index)}: its photos show one source only.'))
     if len(few := classes[(classes['photos']<20) & (classes['groups']>=2)]): notes.append(('info', f'Fewer than 20 photos: {", ".join(few.index)}. Expect wide intervals.'))
-    if (ratio := classes['photos'].max()/max(1, classes['photos'].min())) >= 3: notes.append(('info', f'The largest class has {ratio:.1f} times the photos of the smallest; read balanced accuracy, not accuracy.'))
+    if (ratio := classes['photos'].max()/max(1, classes['photos'].min())) >= 3:
+        notes.append(('info', f'The largest class has {ratio:.1f} times the photos of the smallest; read balanced accuracy, not accuracy.'))
     if len(duplicates):
-        notes.append(('info', f'{len(duplicates)} photos have a duplicate or near duplicate ({duplicates["cluster"].nunique()} clusters). Each cluster is kept in one part of every split.'))
+        notes.append(('info', f'{len(duplicates)} photos have a duplicate or near duplicate ({duplicates["cluster"].nunique()} clusters). '
+                              f'Each cluster is kept in one part of every split.'))
     if (largest := good.groupby('group')['path'].size()).max() > max(20, len(good)/3):
         notes.append(('warning', f'One group ({largest.idxmax()}) holds {largest.max()} of {len(good)} photos; splits will be uneven.'))
-    if not (given!='').any(): notes.append(('info', 'No groups were given. If several photos show one object or one scene, say so (--groups or --group-by), or the score will be too good.'))
+    if not (given!='').any():
+        notes.append(('info', 'No groups were given. If several photos show one object or one scene, say so (--groups or --group-by), or the score will be too good.'))
     alone = good[given.to_numpy()!=''].groupby('group').agg(labels=('label', 'nunique'), photos=('path', 'size'))
     if 0 < (n := int(((alone['labels']==1) & (alone['photos']>1)).sum())) < len(alone):
         notes.append(('info', f'{n} of {len(alone)} sources hold photos of one class only: their light or background can stand in for the label.'))

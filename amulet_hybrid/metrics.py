@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['OVERALL', 'SHARES', 'Interval', 'Metrics', 'count_words', 'evaluate_predictions', 'paired_difference', 'reliability']
 
-# %% ../nbs/50_metrics.ipynb #73b84782
+# %% ../nbs/50_metrics.ipynb #3eb7458b
 import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from .core import ConfigError, derive_seed
 
-# %% ../nbs/50_metrics.ipynb #0223b7d9
+# %% ../nbs/50_metrics.ipynb #a5d5059e
 @dataclass(frozen=True)
 class Interval:
     "A figure and the range in which its true value may well lie; `x in interval` asks whether `x` does"
@@ -32,7 +32,7 @@ class Interval:
         "Plain values for JSON"
         return {k: None if math.isnan(v) else float(v) for k,v in vars(self).items()}
 
-# %% ../nbs/50_metrics.ipynb #c5e30f30
+# %% ../nbs/50_metrics.ipynb #e5fea5fb
 def _refuse(message, where, advice=''): raise ConfigError(message, code='bad_arrays', where=where, advice=advice)
 
 def _check(y_true, proba, classes, groups=None):
@@ -54,7 +54,7 @@ def _check(y_true, proba, classes, groups=None):
     if codes.min()<0: _refuse('some photos have no group', 'groups', 'Give a photo that stands alone a name of its own')
     return y, p, codes, len(names)
 
-# %% ../nbs/50_metrics.ipynb #fd998185
+# %% ../nbs/50_metrics.ipynb #5e146fae
 OVERALL = ('accuracy', 'balanced_accuracy', 'macro_f1', 'log_loss', 'brier', 'ece')
 SHARES = OVERALL[:3] # shares of photos or means of them: more is better, never beyond 1
 
@@ -75,7 +75,7 @@ def _tally(y, p, codes, n_groups):
     np.add.at(sums, codes, np.hstack([truth*right[:,None], truth, calls, losses, excess]))
     return sums
 
-# %% ../nbs/50_metrics.ipynb #011cde20
+# %% ../nbs/50_metrics.ipynb #c7ea0bb5
 def _figures(
     sums:np.ndarray, # (..., columns of `_tally`)
     k:int # Number of classes
@@ -88,7 +88,7 @@ def _figures(
     means = np.where(there[...,None,:], per_class[...,1:,:], 0).sum(-1)/there.sum(-1)[...,None]
     return np.stack([right.sum(-1)/n, means[...,0], means[...,1], rest[...,0]/n, rest[...,1]/n, np.abs(rest[...,2:]).sum(-1)/n], axis=-1), per_class
 
-# %% ../nbs/50_metrics.ipynb #ab178bfd
+# %% ../nbs/50_metrics.ipynb #0ddf8190
 def _resample(
     tally:np.ndarray, # (groups, columns)
     n_boot:int, # How many resamples
@@ -103,7 +103,7 @@ def _resample(
         sums.append(np.bincount(drawn.ravel(), minlength=b*g).reshape(b, g) @ tally)
     return np.concatenate(sums)
 
-# %% ../nbs/50_metrics.ipynb #b27986f3
+# %% ../nbs/50_metrics.ipynb #057b4f57
 def _perfect_low(
     n:float, # Independent groups
     confidence:float # E.g. 0.95
@@ -124,7 +124,7 @@ def _limits(
     limit = _perfect_low(n, confidence)
     return min(low, limit), max(high, 1-limit)
 
-# %% ../nbs/50_metrics.ipynb #c679b3af
+# %% ../nbs/50_metrics.ipynb #dda77819
 def _ece_limits(
     value:float, # ECE of the test
     samples:np.ndarray, # (n_boot,) ECE of the resamples
@@ -138,7 +138,7 @@ def _ece_limits(
 
 def _bin_noise(sums, total, k): return np.abs(sums[:,3*k+2:]/sums[:,k:2*k].sum(1, keepdims=True) - total[3*k+2:]/total[k:2*k].sum()).sum(1)
 
-# %% ../nbs/50_metrics.ipynb #b761d204
+# %% ../nbs/50_metrics.ipynb #fffe35d7
 @dataclass(frozen=True, eq=False)
 class Metrics:
     "What a test on `n` photos of `n_groups` groups says about a classifier"
@@ -161,12 +161,15 @@ class Metrics:
         return {'n': self.n, 'n_groups': self.n_groups, 'confidence': self.confidence, 'overall': {k: self.interval(k).to_dict() for k in OVERALL},
                 'per_class': rows, 'classes': list(self.per_class.index), 'confusion': self.confusion.tolist()}
 
+    def __repr__(self): return f'Metrics({count_words(self.n, self.n_groups)}, balanced accuracy {self.interval("balanced_accuracy")})'
+
     def _repr_html_(self):
         table = self.per_class[['support', 'groups']].copy()
         for k in ('precision', 'recall', 'f1'): table[k] = [str(Interval(*row)) for row in self.per_class[[k, f'{k}_low', f'{k}_high']].to_numpy()]
         head = pd.DataFrame([[str(self.interval(k)) for k in OVERALL]], columns=list(OVERALL)).to_html(index=False, border=0)
         return f'<p>{html.escape(count_words(self.n, self.n_groups))}; ranges of {self.confidence:.0%}</p>{head}{table.to_html(border=0)}'
 
+# %% ../nbs/50_metrics.ipynb #efd461ea
 def count_words(
     n:int, # Photos
     n_groups:int # Groups
@@ -175,7 +178,7 @@ def count_words(
     photos = f'{n:,} photo'+'s'*(n!=1)
     return photos if n==n_groups else f'{photos} in {n_groups:,} group'+'s'*(n_groups!=1)
 
-# %% ../nbs/50_metrics.ipynb #cf44f1bd
+# %% ../nbs/50_metrics.ipynb #6fc34876
 def _class_table(tally, classes, per_class, samples, confidence):
     "The frame of `Metrics.per_class`"
     k = len(classes)
@@ -195,15 +198,16 @@ def _effective_groups(tally, k):
     even = len(per_class)**2/(1/per_class).sum()
     return len(tally), even, even
 
+# %% ../nbs/50_metrics.ipynb #aa6f9074
 def _check_bootstrap(n_boot, confidence):
     if n_boot<20: raise ConfigError(f'`n_boot` must be at least 20, got {n_boot}')
     if not 0 < confidence < 1: raise ConfigError(f'`confidence` must be between 0 and 1, got {confidence}')
 
 def evaluate_predictions(
-    y_true:Sequence[int], # (n,) indices into `classes`
+    y_true:ArrayLike, # (n,) indices into `classes`
     proba:np.ndarray, # (n, classes) probabilities, rows sum to 1
     classes:Sequence[str], # Class names in the order of the columns
-    groups:Sequence[Any]|None=None, # (n,) names; photos of one group are drawn together; None: each photo alone
+    groups:ArrayLike|None=None, # (n,) names; photos of one group are drawn together; None: each photo alone
     n_boot:int=2000, # Resamples
     confidence:float=.95, # Of the intervals
     seed:int=0 # Same seed, same intervals
@@ -220,13 +224,13 @@ def evaluate_predictions(
     confusion = np.bincount(y*k + p.argmax(1), minlength=k*k).reshape(k, k)
     return Metrics(table, _class_table(tally, classes, per_class, many_classes, confidence), confusion, len(y), n_groups, confidence)
 
-# %% ../nbs/50_metrics.ipynb #8cafb0cf
+# %% ../nbs/50_metrics.ipynb #2e56ebd3
 def paired_difference(
-    y_true:Sequence[int], # (n,) class indices
+    y_true:ArrayLike, # (n,) class indices
     proba_a:np.ndarray, # (n, classes) of the first
     proba_b:np.ndarray, # (n, classes) of the second, same photos, same order
     metric:str='balanced_accuracy', # One of `OVERALL`
-    groups:Sequence[Any]|None=None, # (n,) names; None: each photo alone
+    groups:ArrayLike|None=None, # (n,) names; None: each photo alone
     n_boot:int=2000, # Resamples
     seed:int=0, # Same seed, same resamples
     confidence:float=.95 # Of the interval
@@ -246,9 +250,9 @@ def paired_difference(
         low,high = min(low, value-unseen, 0), max(high, value+unseen, 0)
     return Interval(float(value), float(low), float(high))
 
-# %% ../nbs/50_metrics.ipynb #f47ef098
+# %% ../nbs/50_metrics.ipynb #23e234d3
 def reliability(
-    y_true:Sequence[int], # (n,) class indices
+    y_true:ArrayLike, # (n,) class indices
     proba:np.ndarray, # (n, classes)
     bins:int=10, # At most so many, with about equally many photos each; fewer where a bin would hold less than ten
     confidence:float=.95 # Of the Wilson intervals, which take photos as independent

@@ -6,7 +6,7 @@
 __all__ = ['OUTLINES', 'PARTS', 'MOULDS', 'MATERIALS', 'BACKGROUNDS', 'LOGOS', 'NO_FAULTS', 'contact_sheet', 'Mould', 'relief',
            'draw_amulet', 'draw_logo', 'Faults', 'make_samples']
 
-# %% ../nbs/02_samples.ipynb #0287b59e
+# %% ../nbs/02_samples.ipynb #0bb69b36
 import io
 import json
 import math
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .core import Config, ConfigError, DatasetError, atomic_write, derive_seed, progress
 from .images import resize_image
 
-# %% ../nbs/02_samples.ipynb #fdbe2cd9
+# %% ../nbs/02_samples.ipynb #eb5c5754
 def contact_sheet(
     images:Sequence[np.ndarray], # Photos, any sizes, uint8 RGB
     labels:Sequence[str]=(), # One below each photo; none if left out
@@ -31,7 +31,8 @@ def contact_sheet(
     side:int=96 # Height and width of each, pixels
 ) -> np.ndarray: # uint8 RGB
     "Photos in rows, for a look at all of them"
-    if not len(images) or len(labels) not in (0, len(images)): raise ConfigError(f'`labels` must be as many as `images`: got {len(labels)} and {len(images)}')
+    if not len(images) or len(labels) not in (0, len(images)):
+        raise ConfigError(f'there must be images, and as many `labels` or none: got {len(images)} images and {len(labels)} labels')
     foot,rows = 14 if len(labels) else 0, math.ceil(len(images)/columns)
     sheet = Image.new('RGB', (min(columns, len(images))*(side+4), rows*(side+foot+4)), 'white')
     pen,font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
@@ -41,7 +42,7 @@ def contact_sheet(
         if foot: pen.text((x, y+side+1), str(labels[i])[:side//5], 'black', font)
     return np.asarray(sheet)
 
-# %% ../nbs/02_samples.ipynb #3963a3c1
+# %% ../nbs/02_samples.ipynb #3b1884c3
 OUTLINES:dict[str,Callable] = {
     'rectangle': lambda y: 0.93+0.07*y,
     'triangle':  lambda y: np.clip((y+1.1)/2, 0, 1),
@@ -53,7 +54,7 @@ OUTLINES:dict[str,Callable] = {
 PARTS = {'posture': ('meditation', 'touching', 'covering', 'walking'), 'head': ('knot', 'spire', 'bald'), 'seat': ('none', 'lotus', 'tiers'),
          'frame': ('none', 'dome', 'rays', 'flame', 'leaves', 'hood'), 'border': ('plain', 'line', 'beads')}
 
-# %% ../nbs/02_samples.ipynb #59b75d27
+# %% ../nbs/02_samples.ipynb #6f6453c1
 @dataclass(frozen=True)
 class Mould(Config):
     "What the pieces of one class have in common: their relief, and nothing else"
@@ -72,7 +73,7 @@ class Mould(Config):
             if (value := getattr(self, name)) not in known: raise ConfigError(f'`{name}` must be one of {", ".join(known)}, got {value!r}')
         if not 0.4 <= self.width <= 1: raise ConfigError(f'`width` must be in 0.4 .. 1, got {self.width}')
 
-# %% ../nbs/02_samples.ipynb #fe131de9
+# %% ../nbs/02_samples.ipynb #84dbba57
 MOULDS:dict[str,Mould] = {
     'somdej_three_tiers':  Mould('rectangle', 0.68, head='spire', seat='tiers', tiers=3, frame='dome', border='line'),
     'somdej_seven_tiers':  Mould('rectangle', 0.68, head='spire', seat='tiers', tiers=7, frame='dome', border='line'),
@@ -88,7 +89,7 @@ MOULDS:dict[str,Mould] = {
     'pidta_octagon':       Mould('octagon', 0.74, posture='covering', head='bald', border='beads', script=True),
 }
 
-# %% ../nbs/02_samples.ipynb #74aa2db9
+# %% ../nbs/02_samples.ipynb #3d726d49
 _FIELD = 320 # Side of a height field, pixels
 _UNIT = 0.92*_FIELD # Pixels of the double-size drawing for one unit: a piece is 2 units high and fills 0.92 of the field
 
@@ -113,7 +114,7 @@ class _Clay:
         turn = np.linspace(0, 2*np.pi, 48)
         for x,y,rx,ry in discs: self.area(np.c_[x+rx*np.cos(turn), y+ry*np.sin(turn)], level, edge)
 
-# %% ../nbs/02_samples.ipynb #395468a6
+# %% ../nbs/02_samples.ipynb #f15e6b22
 _LAP,_EARTH,_FACE = [(-0.4,0), (-0.47,0.3), (0,0.42)], [(-0.4,0), (-0.48,0.3), (-0.43,0.66)], [(-0.4,0), (-0.42,0.24), (-0.07,-0.36)]
 _ARMS = {'meditation': (_LAP, _LAP), 'touching': (_EARTH, _LAP), 'covering': (_FACE, _FACE)}
 
@@ -135,7 +136,7 @@ def _figure(clay, mould):
     if mould.head=='knot': clay.discs([(0, -0.64, 0.08, 0.09)], 0.85, 0.06)
     if mould.head=='spire': clay.area([(-0.08,-0.56), (0.08,-0.56), (0,-0.98)], 0.85, 0.05)
 
-# %% ../nbs/02_samples.ipynb #48ae02ab
+# %% ../nbs/02_samples.ipynb #a650a627
 def _seat(clay, mould, half, foot):
     "Draw the seat upon `foot`; returns the height of its top"
     if mould.seat=='lotus':
@@ -171,7 +172,7 @@ def _rim(clay, mould, edge):
     for x in (-0.73*mould.width, 0.73*mould.width) if mould.script else ():
         clay.lines([np.c_[x+rng.uniform(-0.06, 0.06, 4), y+rng.uniform(-0.06, 0.06, 4)] for y in np.linspace(-0.4, 0.4, 6) for _ in 'ab'], 0.03, 0.5)
 
-# %% ../nbs/02_samples.ipynb #14168b55
+# %% ../nbs/02_samples.ipynb #ae59b817
 @lru_cache(maxsize=64)
 def relief(
     mould:Mould # One class
@@ -192,7 +193,7 @@ def relief(
     small = [cv2.resize(a.astype(np.float32), (_FIELD, _FIELD), interpolation=cv2.INTER_AREA) for a in (height, plate)]
     return cv2.GaussianBlur(small[0], (0,0), 0.7), small[1]
 
-# %% ../nbs/02_samples.ipynb #54bd7e84
+# %% ../nbs/02_samples.ipynb #85e253ba
 MATERIALS:dict[str,tuple] = { # Colour (RGB), gloss 0 .. 1
     'red_clay': ((176,112,74), 0.08), 'bronze': ((132,104,62), 0.5), 'ivory_powder': ((226,212,184), 0.06), 'dark_powder': ((74,66,60), 0.15),
     'gilt': ((214,168,74), 0.65), 'grey_lead': ((128,130,132), 0.35), 'green_powder': ((122,132,96), 0.08)}
@@ -202,7 +203,7 @@ def _smooth(rng, n, cells):
     bumps = cv2.resize(rng.standard_normal((cells+2, cells+2), np.float32), (n, n), interpolation=cv2.INTER_CUBIC)
     return bumps/(bumps.std()+1e-6)
 
-# %% ../nbs/02_samples.ipynb #fed56f37
+# %% ../nbs/02_samples.ipynb #dda89cee
 def _worn(height, mask, rng):
     "Relief of one piece: bent, rubbed, chipped, scratched"
     wear = rng.beta(1.6, 2.6)
@@ -234,13 +235,13 @@ def _piece(mould, seed):
     colour = rgb*(1+0.06*_smooth(rng, _FIELD, 12)[...,None])*(1+0.2*np.clip(-hollow, 0, 1))
     return height, mask, colour+rng.uniform(0.2, 0.9)*np.clip(hollow, 0, 1)*(dirt-colour), gloss*rng.uniform(0.5, 1.3)
 
-# %% ../nbs/02_samples.ipynb #44ac83af
+# %% ../nbs/02_samples.ipynb #36e0ab59
 def _lit(height, colour, gloss, azimuth, elevation, ambient):
     "The piece under a lamp at these angles (radians, in the frame of the piece); `ambient` is the share of light from everywhere"
     depth = 16. # Pixels that a height of 1 rises
     gx,gy = (cv2.Sobel(height, cv2.CV_32F, *d, ksize=3, scale=depth/8) for d in ((1,0), (0,1)))
     lamp = np.array([math.cos(azimuth)*math.cos(elevation), math.sin(azimuth)*math.cos(elevation), math.sin(elevation)], np.float32)
-    half = (lamp+np.float32((0,0,1)))/np.float32(math.sqrt(2+2*math.sin(elevation)))
+    half = (lamp+np.array([0,0,1], np.float32))/math.sqrt(2+2*math.sin(elevation))
     size = 1/np.sqrt(1+gx*gx+gy*gy)
     diffuse = np.clip((lamp[2]-gx*lamp[0]-gy*lamp[1])*size, 0, None)
     shine = np.clip((half[2]-gx*half[0]-gy*half[1])*size, 0, 1)**18
@@ -253,7 +254,7 @@ def _lit(height, colour, gloss, azimuth, elevation, ambient):
     light = (ambient + (1-ambient)*1.2*diffuse*(1-0.7*cv2.GaussianBlur(shade, (0,0), 1)))*open_sky
     return colour*light[...,None] + (0.75*gloss*(1-ambient)*shine*(1-shade))[...,None]
 
-# %% ../nbs/02_samples.ipynb #8e24f0ee
+# %% ../nbs/02_samples.ipynb #d3875a68
 def _weave(rng, n):
     y,x = np.mgrid[:n,:n].astype(np.float32)
     a,pitch = rng.uniform(0, np.pi), rng.uniform(3, 7)
@@ -279,7 +280,7 @@ def _background(rng, n):
     rgb = np.array(colours[rng.integers(len(colours))], np.float32)/255*rng.uniform(0.85, 1.15)
     return np.clip(rgb*(1+texture(rng, n)[...,None]), 0, 1).astype(np.float32)
 
-# %% ../nbs/02_samples.ipynb #04fbecaf
+# %% ../nbs/02_samples.ipynb #299f0905
 def _pose(rng, side, far, near):
     "Homography from the field to a photo of which it fills `far` to `near`, and its turn in radians"
     if side < 32: raise ConfigError(f'`side` must be at least 32, got {side}')
@@ -326,7 +327,7 @@ def draw_amulet(
     face = _lit(height, colour, gloss, lamp-turn, elevation, rng.uniform(0.25, 0.6))
     return _photograph(face, mask, lamp, rng.uniform(2, 9)/math.tan(elevation), to_photo, rng, side, derive_seed(seed, 'home'))
 
-# %% ../nbs/02_samples.ipynb #abc3f640
+# %% ../nbs/02_samples.ipynb #0c80128b
 _INKS = np.array(((200,30,40), (20,80,170), (20,130,80), (240,150,20), (110,40,140), (30,30,34), (0,150,170), (220,70,130)), np.float32)/255
 _SYLLABLES = ('ka', 'lo', 'mi', 'ra', 'ta', 'no', 'su', 'vel', 'tor', 'an', 'ix', 'pra', 'dee', 'chai')
 
@@ -362,7 +363,7 @@ class _Card:
         t,a,(first,last) = np.linspace(0, 1, 2*_FIELD, dtype=np.float32), self.rng.uniform(0, 2*np.pi), self.rng.choice(_INKS, 2, replace=False)
         return first+(last-first)*np.clip(0.5+(t[None,:,None]-0.5)*math.cos(a)+(t[:,None,None]-0.5)*math.sin(a), 0, 1)
 
-# %% ../nbs/02_samples.ipynb #3c17031b
+# %% ../nbs/02_samples.ipynb #2f89a5e0
 def _text_logo(card):
     card.word(0, card.rng.uniform(1.1, 1.7), card.ink())
     if card.rng.random() < 0.5: card.word(card.rng.choice((-0.5, 0.5)), card.rng.uniform(0.6, 1.1), card.ink())
@@ -379,7 +380,7 @@ def _complex_logo(card):
 
 LOGOS:dict[str,Callable] = {'text': _text_logo, 'simple': _simple_logo, 'gradient': _gradient_logo, 'complex': _complex_logo}
 
-# %% ../nbs/02_samples.ipynb #5a0c70c6
+# %% ../nbs/02_samples.ipynb #41ce6823
 def draw_logo(
     kind:str, # One of `LOGOS`
     seed:int=0, # Which logo: shape, letters, inks
@@ -400,7 +401,7 @@ def draw_logo(
     away,mask = 1. if screen else rng.uniform(2, 8), np.ones((_FIELD, _FIELD), np.float32)
     return _photograph(face.astype(np.float32), mask, rng.uniform(0, 2*np.pi), away, to_photo, rng, side, derive_seed(seed, 'home'))
 
-# %% ../nbs/02_samples.ipynb #e6fc7b06
+# %% ../nbs/02_samples.ipynb #91e3773d
 @dataclass(frozen=True)
 class Faults(Config):
     "Files to add to the good ones: how many (1, 2, ...), or which share of the good ones (below 1)"
@@ -422,7 +423,7 @@ class Faults(Config):
 
 NO_FAULTS = Faults(*[0]*len(fields(Faults)))
 
-# %% ../nbs/02_samples.ipynb #29bffcc2
+# %% ../nbs/02_samples.ipynb #b77ba6e9
 def _encode(image, format='JPEG', **options):
     out = io.BytesIO()
     Image.fromarray(image).save(out, format, **options)
@@ -450,7 +451,7 @@ def _file_bytes(kind, label, seed, view, side, fault):
     if fault=='truncated': return data[:int(len(data)*rng.uniform(0.3, 0.7))]
     return _again(np.array(Image.open(io.BytesIO(data))), rng) if fault=='near_duplicate' else data
 
-# %% ../nbs/02_samples.ipynb #4b4c312e
+# %% ../nbs/02_samples.ipynb #46a464f3
 def _class_sizes(photos, classes):
     "Photos of each class, large to small, `photos` in all"
     share = np.geomspace(3.5, 1, classes)
@@ -464,7 +465,8 @@ def _good_rows(names, photos, seed):
             source,views = source+1, min(int(rng.integers(1, 5)), count)
             count -= views
             piece = derive_seed(seed, name, source)
-            rows += [{'label': name, 'true_label': name, 'source': f's{source:04d}', 'fault': '', 'piece': piece, 'view': view, 'of': -1} for view in range(views)]
+            row = {'label': name, 'true_label': name, 'source': f's{source:04d}', 'fault': '', 'piece': piece, 'of': -1}
+            rows += [{**row, 'view': view} for view in range(views)]
     return rows
 
 def _faulty_rows(good, names, faults, seed):
@@ -482,7 +484,7 @@ def _faulty_rows(good, names, faults, seed):
             rows.append(row)
     return rows
 
-# %% ../nbs/02_samples.ipynb #4f38b624
+# %% ../nbs/02_samples.ipynb #a6751ece
 def _plan(names, photos, seed, faults):
     "All rows with their paths, in the order of the paths"
     rows = _good_rows(names, photos, seed)
@@ -504,7 +506,7 @@ def _claim(output, settings):
         raise DatasetError(f'the folder holds {what}', code='not_empty', where=output, advice='Name a new folder, or empty this one')
     with atomic_write(record) as part: part.write_text(json.dumps(settings, indent=2)+'\n', encoding='utf-8')
 
-# %% ../nbs/02_samples.ipynb #d848d60b
+# %% ../nbs/02_samples.ipynb #2060056f
 def make_samples(
     output_dir:str|Path, # New or empty folder; gets CLASS/NUMBER.jpg, samples.csv, groups.csv and samples.json
     kind:str='amulets', # 'amulets' or 'logos'
@@ -519,7 +521,7 @@ def make_samples(
     from joblib import Parallel, delayed
     if kind not in ('amulets', 'logos'): raise ConfigError(f"`kind` must be 'amulets' or 'logos', got {kind!r}")
     known:dict = MOULDS if kind=='amulets' else LOGOS
-    names = list(known)[:classes] if isinstance(classes, int) else list(classes)
+    names = list(known)[:max(classes, 0)] if isinstance(classes, int) else list(dict.fromkeys(classes))
     if not names or not set(names) <= set(known): raise ConfigError(f'`classes` must be a number from 1 or names of {", ".join(known)}; got {classes!r}')
     photos = 40*len(names) if photos is None else photos
     if photos < 3*len(names): raise ConfigError(f'`photos` must be at least 3 a class, got {photos} for {len(names)} classes')

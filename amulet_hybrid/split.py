@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['assign_groups', 'leakage', 'check_groups', 'groups_per_class', 'check_splittable', 'holdout', 'folds']
 
-# %% ../nbs/12_split.ipynb #cc8505fc
-from typing import Sequence
-
+# %% ../nbs/12_split.ipynb #d7e1633b
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from .core import SplitError, derive_seed
 
-# %% ../nbs/12_split.ipynb #0f143b52
+# %% ../nbs/12_split.ipynb #0e2684fb
 def assign_groups(
-    labels:Sequence, # (n,) class of each photo
-    groups:Sequence, # (n,) group of each photo
-    shares:Sequence[float], # Wanted share of each bin, sums to 1
+    labels:ArrayLike, # (n,) class of each photo
+    groups:ArrayLike, # (n,) group of each photo
+    shares:ArrayLike, # Wanted share of each bin, sums to 1
     seed:int=0, # Order of groups of one size
     tries:int=10 # Packings from which the best is kept
 ) -> np.ndarray: # (n,) bin of each photo, 0..len(shares)-1
@@ -62,29 +61,29 @@ def _improve(bins, counts, wanted, scale, passes=5):
         if not moved: break
     return bins
 
-# %% ../nbs/12_split.ipynb #c9f75025
+# %% ../nbs/12_split.ipynb #3fcdbdd9
 def leakage(
-    split:Sequence, # (n,) part of each photo: fold number, 'train', 'test', ...
-    groups:Sequence # (n,) group of each photo
+    split:ArrayLike, # (n,) part of each photo: fold number, 'train', 'test', ...
+    groups:ArrayLike # (n,) group of each photo
 ) -> pd.DataFrame: # One row a parted group: group, parts, photos
     "Groups that lie in more than one part; empty when all is well"
     table = pd.DataFrame({'group': np.asarray(groups), 'part': np.asarray(split)})
     parted = table.groupby('group', sort=True).agg(parts=('part', lambda p: ' '.join(sorted(map(str, set(p))))), n_parts=('part', 'nunique'), photos=('part', 'size')).reset_index()
     return parted.loc[parted['n_parts']>1, ['group', 'parts', 'photos']].reset_index(drop=True)
 
-def check_groups(split:Sequence, groups:Sequence):
+def check_groups(split:ArrayLike, groups:ArrayLike):
     "Raise `SplitError` when a group is parted"
     if len(parted := leakage(split, groups)):
         row = parted.iloc[0]
-        raise SplitError(f'{len(parted)} of {len(set(groups))} groups are in more than one part, for example {row["group"]!r} in {row["parts"]}', code='group_parted',
+        raise SplitError(f'{len(parted)} of {len(np.unique(groups))} groups are in more than one part, for example {row["group"]!r} in {row["parts"]}', code='group_parted',
                          advice='A score from such a split is too good; split by group')
 
-# %% ../nbs/12_split.ipynb #35cd3af9
-def groups_per_class(labels:Sequence, groups:Sequence) -> pd.Series: # Number of groups by class
+# %% ../nbs/12_split.ipynb #4d51eb06
+def groups_per_class(labels:ArrayLike, groups:ArrayLike) -> pd.Series: # Number of groups by class
     "How many independent sources each class has"
     return pd.DataFrame({'label': np.asarray(labels), 'group': np.asarray(groups)}).groupby('label')['group'].nunique()
 
-def check_splittable(labels:Sequence, groups:Sequence, parts:int=2):
+def check_splittable(labels:ArrayLike, groups:ArrayLike, parts:int=2):
     "Raise `SplitError` where a class has fewer groups than parts, or there are no two classes"
     n = groups_per_class(labels, groups)
     if len(n) < 2: raise SplitError(f'only one class ({", ".join(map(str, n.index))})', code='one_class', advice='A classifier needs at least two')
@@ -95,8 +94,8 @@ def check_splittable(labels:Sequence, groups:Sequence, parts:int=2):
 def _has(label, k): return f"{label!r} has {k} group" + ("s" if k!=1 else "")
 
 def holdout(
-    labels:Sequence, # (n,) class of each photo
-    groups:Sequence, # (n,) group of each photo
+    labels:ArrayLike, # (n,) class of each photo
+    groups:ArrayLike, # (n,) group of each photo
     test_size:float=.2, # Share of photos held out, in (0, 1)
     seed:int=0
 ) -> np.ndarray: # (n,) 'train' or 'test'
@@ -108,8 +107,8 @@ def holdout(
     return part
 
 def folds(
-    labels:Sequence, # (n,) class of each photo
-    groups:Sequence, # (n,) group of each photo
+    labels:ArrayLike, # (n,) class of each photo
+    groups:ArrayLike, # (n,) group of each photo
     k:int=5, # Wanted number of folds; fewer where the rarest class has fewer groups
     seed:int=0
 ) -> np.ndarray: # (n,) fold of each photo

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRACTORS', 'Photo', 'BaseFeatureExtractor', 'make_extractor', 'join_blocks']
 
-# %% ../../nbs/30_features.core.ipynb #98f36220
+# %% ../../nbs/30_features.core.ipynb #1a489ae5
 from functools import cached_property
 from typing import Any, Callable, Iterable
 
@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from ..core import FeatureError, json_digest
 from ..images import resize_image
 
-# %% ../../nbs/30_features.core.ipynb #16a1f007
+# %% ../../nbs/30_features.core.ipynb #8858cedb
 class Photo:
     "Pixels of one photo and the views of them that extractors share"
     def __init__(self,
@@ -27,6 +27,7 @@ class Photo:
             raise FeatureError(f'a photo is (height, width, 3) uint8, got {rgb.shape} {rgb.dtype}', code='bad_photo')
         self.rgb,self.mode = rgb,mode
         self._views:dict[tuple[str,int],np.ndarray] = {}
+        self.memo:dict[Any,Any] = {} # What an extractor leaves here for the next one
 
     def view(self,
         kind:str, # 'rgb', 'grey', 'hsv' or 'lab'
@@ -45,7 +46,7 @@ class Photo:
 
 _VIEWS = {'grey': cv2.COLOR_RGB2GRAY, 'hsv': cv2.COLOR_RGB2HSV_FULL, 'lab': cv2.COLOR_RGB2LAB}
 
-# %% ../../nbs/30_features.core.ipynb #97748377
+# %% ../../nbs/30_features.core.ipynb #68dca3f7
 class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
     "A block: photos in, one float32 row each out"
     name = '' # Key in `EXTRACTORS`
@@ -73,7 +74,7 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
 
     def __sklearn_is_fitted__(self): return True
 
-# %% ../../nbs/30_features.core.ipynb #5fc4a272
+# %% ../../nbs/30_features.core.ipynb #203fbe6d
 EXTRACTORS:dict[str,Callable[...,BaseFeatureExtractor]] = {}
 
 def make_extractor(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FeatureConfig', 'HybridFeatureExtractor']
 
-# %% ../../nbs/35_features.hybrid.ipynb #688dab0a
+# %% ../../nbs/35_features.hybrid.ipynb #9aad930f
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +23,11 @@ from .cache import FeatureCache
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo, make_extractor
 from ..images import LIMITS, read_image
 
-# %% ../../nbs/35_features.hybrid.ipynb #91d33079
+# %% ../../nbs/35_features.hybrid.ipynb #f4a74f80
 @dataclass(frozen=True)
 class FeatureConfig(Config):
     "Which blocks, and how photos come to them"
-    blocks:tuple[str,...]=('colour', 'hog', 'lbp', 'cnn:mobilenet_v2') # Names in `EXTRACTORS`
+    blocks:tuple[str,...]=('colour', 'hog', 'lbp', 'cnn:mobilenet_v2', 'cnn:mobilenet_v2@max', 'cnn:mobilenet_v2@texture') # Names in `EXTRACTORS`
     weights:str='auto' # For CNN blocks: 'auto', a file, a folder, 'random' (for tests), or 'none' (leave them out)
     cnn_side:int=320 # Size at which CNN blocks see a photo, pixels
     mode:str='stretch' # How photos are made square: 'stretch', 'fit' or 'fill'
@@ -38,7 +38,7 @@ class FeatureConfig(Config):
         for block in self.blocks:
             if block.split(':')[0] not in EXTRACTORS: raise ConfigError(f'no block is called {block!r}', code='unknown_block', advice=f'Known: {", ".join(sorted(EXTRACTORS))}')
 
-# %% ../../nbs/35_features.hybrid.ipynb #88fed128
+# %% ../../nbs/35_features.hybrid.ipynb #c334f091
 class HybridFeatureExtractor:
     "Blocks by name, from photos or from a manifest"
     def __init__(self,
@@ -56,11 +56,12 @@ class HybridFeatureExtractor:
         for block in self.config.blocks:
             if not block.startswith('cnn'): yield block,make_extractor(block); continue
             if self.config.weights=='none': continue
-            extractor = make_extractor(block, weights=self.config.weights, side=self.config.cnn_side, mirror=False, cache_dir=cache_dir)
+            extractor = make_extractor(block, weights=self.config.weights, side=self.config.cnn_side, cache_dir=cache_dir)
             try: extractor.onnx_path() # type: ignore[attr-defined]
             except (FeatureError, MissingExtraError) as error:
                 if self.config.weights!='auto' or error.code not in ('weights_unavailable', 'missing_extra'): raise
-                self.notes.append(('warning', f'The block {block} was left out: {error.message}. {error.advice}'))
+                note = ('warning', f'The blocks of {block.partition("@")[0]} were left out: {error.message}. {error.advice}')
+                if note not in self.notes: self.notes.append(note)
             else: yield block,extractor
 
     def read(self, source:str|Path|bytes, limits=LIMITS) -> Photo:

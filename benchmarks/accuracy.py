@@ -1,0 +1,90 @@
+"""Nested accuracy on real photo sets: everything that learns, chooses or calibrates does so inside the outer training folds.
+
+    python benchmarks/accuracy.py --data ../shared/data --weights ../shared/weights --rival ../shared/rivals/afternoon.py
+
+Outer folds are those of the rival script (StratifiedGroupKFold, 5, shuffled, seed 0), so both are judged on the same photos. Features come from the cache where they are known.
+Writes benchmarks/results/accuracy.csv, from which the README makes its table.
+"""
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from amulet_hybrid.dataset import make_manifest
+from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.inspection import inspect_photos
+from amulet_hybrid.metrics import evaluate_predictions
+from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
+
+
+def load(data: Path, name: str, weights: str, cache: Path):
+    "Blocks, labels and the given groups of one set"
+    csv = data/f'{name}_groups.csv'
+    manifest, root = make_manifest(data/name, csv if csv.exists() else None)
+    manifest['given'] = manifest['group'].where(manifest['group'] != '', manifest['path'])
+    table = inspect_photos(manifest, root).usable
+    blocks = HybridFeatureExtractor(FeatureConfig(weights=weights), cache).extract_manifest(table, root)
+    return blocks, table['label'].to_numpy(str), table['given'].to_numpy(str)
+
+
+def nested(blocks, labels, groups, seed: int, quick: bool):
+    "Out-of-fold probabilities of the ensemble and of the best single block, each chosen anew in every outer fold"
+    classes, y = np.unique(labels, return_inverse=True)
+    outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True, random_state=seed)
+    ensemble, single = np.zeros((len(y), len(classes))), np.zeros((len(y), len(classes)))
+    for train, test in outer.split(y, y, groups):
+        held_out = {k: v[test] for k, v in blocks.items()}
+        trainer = HybridTrainer(TrainingConfig(quick=quick)).fit({k: v[train] for k, v in blocks.items()}, labels[train], groups[train])
+        ensemble[test], single[test] = trainer.model_.predict_proba(held_out), trainer.single_model_.predict_proba(held_out)
+        print('   ', ', '.join(f'{m.weight:.2f} {m.candidate}' for m in trainer.model_.members), flush=True)
+    return classes.tolist(), y, {'amulet_hybrid': ensemble, 'amulet_hybrid, best single block': single}
+
+
+def rival_rows(script: Path, data: Path, name: str, weights: str):
+    "What the rival script prints about a set"
+    csv = data/f'{name}_groups.csv'
+    done = subprocess.run([sys.executable, str(script), weights, str(data), f'{name}:{csv}' if csv.exists() else name], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        if found := re.match(rf'{name}\s+(.+?)\s+acc \S+ bal (\S+) F1 (\S+) .*cv (\S+)s', line):
+            yield {'method': f'afternoon script: {found[1]}', 'balanced_accuracy': float(found[2]), 'macro_f1': float(found[3]), 'seconds': float(found[4])}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path, default=Path('../shared/data'))
+    parser.add_argument('--weights', default='../shared/weights')
+    parser.add_argument('--rival', type=Path, help='script to beat, run on the same sets')
+    parser.add_argument('--sets', nargs='+', default=['amulet6', 'coins', 'magtile'])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the outer folds')
+    parser.add_argument('--quick', action='store_true')
+    parser.add_argument('--cache', type=Path, default=Path('.cache'))
+    parser.add_argument('--output', type=Path, default=Path(__file__).parent/'results'/'accuracy.csv')
+    args = parser.parse_args()
+    rows = []
+    for name in args.sets:
+        blocks, labels, groups = load(args.data, name, args.weights, args.cache)
+        about = {'set': name, 'photos': len(labels), 'classes': len(set(labels)), 'groups': len(set(groups))}
+        for seed in args.seeds:
+            start = time.time()
+            classes, y, found = nested(blocks, labels, groups, seed, args.quick)
+            seconds = time.time()-start
+            for method, proba in found.items():
+                overall = evaluate_predictions(y, proba, classes, groups).overall
+                figure = overall.loc['balanced_accuracy']
+                rows.append({**about, 'method': method, 'fold_seed': seed, 'balanced_accuracy': figure['value'], 'low': figure['low'], 'high': figure['high'], 'macro_f1': overall.loc['macro_f1', 'value'],
+                             'log_loss': overall.loc['log_loss', 'value'], 'ece': overall.loc['ece', 'value'], 'seconds': seconds/5})
+                print(name, method, seed, overall['value'].round(3).to_dict(), f'{seconds/5:.0f} s a fold', flush=True)
+        if args.rival: rows += [{**about, 'fold_seed': 0, **row} for row in rival_rows(args.rival, args.data, name, args.weights)]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows).round(3)
+    table.to_csv(args.output, index=False)
+    print(table.to_string(index=False))
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,63 @@
+"Real photos: what the software must find in them by itself"
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from amulet_hybrid.pipeline import TrainingRun
+from amulet_hybrid.split import leakage
+
+SHARED = Path(__file__).resolve().parent.parent.parent/'shared'
+
+def place(variable, default, name):
+    "A file or folder of ours, or a skip that says which variable to set"
+    path = Path(os.environ.get(variable) or SHARED/default)/name
+    if not path.exists(): pytest.skip(f'{path} is not there: set {variable} to the folder that holds {name}')
+    return path
+
+def data(name): return place('AMULET_DATA', 'data', name)
+
+def test_amulets_with_weights(tmp_path):
+    weights = place('AMULET_WEIGHTS', 'weights', 'mobilenet_v2.pth').parent
+    run = TrainingRun(data('amulet6'), output_dir=str(tmp_path), weights=str(weights), quick=True)
+    result = run.run()
+    assert result['figures']['balanced_accuracy']['value'] > .75
+    assert run.trainer.candidates_['blocks'].str.contains('cnn:mobilenet_v2').any()
+
+def test_a_split_that_leaks_is_not_used(tmp_path):
+    "Augmented first and split afterwards: nearly every test source is in training too"
+    run = TrainingRun(data('amulet6_leaky'), groups=str(data('amulet6_leaky_groups.csv')), output_dir=str(tmp_path))
+    run.inspect()
+    given = leakage(run.manifest['split'], run.manifest['group'])
+    run.split()
+    assert len(given) > 60 and leakage(run.manifest['split'], run.manifest['group']).empty
+    level,text = run.notes[0]
+    assert level=='warning' and 'on both sides' in text and 'Its split was not used' in text
+
+def test_random_split_is_unmasked(tmp_path):
+    "Magnetic tiles, each shot several times: random folds flatter"
+    run = TrainingRun(data('magtile'), groups=str(data('magtile_groups.csv')), output_dir=str(tmp_path), blocks=('colour', 'hog'), weights='none', quick=True)
+    result = run.run()
+    assert result['random_split']['random_folds'] - result['random_split']['grouped_folds'] > .2
+    assert [n for n in result['notes'] if n.startswith('A random split would have shown far more')]
+    assert 'A random split would have shown far more' in (tmp_path/'report.html').read_text(encoding='utf-8')
+
+def test_one_in_a_hundred_is_broken(tmp_path):
+    photos = tmp_path/'coins'
+    for folder in sorted(p for p in data('coins').iterdir() if p.is_dir()):
+        (photos/folder.name).mkdir(parents=True)
+        names = sorted(p.name for p in folder.iterdir())
+        for name in names[::max(1, len(names)//25)][:25]: shutil.copy(folder/name, photos/folder.name/name)
+    paths = sorted(photos.rglob('*.jpg'))
+    assert len(paths)==200
+    for path in paths[50:200:100]: path.write_bytes(path.read_bytes()[:path.stat().st_size//2])
+    cut = [p.relative_to(photos).as_posix() for p in paths[50:200:100]]
+    result = TrainingRun(photos, groups=str(data('coins_groups.csv')), output_dir=str(tmp_path/'out'), blocks=('colour', 'lbp'), weights='none', quick=True).run()
+    assert [row['path'] for row in json.loads((tmp_path/'out'/'inspection.json').read_text(encoding='utf-8'))['unreadable']]==cut
+    assert result['left_out']==2 and result['test_photos'] > 20
+    report = (tmp_path/'out'/'report.html').read_text(encoding='utf-8')
+    assert all(path in report for path in cut)
+    assert len(pd.read_csv(tmp_path/'out'/'manifest.csv'))==200
