@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUSTED', 'FORMAT', 'save_bundle', 'verify_bundle', 'Bundle', 'load_bundle']
 
-# %% ../nbs/60_bundle.ipynb #c0f5f135
+# %% ../nbs/60_bundle.ipynb #b3c27b47
 import importlib.metadata
 import json
 import pickle
@@ -24,7 +24,7 @@ from .features.core import make_extractor
 from .features.hybrid import FeatureConfig, HybridFeatureExtractor
 from .trainer import HybridModel
 
-# %% ../nbs/60_bundle.ipynb #3c367f13
+# %% ../nbs/60_bundle.ipynb #efbd7269
 TRUSTED:set[tuple[str,str]] = {
     *{('amulet_hybrid', c) for c in ('BlockScaler', 'Candidate', 'HybridModel', 'Member')},
     *{('numpy', c) for c in ('_reconstruct', '_frombuffer', 'ndarray', 'dtype', 'scalar')},
@@ -47,7 +47,7 @@ def _load_pickle(path, where):
 
 def _dump_pickle(value, path): path.write_bytes(pickle.dumps(value, protocol=5))
 
-# %% ../nbs/60_bundle.ipynb #b3463f8c
+# %% ../nbs/60_bundle.ipynb #343763b7
 FORMAT = 1 # Raised when an older reader would misread
 
 def _versions():
@@ -99,7 +99,7 @@ def save_bundle(
         part.rename(folder)
     return digest
 
-# %% ../nbs/60_bundle.ipynb #1723c58a
+# %% ../nbs/60_bundle.ipynb #2b466d87
 _REQUIRED = ('ensemble_model.joblib', 'scaler.joblib', 'label_encoder.joblib', 'training_config.json')
 
 def verify_bundle(

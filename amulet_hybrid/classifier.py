@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prediction', 'HybridClassifier']
 
-# %% ../nbs/61_classifier.ipynb #f8ec77d2
+# %% ../nbs/61_classifier.ipynb #aef6e85f
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from .core import ConfigError, DatasetError, ImageError, progress
 from .features.core import Photo
 from .images import LIMITS, ImageLimits
 
-# %% ../nbs/61_classifier.ipynb #6d1271d5
+# %% ../nbs/61_classifier.ipynb #842335ea
 @dataclass(frozen=True)
 class Prediction:
     "What is seen on a photo"

@@ -6,12 +6,13 @@
 __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'RunConfig', 'speed_profile', 'random_split_note', 'TrainingRun',
            'evaluate_bundle']
 
-# %% ../nbs/80_pipeline.ipynb #950a0271
+# %% ../nbs/80_pipeline.ipynb #01868881
 import datetime
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ from .metrics import paired_difference
 from .split import check_groups, check_splittable, groups_per_class, holdout, leakage
 from .trainer import HybridModel, HybridTrainer, TrainingConfig
 
-# %% ../nbs/80_pipeline.ipynb #3b6ebf0f
+# %% ../nbs/80_pipeline.ipynb #bab72224
 @dataclass(frozen=True)
 class RunConfig(Config):
     "One training run, from a folder to a bundle"
@@ -52,7 +53,7 @@ class RunConfig(Config):
 
 BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.json'
 
-# %% ../nbs/80_pipeline.ipynb #40d73f5a
+# %% ../nbs/80_pipeline.ipynb #4efc97fc
 def speed_profile(
     extractor:HybridFeatureExtractor,
     models:dict[str,HybridModel], # Name -> model
@@ -72,9 +73,9 @@ def speed_profile(
             model.predict_proba(blocks)
             rows[name].append({**times, 'model': 1000*(time.perf_counter()-start)})
     medians = {name: pd.DataFrame(found[warm:]).median() for name,found in rows.items()}
-    return medians[next(iter(models))].to_dict(),{name: float(m.sum()) for name,m in medians.items()}
+    return {str(k): float(v) for k,v in medians[next(iter(models))].items()},{name: float(m.sum()) for name,m in medians.items()}
 
-# %% ../nbs/80_pipeline.ipynb #b2aad3da
+# %% ../nbs/80_pipeline.ipynb #cbc42c02
 def random_split_note(
     trainer:HybridTrainer, # Fitted
     groups:np.ndarray # (n,) of the training photos
@@ -87,10 +88,12 @@ def random_split_note(
     def score(p): return float(np.mean([(p.argmax(1)[y==k]==k).mean() for k in np.unique(y)]))
     found = {'block': str(best), 'random_folds': score(random), 'grouped_folds': score(grouped), 'gap': gap.to_dict()}
     words = f'balanced accuracy of {best}: {score(random):.3f} in random folds, {score(grouped):.3f} in grouped ones; difference {gap}'
-    if gap.low > .02: return found,('warning', f'A random split would have shown far more than new photos will: {words}. Photos of one group resemble each other, so only the grouped figures are true.')
+    if gap.low > .02:
+        why = 'Photos of one group resemble each other, so only the grouped figures are true.'
+        return found,('warning', f'A random split would have shown far more than new photos will: {words}. {why}')
     return found,('info', f'A random split would have shown about the same: {words}.')
 
-# %% ../nbs/80_pipeline.ipynb #6142ba3c
+# %% ../nbs/80_pipeline.ipynb #a3cb9914
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
     def __init__(self,
@@ -112,21 +115,24 @@ class TrainingRun:
         if len(drop := few[few < c.min_groups]):
             usable = usable[~usable['label'].isin(drop.index)].reset_index(drop=True)
             self.notes.insert(0, ('warning', f'Left out, having fewer than {c.min_groups} groups: {", ".join(drop.index)}.'))
-        if gone := sorted(set(manifest['label'])-set(few.index)): self.notes.insert(0, ('warning', f'No photo of {", ".join(gone)} can be read; {"the class is" if len(gone)==1 else "these classes are"} missing from the model.'))
+        if gone := sorted(set(manifest['label'])-set(few.index)):
+            self.notes.insert(0, ('warning', f'No photo of {", ".join(gone)} can be read; {"the class is" if len(gone)==1 else "these classes are"} missing from the model.'))
         self.manifest = usable
         self.inspection.save(self.output)
         return self.inspection
 
-    def split(self) -> pd.DataFrame: # Photos and groups by class and part
+    def split(self) -> Any: # Table: photos and groups by class and part
         "Hold photos out, whole groups only; a split that the folder brings is used if it is honest"
         m = self.manifest
         check_splittable(m['label'], m['group'])
         given = m['split'].replace('val', 'train')
         whole = given.isin(['train', 'test']).all() and all(set(given[m['label']==k])=={'train', 'test'} for k in m['label'].unique())
-        parted = leakage(given, m['group']) if whole else []
+        parted = leakage(given, m['group']) if whole else pd.DataFrame()
         if whole and not len(parted): m['split'] = given
         else:
-            if len(parted): self.notes.insert(0, ('warning', f'The folder comes split, but {len(parted)} groups are on both sides (for example {parted["group"].iloc[0]}). Its split was not used.'))
+            if len(parted):
+                example = parted['group'].iloc[0]
+                self.notes.insert(0, ('warning', f'The folder comes split, but {len(parted)} groups are on both sides (for example {example}). Its split was not used.'))
             m['split'] = holdout(m['label'], m['group'], self.config.test_size, self.config.seed)
         check_groups(m['split'], m['group'])
         everything = self.inspection.manifest.drop(columns='split').merge(m[['path', 'split']], on='path', how='left').fillna({'split': ''})
@@ -162,9 +168,11 @@ class TrainingRun:
         stages,costs = speed_profile(self.extractor, {'ensemble': self.model, str(single): self.trainer.single_model_}, [paths[i] for i in pick])
         self.gap,note = random_split_note(self.trainer, self._part('train')[1]['group'].to_numpy())
         self.evaluation = evaluate(
-            y, self.model.predict_proba(blocks), self.model.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(), read_photo=lambda i: read_image(paths[i], at_least=160),
-            rivals={f'best single block ({single})': (self.trainer.single_model_.predict_proba(blocks), costs[str(single)])}, timings=stages, milliseconds=costs['ensemble'],
-            notes=[n for n in [note] if n]+self.notes, sections=self._sections(), title=f'{Path(self.config.data_dir).name}: held-out report', seed=self.config.seed)
+            y, self.model.predict_proba(blocks), self.model.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(),
+            read_photo=lambda i: read_image(paths[i], at_least=160), timings=stages, milliseconds=costs['ensemble'],
+            rivals={f'best single block ({single})': (self.trainer.single_model_.predict_proba(blocks), costs[str(single)])},
+            notes=[n for n in [note] if n]+self.notes, sections=self._sections(),
+            title=f'{Path(self.config.data_dir).name}: held-out report', seed=self.config.seed)
         self.evaluation.save(self.output)
         return self.evaluation
 
@@ -183,14 +191,17 @@ class TrainingRun:
         "Write the bundle, prove that it answers as the trained model does, and sum up"
         m,c = self.manifest,self.config
         seen = m.loc[m['split']=='train', 'sha256']
-        data = {'trained_on': sorted(s[:12] for s in seen), 'fingerprint': json_digest(m[['path', 'sha256', 'label', 'group', 'split']].to_numpy().tolist()), 'photos': len(m), 'groups': int(m['group'].nunique()), 'classes': m['label'].value_counts().sort_index().to_dict()}
-        figures = self.evaluation.metrics.to_dict()
+        data = {'fingerprint': json_digest(m[['path', 'sha256', 'label', 'group', 'split']].to_numpy().tolist()), 'photos': len(m), 'groups': int(m['group'].nunique()),
+                'classes': m['label'].value_counts().sort_index().to_dict(), 'trained_on': sorted(s[:12] for s in seen)}
+        figures,metrics = self.evaluation.metrics.to_dict(),self.evaluation.metrics
         training = {k: v for k,v in c.to_dict().items() if k not in ('data_dir', 'output_dir', 'cache_dir', 'groups', 'weights', 'jobs')}
-        self.digest = save_bundle(self.output/BUNDLE, self.model, self.extractor, training, data, figures, datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+        self.digest = save_bundle(self.output/BUNDLE, self.model, self.extractor, training, data, figures, now)
         self._check_parity()
         c.save(self.output/'config.json')
-        result = {'bundle': str(self.output/BUNDLE), 'digest': self.digest, 'report': str(self.output/REPORT), 'figures_file': str(self.output/FIGURES), 'manifest': str(self.output/'manifest.csv'), 'test_photos': self.evaluation.metrics.n,
-                  'test_groups': self.evaluation.metrics.n_groups, 'figures': figures['overall'], 'random_split': self.gap, 'left_out': len(self.inspection.unreadable), 'notes': [t for level,t in self.evaluation.notes if level=='warning']}
+        paths = {'bundle': BUNDLE, 'report': REPORT, 'figures_file': FIGURES, 'manifest': 'manifest.csv'}
+        result = {**{k: str(self.output/name) for k,name in paths.items()}, 'digest': self.digest, 'test_photos': metrics.n, 'test_groups': metrics.n_groups,
+                  'figures': figures['overall'], 'random_split': self.gap, 'left_out': len(self.inspection.unreadable), 'notes': [text for level,text in self.evaluation.notes if level=='warning']}
         with atomic_write(self.output/RESULT) as part: part.write_text(json.dumps(result, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
         return result
 
@@ -201,7 +212,8 @@ class TrainingRun:
         for i in range(0, len(table), max(1, len(table)//most)):
             got = np.array(list(classifier.classify(self.root/table['path'][i]).probabilities.values()))
             if got.argmax()!=want[i].argmax() or np.abs(got-want[i]).max() > tolerance:
-                raise BundleError(f'the bundle answers otherwise than the trained model for {table["path"][i]} (difference {np.abs(got-want[i]).max():.1e})', code='no_parity', where=self.output/BUNDLE)
+                gap = np.abs(got-want[i]).max()
+                raise BundleError(f'the bundle answers otherwise than the trained model for {table["path"][i]} (difference {gap:.1e})', code='no_parity', where=self.output/BUNDLE)
 
     def run(self) -> dict:
         "All steps"
@@ -210,12 +222,12 @@ class TrainingRun:
             step()
         return self.save()
 
-# %% ../nbs/80_pipeline.ipynb #44abb84e
+# %% ../nbs/80_pipeline.ipynb #1758bcfc
 def evaluate_bundle(
     bundle:str|Path, # Folder of a bundle
     data_dir:str|Path, # Labelled photos, as for training
     output_dir:str|Path, # Where report.html and figures.json go
-    groups:str|None=None, # CSV with columns path and group
+    groups:str|Path|None=None, # CSV with columns path and group
     group_by:str|None=None, # The same as a regular expression
     quick:bool=False, # At most 200 photos
     seed:int=0
@@ -227,15 +239,20 @@ def evaluate_bundle(
     if unknown := sorted(set(table['label'])-set(loaded.classes)):
         notes.insert(0, ('warning', f'The bundle does not know {", ".join(unknown)}; {int(table["label"].isin(unknown).sum())} photos are not scored.'))
         table = table[table['label'].isin(loaded.classes)].reset_index(drop=True)
-    if not len(table): raise DatasetError('no photo has a label that the bundle knows', code='no_photos', where=data_dir, advice=f'It knows {", ".join(loaded.classes)}')
-    if quick and len(table) > 200: table = table.sample(200, random_state=seed).sort_index().reset_index(drop=True); notes.insert(0, ('info', 'A quick look at 200 photos only.'))
-    if seen := int(table['sha256'].str[:12].isin(loaded.manifest['data'].get('trained_on', [])).sum()): notes.insert(0, ('warning', f'{seen} of these photos were used in training: their figures are too good.'))
+    if not len(table):
+        raise DatasetError('no photo has a label that the bundle knows', code='no_photos', where=data_dir, advice=f'It knows {", ".join(loaded.classes)}')
+    if quick and len(table) > 200:
+        table = table.sample(200, random_state=seed).sort_index().reset_index(drop=True)
+        notes.insert(0, ('info', 'A quick look at 200 photos only.'))
+    if seen := int(table['sha256'].str[:12].isin(loaded.manifest['data'].get('trained_on', [])).sum()):
+        notes.insert(0, ('warning', f'{seen} of these photos were used in training: their figures are too good.'))
     blocks = loaded.extractor.extract_manifest(table, root)
     stages,costs = speed_profile(loaded.extractor, {'ensemble': loaded.model}, [root/p for p in table['path'][:20]])
     y = np.searchsorted(loaded.classes, table['label'].to_numpy(str))
     sections = [('Classes', 'Files, usable photos and independent groups of each class.', found.classes.reset_index())]
     if len(found.unreadable): sections.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
-    report = evaluate(y, loaded.model.predict_proba(blocks), loaded.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(), read_photo=lambda i: read_image(root/table['path'][i], at_least=160),
-                      timings=stages, milliseconds=costs['ensemble'], notes=notes, sections=sections, title=f'{Path(data_dir).name}: bundle {loaded.version}', seed=seed)
+    report = evaluate(y, loaded.model.predict_proba(blocks), loaded.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(),
+                      read_photo=lambda i: read_image(root/table['path'][i], at_least=160), timings=stages, milliseconds=costs['ensemble'],
+                      notes=notes, sections=sections, title=f'{Path(data_dir).name}: bundle {loaded.version}', seed=seed)
     report.save(output_dir)
     return report

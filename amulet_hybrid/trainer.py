@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUICK_MODELS', 'TrainingConfig', 'default_joins', 'out_of_fold', 'Member', 'HybridModel', 'HybridTrainer']
 
-# %% ../nbs/44_trainer.ipynb #2b4ab49b
+# %% ../nbs/44_trainer.ipynb #7c2df61d
 from dataclasses import dataclass
 from typing import Any, Sequence
 
@@ -23,7 +23,7 @@ from .features.core import join_blocks
 from .models import MODELS, BlockScaler, Candidate, make_model, model_logits, select_ensemble, selection_loss
 from .split import folds
 
-# %% ../nbs/44_trainer.ipynb #44338061
+# %% ../nbs/44_trainer.ipynb #2f334d6e
 @dataclass(frozen=True)
 class TrainingConfig(Config):
     "How candidates are made and judged"
@@ -42,7 +42,7 @@ class TrainingConfig(Config):
 QUICK_MODELS = ('logistic_balanced', 'lda')
 _TREES = ('random_forest', 'extra_trees') # on single blocks only: in a join they cost most and bring least
 
-# %% ../nbs/44_trainer.ipynb #530286ea
+# %% ../nbs/44_trainer.ipynb #8e3846ef
 def default_joins(
     blocks:Sequence[str], # Names of the blocks there are
     quick:bool=False # Single blocks and the full join only
@@ -58,7 +58,7 @@ def _candidates(config, joins):
     models = [m for m in config.models if not config.quick or m in QUICK_MODELS] or list(config.models)
     return [Candidate(join, model) for join in joins for model in models if len(join)==1 or model not in _TREES]
 
-# %% ../nbs/44_trainer.ipynb #19d82852
+# %% ../nbs/44_trainer.ipynb #2c250a56
 def _fit_join(X, y, train, models, seed):
     "Scaler and fitted models on some rows"
     scaler = BlockScaler(sizes=tuple(x.shape[1] for x in X.values())).fit(join_blocks(X, X)[train])
@@ -91,7 +91,7 @@ def out_of_fold(
         for model,values in found.items(): logits[Candidate(join, model)][fold==f] = values
     return logits
 
-# %% ../nbs/44_trainer.ipynb #e05acd18
+# %% ../nbs/44_trainer.ipynb #c1627838
 @dataclass
 class Member:
     "One voice of the ensemble"
@@ -119,7 +119,8 @@ class HybridModel:
         "Calibrated probabilities"
         with threadpool_limits(1):
             Z = {join: self.scalers[join].transform(join_blocks(blocks, join)) for join in dict.fromkeys(m.candidate.blocks for m in self.members)}
-            vote = sum(m.weight*softmax(model_logits(m.model, Z[m.candidate.blocks], len(self.classes))/m.temperature, axis=1) for m in self.members)
+            voices = [m.weight*softmax(model_logits(m.model, Z[m.candidate.blocks], len(self.classes))/m.temperature, axis=1) for m in self.members]
+            vote = np.sum(voices, axis=0)
         return softmax(log_proba(vote)/self.temperature, axis=1)
 
     def predict(self, blocks:dict[str,np.ndarray]) -> np.ndarray: # (n,) of str
@@ -128,9 +129,10 @@ class HybridModel:
 
     def describe(self) -> pd.DataFrame: # Columns model, blocks, weight, temperature
         "The members as a table"
-        return pd.DataFrame([{'model': m.candidate.model, 'blocks': ' + '.join(m.candidate.blocks), 'weight': round(m.weight, 3), 'temperature': round(m.temperature, 3)} for m in self.members])
+        rows = [(m.candidate.model, ' + '.join(m.candidate.blocks), round(m.weight, 3), round(m.temperature, 3)) for m in self.members]
+        return pd.DataFrame(rows, columns=['model', 'blocks', 'weight', 'temperature'])
 
-# %% ../nbs/44_trainer.ipynb #872b9b72
+# %% ../nbs/44_trainer.ipynb #fb1cce71
 class HybridTrainer(BaseEstimator):
     "Out-of-fold search over blocks x models, soft vote, calibration, final fit"
     def __init__(self, config:TrainingConfig=TrainingConfig(), joins:Sequence[tuple[str,...]]|None=None):
@@ -142,7 +144,7 @@ class HybridTrainer(BaseEstimator):
         groups:Sequence # (n,) photos of one group are never parted
     ):
         "Search, choose, calibrate, refit"
-        config,groups = self.config,np.asarray(groups)
+        config,groups = self.config,np.asarray(groups) # type: ignore[assignment]
         if not blocks: raise TrainingError('there are no feature blocks', code='no_blocks')
         for name,X in blocks.items():
             if len(X)!=len(labels): raise TrainingError(f'the block {name} has {len(X)} rows for {len(labels)} labels', code='bad_blocks')
@@ -155,8 +157,8 @@ class HybridTrainer(BaseEstimator):
         self.temperatures_ = {c: TemperatureScaler().fit(found, self.y_).temperature_ for c,found in logits.items()}
         self.oof_ = {c: softmax(found/self.temperatures_[c], axis=1) for c,found in logits.items()}
         self.candidates_ = self._score()
-        weights = select_ensemble(self.oof_, self.y_, config.max_picks)
-        vote = sum(w*self.oof_[c] for c,w in weights.items())
+        weights = select_ensemble(self.oof_, self.y_, groups, config.max_picks)
+        vote = np.sum([w*self.oof_[c] for c,w in weights.items()], axis=0)
         final = TemperatureScaler().fit(log_proba(vote), self.y_)
         self.oof_proba_ = final.predict_proba(log_proba(vote))
         self.best_single_ = min(self.oof_, key=lambda c: (len(c.blocks), selection_loss(self.oof_[c], self.y_)))
@@ -167,8 +169,9 @@ class HybridTrainer(BaseEstimator):
 
     def _score(self):
         "Candidates by the loss that chooses, best first"
-        rows = [{'model': c.model, 'blocks': ' + '.join(c.blocks), 'balanced_accuracy': balanced_accuracy_score(self.y_, p.argmax(1)), 'macro_f1': f1_score(self.y_, p.argmax(1), average='macro'),
-                 'log_loss': log_loss(self.y_, p, labels=range(p.shape[1])), 'selection_loss': selection_loss(p, self.y_)} for c,p in self.oof_.items()]
+        y,k = self.y_,range(len(self.classes_))
+        rows = [{'model': c.model, 'blocks': ' + '.join(c.blocks), 'balanced_accuracy': balanced_accuracy_score(y, p.argmax(1)),
+                 'macro_f1': f1_score(y, p.argmax(1), average='macro'), 'log_loss': log_loss(y, p, labels=k), 'selection_loss': selection_loss(p, y)} for c,p in self.oof_.items()]
         return pd.DataFrame(rows).sort_values('selection_loss', kind='stable', ignore_index=True).round(4)
 
     def _random_folds(self, blocks, groups):
@@ -184,6 +187,7 @@ class HybridTrainer(BaseEstimator):
         with threadpool_limits(1):
             for join in dict.fromkeys(c.blocks for c in weights):
                 chosen = [c for c in weights if c.blocks==join]
-                scalers[join],fitted = _fit_join({b: blocks[b] for b in join}, self.y_, np.ones(len(self.y_), bool), [c.model for c in chosen], self.config.seed)
+                everyone = np.ones(len(self.y_), bool)
+                scalers[join],fitted = _fit_join({b: blocks[b] for b in join}, self.y_, everyone, [c.model for c in chosen], self.config.seed)
                 members += [Member(c, weights[c], self.temperatures_[c], fitted[c.model]) for c in chosen]
         return HybridModel(self.classes_.tolist(), sorted(members, key=lambda m: -m.weight), scalers, temperature)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'POOLS', 'find_weights', 'export_backbone', 'CNNFeatures', 'user_cache']
 
-# %% ../../nbs/33_features.cnn.ipynb #c10596b4
+# %% ../../nbs/33_features.cnn.ipynb #47b2fd44
 import os
 import threading
 from functools import lru_cache
@@ -17,7 +17,7 @@ import numpy as np
 from ..core import FeatureError, atomic_write, file_digest, json_digest, log, require
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo
 
-# %% ../../nbs/33_features.cnn.ipynb #91fab30b
+# %% ../../nbs/33_features.cnn.ipynb #88ba2cc0
 BACKBONES = ('mobilenet_v2', 'mobilenet_v3_small', 'mobilenet_v3_large', 'squeezenet1_1', 'efficientnet_b0', 'efficientnet_b3', 'resnet18', 'resnet50', 'resnet101')
 
 POOLS = ('mean', 'max', 'texture') # what one pass gives, in this order
@@ -57,8 +57,8 @@ def _download(backbone, timeout):
     finally: socket.setdefaulttimeout(before)
     return _in_folder(_hub_folder(), backbone)
 
-# %% ../../nbs/33_features.cnn.ipynb #572a51fb
-def _embedder(backbone, weights, seed=0):
+# %% ../../nbs/33_features.cnn.ipynb #dde90e39
+def _embedder(backbone, weights, seed=0) -> Any:
     "Torch module: (n, side, side, 3) uint8 -> mean, max and texture, (n, features) float32 each"
     torch,models = require('torch', 'cnn'),require('torchvision', 'cnn').models
     with torch.random.fork_rng(devices=[]):
@@ -71,7 +71,7 @@ def _embedder(backbone, weights, seed=0):
     stages = list(net.children())[:-2] if backbone.startswith('resnet') else list(net.features)
     fine = _last_fine_stage(torch, stages)
 
-    class Embedder(torch.nn.Module):
+    class Embedder(torch.nn.Module): # type: ignore[name-defined]
         def __init__(self):
             super().__init__()
             self.early,self.late = torch.nn.Sequential(*stages[:fine+1]),torch.nn.Sequential(*stages[fine+1:])
@@ -85,7 +85,7 @@ def _embedder(backbone, weights, seed=0):
             return late.mean((2,3)),late.amax((2,3)),torch.sqrt(spread+1e-12)
     return Embedder().eval()
 
-def _last_fine_stage(torch, stages):
+def _last_fine_stage(torch, stages) -> int:
     "Index of the last stage whose map is larger than the final one"
     sizes,x = [],torch.zeros(1,3,128,128)
     with torch.inference_mode():
@@ -106,7 +106,9 @@ def export_backbone(
     require('onnxscript', 'cnn')
     net = _embedder(backbone, weights)
     photos = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2,side,side,3), dtype=np.uint8))
-    model = torch.onnx.export(net, (photos,), input_names=['photos'], output_names=[f'pooled_{pool}' for pool in POOLS], dynamic_shapes=({0: torch.export.Dim('n')},), dynamo=True, verbose=False).model_proto
+    program = torch.onnx.export(net, (photos,), input_names=['photos'], output_names=[f'pooled_{pool}' for pool in POOLS], dynamic_shapes=({0: torch.export.Dim('n')},),
+                                dynamo=True, verbose=False)
+    model = program.model_proto
     _strip(model)
     with torch.inference_mode(): want = [part.numpy() for part in net(photos)]
     with atomic_write(path) as part:
@@ -130,7 +132,7 @@ def _session(path, threads=1):
     here = ort.get_available_providers()
     return ort.InferenceSession(str(path), options, providers=[p for p in ('CUDAExecutionProvider', 'CPUExecutionProvider') if p in here])
 
-# %% ../../nbs/33_features.cnn.ipynb #4ed9853a
+# %% ../../nbs/33_features.cnn.ipynb #d6186d41
 class CNNFeatures(BaseFeatureExtractor):
     "What a backbone says before its last layer"
     name = 'cnn'

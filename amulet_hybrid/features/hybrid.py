@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FeatureConfig', 'HybridFeatureExtractor']
 
-# %% ../../nbs/35_features.hybrid.ipynb #9aad930f
+# %% ../../nbs/35_features.hybrid.ipynb #bef1c021
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from .cache import FeatureCache
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo, make_extractor
 from ..images import LIMITS, read_image
 
-# %% ../../nbs/35_features.hybrid.ipynb #f4a74f80
+# %% ../../nbs/35_features.hybrid.ipynb #4dd2f61e
 @dataclass(frozen=True)
 class FeatureConfig(Config):
     "Which blocks, and how photos come to them"
@@ -38,7 +38,7 @@ class FeatureConfig(Config):
         for block in self.blocks:
             if block.split(':')[0] not in EXTRACTORS: raise ConfigError(f'no block is called {block!r}', code='unknown_block', advice=f'Known: {", ".join(sorted(EXTRACTORS))}')
 
-# %% ../../nbs/35_features.hybrid.ipynb #c334f091
+# %% ../../nbs/35_features.hybrid.ipynb #95f6bc07
 class HybridFeatureExtractor:
     "Blocks by name, from photos or from a manifest"
     def __init__(self,
@@ -57,7 +57,7 @@ class HybridFeatureExtractor:
             if not block.startswith('cnn'): yield block,make_extractor(block); continue
             if self.config.weights=='none': continue
             extractor = make_extractor(block, weights=self.config.weights, side=self.config.cnn_side, cache_dir=cache_dir)
-            try: extractor.onnx_path() # type: ignore[attr-defined]
+            try: extractor.onnx_path()
             except (FeatureError, MissingExtraError) as error:
                 if self.config.weights!='auto' or error.code not in ('weights_unavailable', 'missing_extra'): raise
                 note = ('warning', f'The blocks of {block.partition("@")[0]} were left out: {error.message}. {error.advice}')
