@@ -7,7 +7,7 @@ __all__ = ['log', 'AmuletError', 'ConfigError', 'ImageError', 'DatasetError', 'S
            'BundleError', 'MissingExtraError', 'require', 'bytes_digest', 'file_digest', 'json_digest', 'Config',
            'atomic_write', 'derive_seed', 'progress']
 
-# %% ../nbs/00_core.ipynb #ce648ad7
+# %% ../nbs/00_core.ipynb #cedab64f
 import dataclasses
 import hashlib
 import importlib
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
-# %% ../nbs/00_core.ipynb #5b009d45
+# %% ../nbs/00_core.ipynb #d08f81c1
 class AmuletError(Exception):
     "Something that the caller can act on; `code` names it for programs"
     code = 'error'
@@ -48,7 +48,7 @@ class AmuletError(Exception):
 
 def _rebuild(cls, message, code, where, advice): return cls(message, code=code, where=where, advice=advice)
 
-# %% ../nbs/00_core.ipynb #a056a2f8
+# %% ../nbs/00_core.ipynb #17887aff
 class ConfigError(AmuletError): "A setting that is unknown or out of range"; code = 'bad_setting'
 class ImageError(AmuletError): "A file that is not a photo we read"; code = 'corrupt_image'
 class DatasetError(AmuletError): "A folder or table that cannot become a manifest"; code = 'bad_dataset'
@@ -58,7 +58,7 @@ class TrainingError(AmuletError): "Training that cannot give an honest model"; c
 class BundleError(AmuletError): "A bundle that must not be loaded"; code = 'bad_bundle'
 class MissingExtraError(AmuletError, ImportError): "An optional package that is not installed"; code = 'missing_extra'
 
-# %% ../nbs/00_core.ipynb #e07a9f4f
+# %% ../nbs/00_core.ipynb #bc5f15d6
 def require(
     name:str, # Module to import, e.g. 'torch'
     extra:str # Our extra that installs it, e.g. 'cnn'
@@ -70,7 +70,7 @@ def require(
         raise MissingExtraError(f'this needs the package {name!r}, which is not installed',
                                 advice=f"Install it with: pip install 'amulet_hybrid[{extra}]'") from error
 
-# %% ../nbs/00_core.ipynb #318c5cae
+# %% ../nbs/00_core.ipynb #f4168c61
 def bytes_digest(data:bytes) -> str: # 64 hex digits
     "sha256 of `data`"
     return hashlib.sha256(data).hexdigest()
@@ -83,7 +83,7 @@ def json_digest(value:Any) -> str: # 64 hex digits
     "sha256 of `value` as JSON with sorted keys"
     return bytes_digest(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(',', ':'), allow_nan=False).encode())
 
-# %% ../nbs/00_core.ipynb #2123093c
+# %% ../nbs/00_core.ipynb #b0b9efc9
 class Config:
     "Base of all settings: frozen dataclasses that load from and save to JSON"
     def to_dict(self) -> dict: # Plain Python values only
@@ -118,9 +118,9 @@ class Config:
         "Same settings, same digest"
         return json_digest(self.to_dict())
 
-    def _repr_markdown_(self): return '| setting | value |\n|---|---|\n' + '\n'.join(f'| {k} | `{v}` |' for k,v in self.to_dict().items())
+    def _repr_markdown_(self): return '| setting | value |\n|---|---|\n' + '\n'.join(f'| {k} | `{v}` |' if v not in ('', None) else f'| {k} | |' for k,v in self.to_dict().items())
 
-# %% ../nbs/00_core.ipynb #7a5a9245
+# %% ../nbs/00_core.ipynb #ca920286
 @contextmanager
 def atomic_write(
     path:str|Path # Where the finished file shall be; folders are made
@@ -140,7 +140,7 @@ def atomic_write(
 
 _UMASK = os.umask(0o022); os.umask(_UMASK)
 
-# %% ../nbs/00_core.ipynb #64fe30a0
+# %% ../nbs/00_core.ipynb #e0d6710c
 def derive_seed(
     seed:int, # The run's seed
     *names:Any # What it is for, e.g. 'folds', 3
@@ -148,7 +148,7 @@ def derive_seed(
     "A seed of its own for everything that needs chance"
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4], 'big')
 
-# %% ../nbs/00_core.ipynb #fa15186b
+# %% ../nbs/00_core.ipynb #bf6b4b7e
 log = logging.getLogger('amulet_hybrid')
 log.addHandler(logging.NullHandler())
 

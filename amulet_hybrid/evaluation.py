@@ -6,7 +6,7 @@
 __all__ = ['INK', 'FAINT', 'ACCENT', 'MARKS', 'CSS', 'PAGE', 'plot_confusion', 'plot_per_class', 'plot_reliability', 'list_cases',
            'judge', 'compare_rivals', 'Evaluation', 'evaluate', 'render_report']
 
-# %% ../nbs/51_evaluation.ipynb #03a652ee
+# %% ../nbs/51_evaluation.ipynb #7a3dddfc
 import base64
 import html
 import io
@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from .core import ConfigError, atomic_write
 from .metrics import OVERALL, Interval, Metrics, count_words, evaluate_predictions, paired_difference, reliability
 
-# %% ../nbs/51_evaluation.ipynb #db381f98
+# %% ../nbs/51_evaluation.ipynb #efb0df91
 INK,FAINT,ACCENT = '#24323d', '#8a97a1', '#2b6a99'
 MARKS = {'recall': ('#2b6a99', 'o'), 'precision': ('#c8792b', 'D'), 'f1': ('#5b8c5a', 's')}
 
@@ -57,7 +57,7 @@ def _short(name, most=32):
     name = ' '.join(str(name).split())
     return name if len(name)<=most else f'{name[:most-13]}...{name[-10:]}'
 
-# %% ../nbs/51_evaluation.ipynb #e97a6910
+# %% ../nbs/51_evaluation.ipynb #a4944f7d
 def plot_confusion(
     confusion:np.ndarray, # (classes, classes) photos; rows are the truth
     classes:Sequence[str] # Names of the rows
@@ -77,7 +77,7 @@ def plot_confusion(
     ax.set_xlabel('called (rows: what it is)', color=INK, fontsize=9)
     return fig
 
-# %% ../nbs/51_evaluation.ipynb #a24cade0
+# %% ../nbs/51_evaluation.ipynb #df3e12aa
 def plot_per_class(
     per_class:pd.DataFrame # As in `Metrics.per_class`; drawn from top to bottom
 ): # matplotlib Figure
@@ -107,7 +107,7 @@ def plot_reliability(
     ax.set_ylabel('share of right photos', color=INK, fontsize=9)
     return fig
 
-# %% ../nbs/51_evaluation.ipynb #5f9c284f
+# %% ../nbs/51_evaluation.ipynb #d2adcf75
 def _png(fig):
     "data: address of a matplotlib Figure and its width in pixels"
     out = io.BytesIO()
@@ -123,7 +123,7 @@ def _thumbnail(image, side=160):
     small.convert('RGB').save(out, 'JPEG', quality=80)
     return 'data:image/jpeg;base64,'+base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/51_evaluation.ipynb #6a4aa042
+# %% ../nbs/51_evaluation.ipynb #deea82df
 def list_cases(
     y_true:ArrayLike, # (n,) class indices
     proba:np.ndarray, # (n, classes)
@@ -140,7 +140,7 @@ def list_cases(
                           'truth': [classes[i] for i in y], 'truth_probability': p[rows,y]})
     return table[(said==y)==right].sort_values('confidence', ascending=right, kind='stable').rename_axis('row')
 
-# %% ../nbs/51_evaluation.ipynb #d582047b
+# %% ../nbs/51_evaluation.ipynb #d11e111a
 def _ms(value): return f'{value:.0f} ms' if value>=9.95 else f'{value:.1f} ms' if value>=.095 else f'{value:.2f} ms'
 
 def judge(
@@ -157,11 +157,11 @@ def judge(
         return f'The {name} beats {rival} by {difference} balanced accuracy{cost}.'
     if difference.high<0:
         return f'{rival} alone beats the {name} by {Interval(-difference.value, -difference.high, -difference.low)} balanced accuracy: use it alone.'
-    start = f'The {name} is no better than {rival}: the interval of the difference in balanced accuracy, {difference}, holds 0'
+    start = f'The {name} is not shown to be better than {rival}: the interval of the difference in balanced accuracy, {difference}, holds 0'
     if extra is not None and extra<=0: return f'{start}; but {rival} is no quicker, so the {name} may stay.'
     return f'{start}, so {rival} alone would do{"" if not extra or not ms else f" in {1-extra/ms:.0%} of the time"}.'
 
-# %% ../nbs/51_evaluation.ipynb #3b8caa33
+# %% ../nbs/51_evaluation.ipynb #c86b89a8
 def compare_rivals(
     y_true:ArrayLike, # (n,) class indices
     proba:np.ndarray, # (n, classes) of the judged model
@@ -183,7 +183,7 @@ def compare_rivals(
                      'milliseconds': took, 'verdict': judge(who, difference, ms, took, name) if difference else ''}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('model')
 
-# %% ../nbs/51_evaluation.ipynb #2c88b88a
+# %% ../nbs/51_evaluation.ipynb #1b7eb6d2
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "Everything the report shows; `save` writes it"
@@ -245,7 +245,7 @@ class Evaluation:
 
 def _records(frame, orient='records'): return json.loads(frame.to_json(orient=orient, default_handler=str))
 
-# %% ../nbs/51_evaluation.ipynb #852ad5df
+# %% ../nbs/51_evaluation.ipynb #cb7ebbeb
 def _check_extras(notes, sections):
     "Notes and sections that the report can show"
     from matplotlib.figure import Figure
@@ -299,7 +299,7 @@ def evaluate(
 
 _N_ERRORS,_N_UNSURE = 24, 8 # photos that are shown
 
-# %% ../nbs/51_evaluation.ipynb #4cc8e39e
+# %% ../nbs/51_evaluation.ipynb #2cc63874
 CSS = '''
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#24323d;--soft:#5c6973;--line:#e3e7ea;--accent:#2b6a99;--range:#a9c7dd;--track:#eef1f3;
 --warn:#8a5200;--warnbg:#fdf3e1;--infobg:#eaf2f8;--bad:#a8322a}
@@ -309,6 +309,7 @@ CSS = '''
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:16px/1.55 -apple-system,BlinkMacSystemFont,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",Arial,"Noto Sans Thai",sans-serif;overflow-wrap:anywhere}
+th,td{overflow-wrap:break-word}
 main{max-width:64rem;margin:0 auto;padding:2rem 1.25rem 4rem}
 h1{font-size:1.35rem;margin:0 0 .75rem;color:var(--soft);font-weight:600}
 h2{font-size:1.2rem;margin:0 0 .4rem}h3{font-size:1rem;margin:1.5rem 0 .3rem}p{margin:.35rem 0;max-width:46rem}
@@ -355,7 +356,7 @@ PAGE = '''<!doctype html>
 <i class="range" style="left:{{ x.low|at(top) }};width:{{ (x.high-x.low)|at(top) }}"></i><i class="dot" style="left:{{ x.value|at(top) }}"></i>
 {%- if guess is not none %}<i class="guess" style="left:{{ guess|at(top) }}"></i>{% endif %}</span>{% endif %}{% endmacro %}
 {%- macro table(t) %}<div class="scroll"><table><thead><tr>{% for h in t.heads %}<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in t.rows %}<tr>{% for v in row %}{% if loop.first %}<th>{{ v }}</th>{% else %}<td data-label="{{ t.heads[loop.index0] }}">{{ v }}</td>{% endif %}
+{% for row in t.rows %}<tr>{% for v in row %}{% if loop.first %}<th>{{ v|breakable }}</th>{% else %}<td data-label="{{ t.heads[loop.index0] }}">{{ v|breakable }}</td>{% endif %}
 {% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% if t.more %}<small>and {{ t.more }} more rows</small>{% endif %}{% endmacro %}
 {%- macro picture(src) %}{% if src.startswith('data:image/') %}<img src="{{ src }}" alt="" loading="lazy">{% elif src %}
@@ -413,7 +414,7 @@ Look at the labels first: a mistake the model is sure of is often a photo in the
 {% endfor %}</main></body></html>
 '''
 
-# %% ../nbs/51_evaluation.ipynb #42f3f8aa
+# %% ../nbs/51_evaluation.ipynb #bfbe53c2
 _WORDS = {'accuracy': ('Accuracy', 'share of photos that are named rightly'),
           'balanced_accuracy': ('Balanced accuracy', 'mean recall of the classes: a small class counts as much as a large one'),
           'macro_f1': ('Macro F1', 'mean F1 of the classes: false calls count too'),
@@ -452,7 +453,7 @@ def _pairs(metrics, most=5):
     cells = sorted(zip(*np.nonzero(wrong), strict=True), key=lambda ij: -wrong[ij])[:most]
     return [f'{wrong[i,j]} of {wrong[i].sum()+metrics.confusion[i,i]} photos of {names[i]} are called {names[j]}.' for i,j in cells]
 
-# %% ../nbs/51_evaluation.ipynb #9d47aa8a
+# %% ../nbs/51_evaluation.ipynb #b9b7f747
 def _cell(value):
     "Short text of any value"
     if value is None or isinstance(value, (float, np.floating)) and np.isnan(value): return ''
@@ -466,7 +467,7 @@ def _table(frame, most=300):
     shown = frame.head(most)
     if not isinstance(frame.index, pd.RangeIndex):
         shown = shown.reset_index(names='' if frame.index.nlevels==1 and frame.index.name is None else None, allow_duplicates=True)
-    return {'heads': list(map(str, shown.columns)), 'rows': [list(map(_cell, row)) for row in shown.itertuples(index=False)], 'more': len(frame)-len(shown)}
+    return {'heads': [str(c).replace('_', ' ') for c in shown.columns], 'rows': [list(map(_cell, row)) for row in shown.itertuples(index=False)], 'more': len(frame)-len(shown)}
 
 def _section(title, text, content):
     "An extra section for the template"

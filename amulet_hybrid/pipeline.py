@@ -6,7 +6,7 @@
 __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'RunConfig', 'speed_profile', 'random_split_note', 'TrainingRun',
            'evaluate_bundle']
 
-# %% ../nbs/80_pipeline.ipynb #01868881
+# %% ../nbs/80_pipeline.ipynb #6819abce
 import datetime
 import json
 import time
@@ -29,7 +29,7 @@ from .metrics import paired_difference
 from .split import check_groups, check_splittable, groups_per_class, holdout, leakage
 from .trainer import HybridModel, HybridTrainer, TrainingConfig
 
-# %% ../nbs/80_pipeline.ipynb #bab72224
+# %% ../nbs/80_pipeline.ipynb #89e3ac9b
 @dataclass(frozen=True)
 class RunConfig(Config):
     "One training run, from a folder to a bundle"
@@ -53,7 +53,7 @@ class RunConfig(Config):
 
 BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.json'
 
-# %% ../nbs/80_pipeline.ipynb #4efc97fc
+# %% ../nbs/80_pipeline.ipynb #84478691
 def speed_profile(
     extractor:HybridFeatureExtractor,
     models:dict[str,HybridModel], # Name -> model
@@ -75,7 +75,7 @@ def speed_profile(
     medians = {name: pd.DataFrame(found[warm:]).median() for name,found in rows.items()}
     return {str(k): float(v) for k,v in medians[next(iter(models))].items()},{name: float(m.sum()) for name,m in medians.items()}
 
-# %% ../nbs/80_pipeline.ipynb #cbc42c02
+# %% ../nbs/80_pipeline.ipynb #e1be72fd
 def random_split_note(
     trainer:HybridTrainer, # Fitted
     groups:np.ndarray # (n,) of the training photos
@@ -93,7 +93,7 @@ def random_split_note(
         return found,('warning', f'A random split would have shown far more than new photos will: {words}. {why}')
     return found,('info', f'A random split would have shown about the same: {words}.')
 
-# %% ../nbs/80_pipeline.ipynb #a3cb9914
+# %% ../nbs/80_pipeline.ipynb #509f307e
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
     def __init__(self,
@@ -212,8 +212,8 @@ class TrainingRun:
         for i in range(0, len(table), max(1, len(table)//most)):
             got = np.array(list(classifier.classify(self.root/table['path'][i]).probabilities.values()))
             if got.argmax()!=want[i].argmax() or np.abs(got-want[i]).max() > tolerance:
-                gap = np.abs(got-want[i]).max()
-                raise BundleError(f'the bundle answers otherwise than the trained model for {table["path"][i]} (difference {gap:.1e})', code='no_parity', where=self.output/BUNDLE)
+                raise BundleError(f'it answers otherwise than the trained model for {table["path"][i]} (difference {np.abs(got-want[i]).max():.1e})',
+                                  code='no_parity', where=self.output/BUNDLE)
 
     def run(self) -> dict:
         "All steps"
@@ -222,7 +222,7 @@ class TrainingRun:
             step()
         return self.save()
 
-# %% ../nbs/80_pipeline.ipynb #1758bcfc
+# %% ../nbs/80_pipeline.ipynb #686ccbac
 def evaluate_bundle(
     bundle:str|Path, # Folder of a bundle
     data_dir:str|Path, # Labelled photos, as for training

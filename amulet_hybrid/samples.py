@@ -6,7 +6,7 @@
 __all__ = ['OUTLINES', 'PARTS', 'MOULDS', 'MATERIALS', 'BACKGROUNDS', 'LOGOS', 'NO_FAULTS', 'contact_sheet', 'Mould', 'relief',
            'draw_amulet', 'draw_logo', 'Faults', 'make_samples']
 
-# %% ../nbs/02_samples.ipynb #0bb69b36
+# %% ../nbs/02_samples.ipynb #cdb21e03
 import io
 import json
 import math
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .core import Config, ConfigError, DatasetError, atomic_write, derive_seed, progress
 from .images import resize_image
 
-# %% ../nbs/02_samples.ipynb #eb5c5754
+# %% ../nbs/02_samples.ipynb #919ffda3
 def contact_sheet(
     images:Sequence[np.ndarray], # Photos, any sizes, uint8 RGB
     labels:Sequence[str]=(), # One below each photo; none if left out
@@ -39,10 +39,12 @@ def contact_sheet(
     for i,image in enumerate(images):
         x,y = i%columns*(side+4)+2, i//columns*(side+foot+4)+2
         sheet.paste(Image.fromarray(resize_image(image, side, 'fit')), (x, y))
-        if foot: pen.text((x, y+side+1), str(labels[i])[:side//5], 'black', font)
+        if foot: pen.text((x, y+side+1), _fitting(str(labels[i]), lambda t: pen.textlength(t, font) <= side), 'black', font)
     return np.asarray(sheet)
 
-# %% ../nbs/02_samples.ipynb #3b1884c3
+def _fitting(text, fits): return text if fits(text) else next(t for n in range(len(text), -1, -1) if fits(t := text[:n]+'..') or not n)
+
+# %% ../nbs/02_samples.ipynb #e68e687f
 OUTLINES:dict[str,Callable] = {
     'rectangle': lambda y: 0.93+0.07*y,
     'triangle':  lambda y: np.clip((y+1.1)/2, 0, 1),
@@ -54,7 +56,7 @@ OUTLINES:dict[str,Callable] = {
 PARTS = {'posture': ('meditation', 'touching', 'covering', 'walking'), 'head': ('knot', 'spire', 'bald'), 'seat': ('none', 'lotus', 'tiers'),
          'frame': ('none', 'dome', 'rays', 'flame', 'leaves', 'hood'), 'border': ('plain', 'line', 'beads')}
 
-# %% ../nbs/02_samples.ipynb #6f6453c1
+# %% ../nbs/02_samples.ipynb #a9ae3e20
 @dataclass(frozen=True)
 class Mould(Config):
     "What the pieces of one class have in common: their relief, and nothing else"
@@ -73,7 +75,7 @@ class Mould(Config):
             if (value := getattr(self, name)) not in known: raise ConfigError(f'`{name}` must be one of {", ".join(known)}, got {value!r}')
         if not 0.4 <= self.width <= 1: raise ConfigError(f'`width` must be in 0.4 .. 1, got {self.width}')
 
-# %% ../nbs/02_samples.ipynb #84dbba57
+# %% ../nbs/02_samples.ipynb #67238195
 MOULDS:dict[str,Mould] = {
     'somdej_three_tiers':  Mould('rectangle', 0.68, head='spire', seat='tiers', tiers=3, frame='dome', border='line'),
     'somdej_seven_tiers':  Mould('rectangle', 0.68, head='spire', seat='tiers', tiers=7, frame='dome', border='line'),
@@ -89,7 +91,7 @@ MOULDS:dict[str,Mould] = {
     'pidta_octagon':       Mould('octagon', 0.74, posture='covering', head='bald', border='beads', script=True),
 }
 
-# %% ../nbs/02_samples.ipynb #3d726d49
+# %% ../nbs/02_samples.ipynb #de5311bc
 _FIELD = 320 # Side of a height field, pixels
 _UNIT = 0.92*_FIELD # Pixels of the double-size drawing for one unit: a piece is 2 units high and fills 0.92 of the field
 
@@ -114,7 +116,7 @@ class _Clay:
         turn = np.linspace(0, 2*np.pi, 48)
         for x,y,rx,ry in discs: self.area(np.c_[x+rx*np.cos(turn), y+ry*np.sin(turn)], level, edge)
 
-# %% ../nbs/02_samples.ipynb #f15e6b22
+# %% ../nbs/02_samples.ipynb #b929dae2
 _LAP,_EARTH,_FACE = [(-0.4,0), (-0.47,0.3), (0,0.42)], [(-0.4,0), (-0.48,0.3), (-0.43,0.66)], [(-0.4,0), (-0.42,0.24), (-0.07,-0.36)]
 _ARMS = {'meditation': (_LAP, _LAP), 'touching': (_EARTH, _LAP), 'covering': (_FACE, _FACE)}
 
@@ -136,7 +138,7 @@ def _figure(clay, mould):
     if mould.head=='knot': clay.discs([(0, -0.64, 0.08, 0.09)], 0.85, 0.06)
     if mould.head=='spire': clay.area([(-0.08,-0.56), (0.08,-0.56), (0,-0.98)], 0.85, 0.05)
 
-# %% ../nbs/02_samples.ipynb #a650a627
+# %% ../nbs/02_samples.ipynb #af104f3a
 def _seat(clay, mould, half, foot):
     "Draw the seat upon `foot`; returns the height of its top"
     if mould.seat=='lotus':
@@ -172,7 +174,7 @@ def _rim(clay, mould, edge):
     for x in (-0.73*mould.width, 0.73*mould.width) if mould.script else ():
         clay.lines([np.c_[x+rng.uniform(-0.06, 0.06, 4), y+rng.uniform(-0.06, 0.06, 4)] for y in np.linspace(-0.4, 0.4, 6) for _ in 'ab'], 0.03, 0.5)
 
-# %% ../nbs/02_samples.ipynb #ae59b817
+# %% ../nbs/02_samples.ipynb #9df12a8b
 @lru_cache(maxsize=64)
 def relief(
     mould:Mould # One class
@@ -193,7 +195,7 @@ def relief(
     small = [cv2.resize(a.astype(np.float32), (_FIELD, _FIELD), interpolation=cv2.INTER_AREA) for a in (height, plate)]
     return cv2.GaussianBlur(small[0], (0,0), 0.7), small[1]
 
-# %% ../nbs/02_samples.ipynb #85e253ba
+# %% ../nbs/02_samples.ipynb #06aa058f
 MATERIALS:dict[str,tuple] = { # Colour (RGB), gloss 0 .. 1
     'red_clay': ((176,112,74), 0.08), 'bronze': ((132,104,62), 0.5), 'ivory_powder': ((226,212,184), 0.06), 'dark_powder': ((74,66,60), 0.15),
     'gilt': ((214,168,74), 0.65), 'grey_lead': ((128,130,132), 0.35), 'green_powder': ((122,132,96), 0.08)}
@@ -203,7 +205,7 @@ def _smooth(rng, n, cells):
     bumps = cv2.resize(rng.standard_normal((cells+2, cells+2), np.float32), (n, n), interpolation=cv2.INTER_CUBIC)
     return bumps/(bumps.std()+1e-6)
 
-# %% ../nbs/02_samples.ipynb #dda89cee
+# %% ../nbs/02_samples.ipynb #eb59a1c4
 def _worn(height, mask, rng):
     "Relief of one piece: bent, rubbed, chipped, scratched"
     wear = rng.beta(1.6, 2.6)
@@ -235,7 +237,7 @@ def _piece(mould, seed):
     colour = rgb*(1+0.06*_smooth(rng, _FIELD, 12)[...,None])*(1+0.2*np.clip(-hollow, 0, 1))
     return height, mask, colour+rng.uniform(0.2, 0.9)*np.clip(hollow, 0, 1)*(dirt-colour), gloss*rng.uniform(0.5, 1.3)
 
-# %% ../nbs/02_samples.ipynb #36e0ab59
+# %% ../nbs/02_samples.ipynb #ea9087b7
 def _lit(height, colour, gloss, azimuth, elevation, ambient):
     "The piece under a lamp at these angles (radians, in the frame of the piece); `ambient` is the share of light from everywhere"
     depth = 16. # Pixels that a height of 1 rises
@@ -254,7 +256,7 @@ def _lit(height, colour, gloss, azimuth, elevation, ambient):
     light = (ambient + (1-ambient)*1.2*diffuse*(1-0.7*cv2.GaussianBlur(shade, (0,0), 1)))*open_sky
     return colour*light[...,None] + (0.75*gloss*(1-ambient)*shine*(1-shade))[...,None]
 
-# %% ../nbs/02_samples.ipynb #d3875a68
+# %% ../nbs/02_samples.ipynb #949d0cd2
 def _weave(rng, n):
     y,x = np.mgrid[:n,:n].astype(np.float32)
     a,pitch = rng.uniform(0, np.pi), rng.uniform(3, 7)
@@ -280,7 +282,7 @@ def _background(rng, n):
     rgb = np.array(colours[rng.integers(len(colours))], np.float32)/255*rng.uniform(0.85, 1.15)
     return np.clip(rgb*(1+texture(rng, n)[...,None]), 0, 1).astype(np.float32)
 
-# %% ../nbs/02_samples.ipynb #299f0905
+# %% ../nbs/02_samples.ipynb #be863434
 def _pose(rng, side, far, near):
     "Homography from the field to a photo of which it fills `far` to `near`, and its turn in radians"
     if side < 32: raise ConfigError(f'`side` must be at least 32, got {side}')
@@ -327,7 +329,7 @@ def draw_amulet(
     face = _lit(height, colour, gloss, lamp-turn, elevation, rng.uniform(0.25, 0.6))
     return _photograph(face, mask, lamp, rng.uniform(2, 9)/math.tan(elevation), to_photo, rng, side, derive_seed(seed, 'home'))
 
-# %% ../nbs/02_samples.ipynb #0c80128b
+# %% ../nbs/02_samples.ipynb #7c37a1e5
 _INKS = np.array(((200,30,40), (20,80,170), (20,130,80), (240,150,20), (110,40,140), (30,30,34), (0,150,170), (220,70,130)), np.float32)/255
 _SYLLABLES = ('ka', 'lo', 'mi', 'ra', 'ta', 'no', 'su', 'vel', 'tor', 'an', 'ix', 'pra', 'dee', 'chai')
 
@@ -363,7 +365,7 @@ class _Card:
         t,a,(first,last) = np.linspace(0, 1, 2*_FIELD, dtype=np.float32), self.rng.uniform(0, 2*np.pi), self.rng.choice(_INKS, 2, replace=False)
         return first+(last-first)*np.clip(0.5+(t[None,:,None]-0.5)*math.cos(a)+(t[:,None,None]-0.5)*math.sin(a), 0, 1)
 
-# %% ../nbs/02_samples.ipynb #2f89a5e0
+# %% ../nbs/02_samples.ipynb #737839f6
 def _text_logo(card):
     card.word(0, card.rng.uniform(1.1, 1.7), card.ink())
     if card.rng.random() < 0.5: card.word(card.rng.choice((-0.5, 0.5)), card.rng.uniform(0.6, 1.1), card.ink())
@@ -380,7 +382,7 @@ def _complex_logo(card):
 
 LOGOS:dict[str,Callable] = {'text': _text_logo, 'simple': _simple_logo, 'gradient': _gradient_logo, 'complex': _complex_logo}
 
-# %% ../nbs/02_samples.ipynb #41ce6823
+# %% ../nbs/02_samples.ipynb #8bc12374
 def draw_logo(
     kind:str, # One of `LOGOS`
     seed:int=0, # Which logo: shape, letters, inks
@@ -401,7 +403,7 @@ def draw_logo(
     away,mask = 1. if screen else rng.uniform(2, 8), np.ones((_FIELD, _FIELD), np.float32)
     return _photograph(face.astype(np.float32), mask, rng.uniform(0, 2*np.pi), away, to_photo, rng, side, derive_seed(seed, 'home'))
 
-# %% ../nbs/02_samples.ipynb #91e3773d
+# %% ../nbs/02_samples.ipynb #0051df89
 @dataclass(frozen=True)
 class Faults(Config):
     "Files to add to the good ones: how many (1, 2, ...), or which share of the good ones (below 1)"
@@ -423,7 +425,7 @@ class Faults(Config):
 
 NO_FAULTS = Faults(*[0]*len(fields(Faults)))
 
-# %% ../nbs/02_samples.ipynb #b77ba6e9
+# %% ../nbs/02_samples.ipynb #87205b8d
 def _encode(image, format='JPEG', **options):
     out = io.BytesIO()
     Image.fromarray(image).save(out, format, **options)
@@ -451,7 +453,7 @@ def _file_bytes(kind, label, seed, view, side, fault):
     if fault=='truncated': return data[:int(len(data)*rng.uniform(0.3, 0.7))]
     return _again(np.array(Image.open(io.BytesIO(data))), rng) if fault=='near_duplicate' else data
 
-# %% ../nbs/02_samples.ipynb #46a464f3
+# %% ../nbs/02_samples.ipynb #63098aa0
 def _class_sizes(photos, classes):
     "Photos of each class, large to small, `photos` in all"
     share = np.geomspace(3.5, 1, classes)
@@ -484,7 +486,7 @@ def _faulty_rows(good, names, faults, seed):
             rows.append(row)
     return rows
 
-# %% ../nbs/02_samples.ipynb #a6751ece
+# %% ../nbs/02_samples.ipynb #8c3bd14d
 def _plan(names, photos, seed, faults):
     "All rows with their paths, in the order of the paths"
     rows = _good_rows(names, photos, seed)
@@ -506,7 +508,7 @@ def _claim(output, settings):
         raise DatasetError(f'the folder holds {what}', code='not_empty', where=output, advice='Name a new folder, or empty this one')
     with atomic_write(record) as part: part.write_text(json.dumps(settings, indent=2)+'\n', encoding='utf-8')
 
-# %% ../nbs/02_samples.ipynb #2060056f
+# %% ../nbs/02_samples.ipynb #dab83ed3
 def make_samples(
     output_dir:str|Path, # New or empty folder; gets CLASS/NUMBER.jpg, samples.csv, groups.csv and samples.json
     kind:str='amulets', # 'amulets' or 'logos'

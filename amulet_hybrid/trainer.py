@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUICK_MODELS', 'TrainingConfig', 'default_joins', 'out_of_fold', 'Member', 'HybridModel', 'HybridTrainer']
 
-# %% ../nbs/44_trainer.ipynb #7c2df61d
+# %% ../nbs/44_trainer.ipynb #a6f093fc
 from dataclasses import dataclass
 from typing import Any, Sequence
 
@@ -23,7 +23,7 @@ from .features.core import join_blocks
 from .models import MODELS, BlockScaler, Candidate, make_model, model_logits, select_ensemble, selection_loss
 from .split import folds
 
-# %% ../nbs/44_trainer.ipynb #2f334d6e
+# %% ../nbs/44_trainer.ipynb #0df033da
 @dataclass(frozen=True)
 class TrainingConfig(Config):
     "How candidates are made and judged"
@@ -42,7 +42,7 @@ class TrainingConfig(Config):
 QUICK_MODELS = ('logistic_balanced', 'lda')
 _TREES = ('random_forest', 'extra_trees') # on single blocks only: in a join they cost most and bring least
 
-# %% ../nbs/44_trainer.ipynb #8e3846ef
+# %% ../nbs/44_trainer.ipynb #ee5bee61
 def default_joins(
     blocks:Sequence[str], # Names of the blocks there are
     quick:bool=False # Single blocks and the full join only
@@ -58,7 +58,7 @@ def _candidates(config, joins):
     models = [m for m in config.models if not config.quick or m in QUICK_MODELS] or list(config.models)
     return [Candidate(join, model) for join in joins for model in models if len(join)==1 or model not in _TREES]
 
-# %% ../nbs/44_trainer.ipynb #2c250a56
+# %% ../nbs/44_trainer.ipynb #6add312b
 def _fit_join(X, y, train, models, seed):
     "Scaler and fitted models on some rows"
     scaler = BlockScaler(sizes=tuple(x.shape[1] for x in X.values())).fit(join_blocks(X, X)[train])
@@ -91,7 +91,7 @@ def out_of_fold(
         for model,values in found.items(): logits[Candidate(join, model)][fold==f] = values
     return logits
 
-# %% ../nbs/44_trainer.ipynb #c1627838
+# %% ../nbs/44_trainer.ipynb #dadc79f7
 @dataclass
 class Member:
     "One voice of the ensemble"
@@ -117,10 +117,8 @@ class HybridModel:
         blocks:dict[str,np.ndarray] # Block name -> (n, n_features); more than needed is fine
     ) -> np.ndarray: # (n, n_classes), rows sum to 1
         "Calibrated probabilities"
-        with threadpool_limits(1):
-            Z = {join: self.scalers[join].transform(join_blocks(blocks, join)) for join in dict.fromkeys(m.candidate.blocks for m in self.members)}
-            voices = [m.weight*softmax(model_logits(m.model, Z[m.candidate.blocks], len(self.classes))/m.temperature, axis=1) for m in self.members]
-            vote = np.sum(voices, axis=0)
+        Z = {join: self.scalers[join].transform(join_blocks(blocks, join)) for join in dict.fromkeys(m.candidate.blocks for m in self.members)}
+        vote = np.sum([m.weight*softmax(model_logits(m.model, Z[m.candidate.blocks], len(self.classes))/m.temperature, axis=1) for m in self.members], axis=0)
         return softmax(log_proba(vote)/self.temperature, axis=1)
 
     def predict(self, blocks:dict[str,np.ndarray]) -> np.ndarray: # (n,) of str
@@ -132,7 +130,7 @@ class HybridModel:
         rows = [(m.candidate.model, ' + '.join(m.candidate.blocks), round(m.weight, 3), round(m.temperature, 3)) for m in self.members]
         return pd.DataFrame(rows, columns=['model', 'blocks', 'weight', 'temperature'])
 
-# %% ../nbs/44_trainer.ipynb #fb1cce71
+# %% ../nbs/44_trainer.ipynb #6bc6dcb9
 class HybridTrainer(BaseEstimator):
     "Out-of-fold search over blocks x models, soft vote, calibration, final fit"
     def __init__(self, config:TrainingConfig=TrainingConfig(), joins:Sequence[tuple[str,...]]|None=None):
