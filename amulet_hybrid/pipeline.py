@@ -6,7 +6,7 @@
 __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'RunConfig', 'speed_profile', 'random_split_note', 'TrainingRun',
            'evaluate_bundle']
 
-# %% ../nbs/80_pipeline.ipynb #6819abce
+# %% ../nbs/80_pipeline.ipynb #79e7c146
 import datetime
 import json
 import time
@@ -29,7 +29,7 @@ from .metrics import paired_difference
 from .split import check_groups, check_splittable, groups_per_class, holdout, leakage
 from .trainer import HybridModel, HybridTrainer, TrainingConfig
 
-# %% ../nbs/80_pipeline.ipynb #89e3ac9b
+# %% ../nbs/80_pipeline.ipynb #3e71098c
 @dataclass(frozen=True)
 class RunConfig(Config):
     "One training run, from a folder to a bundle"
@@ -53,7 +53,7 @@ class RunConfig(Config):
 
 BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.json'
 
-# %% ../nbs/80_pipeline.ipynb #84478691
+# %% ../nbs/80_pipeline.ipynb #af834c55
 def speed_profile(
     extractor:HybridFeatureExtractor,
     models:dict[str,HybridModel], # Name -> model
@@ -75,7 +75,7 @@ def speed_profile(
     medians = {name: pd.DataFrame(found[warm:]).median() for name,found in rows.items()}
     return {str(k): float(v) for k,v in medians[next(iter(models))].items()},{name: float(m.sum()) for name,m in medians.items()}
 
-# %% ../nbs/80_pipeline.ipynb #e1be72fd
+# %% ../nbs/80_pipeline.ipynb #a1055346
 def random_split_note(
     trainer:HybridTrainer, # Fitted
     groups:np.ndarray # (n,) of the training photos
@@ -93,7 +93,7 @@ def random_split_note(
         return found,('warning', f'A random split would have shown far more than new photos will: {words}. {why}')
     return found,('info', f'A random split would have shown about the same: {words}.')
 
-# %% ../nbs/80_pipeline.ipynb #509f307e
+# %% ../nbs/80_pipeline.ipynb #93235565
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
     def __init__(self,
@@ -201,7 +201,8 @@ class TrainingRun:
         c.save(self.output/'config.json')
         paths = {'bundle': BUNDLE, 'report': REPORT, 'figures_file': FIGURES, 'manifest': 'manifest.csv'}
         result = {**{k: str(self.output/name) for k,name in paths.items()}, 'digest': self.digest, 'test_photos': metrics.n, 'test_groups': metrics.n_groups,
-                  'figures': figures['overall'], 'random_split': self.gap, 'left_out': len(self.inspection.unreadable), 'notes': [text for level,text in self.evaluation.notes if level=='warning']}
+                  'figures': figures['overall'], 'random_split': self.gap, 'left_out': len(self.inspection.unreadable),
+                  'notes': [text for level,text in self.evaluation.notes if level=='warning']}
         with atomic_write(self.output/RESULT) as part: part.write_text(json.dumps(result, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
         return result
 
@@ -222,7 +223,7 @@ class TrainingRun:
             step()
         return self.save()
 
-# %% ../nbs/80_pipeline.ipynb #686ccbac
+# %% ../nbs/80_pipeline.ipynb #142e7a35
 def evaluate_bundle(
     bundle:str|Path, # Folder of a bundle
     data_dir:str|Path, # Labelled photos, as for training
