@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUICK_MODELS', 'TrainingConfig', 'default_joins', 'out_of_fold', 'Member', 'HybridModel', 'HybridTrainer']
 
-# %% ../nbs/44_trainer.ipynb #a6f093fc
+# %% ../nbs/44_trainer.ipynb #57f43299
 from dataclasses import dataclass
 from typing import Any, Sequence
 
@@ -23,7 +23,7 @@ from .features.core import join_blocks
 from .models import MODELS, BlockScaler, Candidate, make_model, model_logits, select_ensemble, selection_loss
 from .split import folds
 
-# %% ../nbs/44_trainer.ipynb #0df033da
+# %% ../nbs/44_trainer.ipynb #cd251e9f
 @dataclass(frozen=True)
 class TrainingConfig(Config):
     "How candidates are made and judged"
@@ -42,7 +42,7 @@ class TrainingConfig(Config):
 QUICK_MODELS = ('logistic_balanced', 'lda')
 _TREES = ('random_forest', 'extra_trees') # on single blocks only: in a join they cost most and bring least
 
-# %% ../nbs/44_trainer.ipynb #ee5bee61
+# %% ../nbs/44_trainer.ipynb #3b835411
 def default_joins(
     blocks:Sequence[str], # Names of the blocks there are
     quick:bool=False # Single blocks and the full join only
@@ -58,7 +58,7 @@ def _candidates(config, joins):
     models = [m for m in config.models if not config.quick or m in QUICK_MODELS] or list(config.models)
     return [Candidate(join, model) for join in joins for model in models if len(join)==1 or model not in _TREES]
 
-# %% ../nbs/44_trainer.ipynb #6add312b
+# %% ../nbs/44_trainer.ipynb #a0875b94
 def _fit_join(X, y, train, models, seed):
     "Scaler and fitted models on some rows"
     scaler = BlockScaler(sizes=tuple(x.shape[1] for x in X.values())).fit(join_blocks(X, X)[train])
@@ -91,7 +91,7 @@ def out_of_fold(
         for model,values in found.items(): logits[Candidate(join, model)][fold==f] = values
     return logits
 
-# %% ../nbs/44_trainer.ipynb #dadc79f7
+# %% ../nbs/44_trainer.ipynb #ff562678
 @dataclass
 class Member:
     "One voice of the ensemble"
@@ -130,7 +130,7 @@ class HybridModel:
         rows = [(m.candidate.model, ' + '.join(m.candidate.blocks), round(m.weight, 3), round(m.temperature, 3)) for m in self.members]
         return pd.DataFrame(rows, columns=['model', 'blocks', 'weight', 'temperature'])
 
-# %% ../nbs/44_trainer.ipynb #6bc6dcb9
+# %% ../nbs/44_trainer.ipynb #0c01545a
 class HybridTrainer(BaseEstimator):
     "Out-of-fold search over blocks x models, soft vote, calibration, final fit"
     def __init__(self, config:TrainingConfig=TrainingConfig(), joins:Sequence[tuple[str,...]]|None=None):
@@ -148,7 +148,7 @@ class HybridTrainer(BaseEstimator):
             if len(X)!=len(labels): raise TrainingError(f'the block {name} has {len(X)} rows for {len(labels)} labels', code='bad_blocks')
             if not np.isfinite(X).all(): raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
         self.classes_,self.y_ = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
-        self.fold_ = folds(self.y_, groups, 3 if config.quick else config.cv_folds, config.seed)
+        self.fold_ = folds(np.asarray(labels, dtype=str), groups, 3 if config.quick else config.cv_folds, config.seed)
         if (k := int(self.fold_.max())+1) < config.cv_folds and not config.quick: log.warning('the rarest class has %d groups only: %d folds', k, k)
         candidates = _candidates(config, self.joins or default_joins(list(blocks), config.quick))
         logits = out_of_fold(blocks, self.y_, self.fold_, candidates, config.seed, config.jobs or joblib.cpu_count())
