@@ -6,7 +6,7 @@
 __all__ = ['FATAL', 'NOTED', 'perceptual_hash', 'tiny_copy', 'measure_photo', 'quality_score', 'near_pairs', 'clusters',
            'chain_pairs', 'InspectionConfig', 'Inspection', 'has_issue', 'inspect_photos']
 
-# %% ../nbs/11_inspection.ipynb #05107f06
+# %% ../nbs/11_inspection.ipynb #754ed57e
 import json
 import os
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from .core import Config, ConfigError, DatasetError, ImageError, atomic_write, bytes_digest, progress
 from .images import LIMITS, ImageLimits, probe_image, read_image, resize_image
 
-# %% ../nbs/11_inspection.ipynb #4fea46c5
+# %% ../nbs/11_inspection.ipynb #be962609
 FATAL = ('image_not_found', 'empty_file', 'image_too_large', 'unsupported_format', 'corrupt_image', 'bad_dimensions') # the photo cannot be used
 NOTED = ('wrong_extension', 'animated', 'rotated', 'not_rgb', 'blurred', 'dark', 'bright', 'low_contrast', 'small', 'duplicate', 'near_duplicate', 'label_conflict') # it can
 _SUFFIX = {'.jpg': 'JPEG', '.jpeg': 'JPEG', '.jfif': 'JPEG', '.png': 'PNG', '.bmp': 'BMP', '.gif': 'GIF', '.webp': 'WEBP'}
@@ -66,7 +66,7 @@ def measure_photo(
     return row | {'blur': float(cv2.Laplacian(grey, cv2.CV_64F).var()), 'brightness': float(grey.mean()), 'contrast': float(grey.std()),
                   'phash': np.packbits(perceptual_hash(rgb)).tobytes().hex(), 'issues': ' '.join(issues), 'tiny': tiny_copy(rgb)}
 
-# %% ../nbs/11_inspection.ipynb #827a3cec
+# %% ../nbs/11_inspection.ipynb #43165f91
 def quality_score(
     measured:pd.DataFrame # Columns blur, brightness, contrast, width, height
 ) -> pd.Series: # 0..100
@@ -81,7 +81,7 @@ def _quality_issues(m):
     return {'blurred': (log_blur < log_blur.median()-3.5*max(spread, .05)) & (m['blur'] < 100), 'dark': m['brightness'] < 40, 'bright': m['brightness'] > 225,
             'low_contrast': m['contrast'] < 12, 'small': m[['width','height']].min(axis=1) < 64}
 
-# %% ../nbs/11_inspection.ipynb #6a988084
+# %% ../nbs/11_inspection.ipynb #35e54985
 def near_pairs(
     hashes:np.ndarray, # (n, 64) bool
     tiny:np.ndarray, # (n, d) float32, rows of length 1
@@ -114,7 +114,7 @@ def chain_pairs(
     before = named.groupby(keys[(keys!='').to_numpy()].to_numpy()).shift()
     return np.stack([before.dropna().astype(int), named[before.notna().to_numpy()]], 1) if len(named) else np.zeros((0,2), int)
 
-# %% ../nbs/11_inspection.ipynb #6e3e1591
+# %% ../nbs/11_inspection.ipynb #68ba3b57
 @dataclass(frozen=True)
 class InspectionConfig(Config):
     "How closely to look"
@@ -166,7 +166,7 @@ def has_issue(manifest:pd.DataFrame, codes:Iterable[str]) -> np.ndarray: # (n,) 
 def _mark(issues, code, rows):
     return [f'{i} {code}'.strip() if hit else i for i,hit in zip(issues, rows)]
 
-# %% ../nbs/11_inspection.ipynb #6c191291
+# %% ../nbs/11_inspection.ipynb #35a29559
 def _name_groups(given, cluster, paths):
     "One name a cluster: what the user called it, or its first path"
     names = pd.DataFrame({'cluster': cluster, 'given': given, 'path': paths})
@@ -219,7 +219,7 @@ def inspect_photos(
     classes['share'] = (classes['photos']/classes['photos'].sum()).round(3)
     return Inspection(m, unreadable, duplicates, classes, _advise(m, good, given, unreadable, duplicates, classes))
 
-# %% ../nbs/11_inspection.ipynb #052a05c5
+# %% ../nbs/11_inspection.ipynb #39257eff
 def _advise(m, good, given, unreadable, duplicates, classes):
     notes = []
     conflicts = duplicates[duplicates.groupby('cluster')['label'].transform('nunique')>1]
@@ -241,9 +241,10 @@ def _advise(m, good, given, unreadable, duplicates, classes):
         notes.append(('warning', f'One group ({largest.idxmax()}) holds {largest.max()} of {len(good)} photos; splits will be uneven.'))
     if not (given!='').any():
         notes.append(('info', 'No groups were given. If several photos show one object or one scene, say so (--groups or --group-by), or the score will be too good.'))
-    alone = good[given.to_numpy()!=''].groupby('group').agg(labels=('label', 'nunique'), photos=('path', 'size'))
-    if 0 < (n := int(((alone['labels']==1) & (alone['photos']>1)).sum())) < len(alone):
-        notes.append(('info', f'{n} of {len(alone)} sources hold photos of one class only: their light or background can stand in for the label.'))
+    sources = good[given.to_numpy()!=''].groupby('group').agg(labels=('label', 'nunique'), photos=('path', 'size'))
+    several = sources[sources['photos']>1]
+    if 0 < (n := int((several['labels']==1).sum())) < .8*len(several): # where sources show one object each, that is as it must be
+        notes.append(('info', f'{n} of {len(several)} sources with several photos hold one class only: their light or background can stand in for the label.'))
     for code in ('blurred', 'dark', 'bright', 'low_contrast', 'small', 'wrong_extension', 'animated'):
-        if n := int(has_issue(m, [code]).sum()): notes.append(('info', f'{n} photos are marked {code}.'))
+        if n := int(has_issue(m, [code]).sum()): notes.append(('info', f'{n} photo{"s are" if n>1 else " is"} marked {code.replace("_", " ")}.'))
     return notes

@@ -6,7 +6,7 @@
 __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'RunConfig', 'speed_profile', 'random_split_note', 'TrainingRun',
            'evaluate_bundle']
 
-# %% ../nbs/80_pipeline.ipynb #8d36df7f
+# %% ../nbs/80_pipeline.ipynb #d8e93f8f
 import datetime
 import json
 import time
@@ -29,7 +29,7 @@ from .metrics import paired_difference
 from .split import check_groups, check_splittable, groups_per_class, holdout, leakage
 from .trainer import HybridModel, HybridTrainer, TrainingConfig
 
-# %% ../nbs/80_pipeline.ipynb #c361dfe2
+# %% ../nbs/80_pipeline.ipynb #60779496
 @dataclass(frozen=True)
 class RunConfig(Config):
     "One training run, from a folder to a bundle"
@@ -53,7 +53,7 @@ class RunConfig(Config):
 
 BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.json'
 
-# %% ../nbs/80_pipeline.ipynb #f5f17b18
+# %% ../nbs/80_pipeline.ipynb #2b52425d
 def speed_profile(
     extractor:HybridFeatureExtractor,
     models:dict[str,HybridModel], # Name -> model
@@ -75,7 +75,7 @@ def speed_profile(
     medians = {name: pd.DataFrame(found[warm:]).median() for name,found in rows.items()}
     return {str(k): float(v) for k,v in medians[next(iter(models))].items()},{name: float(m.sum()) for name,m in medians.items()}
 
-# %% ../nbs/80_pipeline.ipynb #9a99bbc7
+# %% ../nbs/80_pipeline.ipynb #1d7be389
 def random_split_note(
     trainer:HybridTrainer, # Fitted
     groups:np.ndarray # (n,) of the training photos
@@ -91,9 +91,9 @@ def random_split_note(
     if gap.low > .02:
         why = 'Photos of one group resemble each other, so only the grouped figures are true.'
         return found,('warning', f'A random split would have shown far more than new photos will: {words}. {why}')
-    return found,('info', f'A random split would have shown about the same: {words}.')
+    return found,('info', f'Random and grouped folds cannot be told apart by these photos: {words}.')
 
-# %% ../nbs/80_pipeline.ipynb #1a5f72aa
+# %% ../nbs/80_pipeline.ipynb #5953baca
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
     def __init__(self,
@@ -223,7 +223,7 @@ class TrainingRun:
             step()
         return self.save()
 
-# %% ../nbs/80_pipeline.ipynb #67ea15b8
+# %% ../nbs/80_pipeline.ipynb #37c57a79
 def evaluate_bundle(
     bundle:str|Path, # Folder of a bundle
     data_dir:str|Path, # Labelled photos, as for training
