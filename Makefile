@@ -14,7 +14,7 @@ PORT = 8000
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test check lab serve docs readme clean
+.PHONY: help install dev run test check lab serve docs quarto readme clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -86,13 +86,15 @@ lab: install ## Explore the notebooks in JupyterLab
 serve: install ## Answer over HTTP with MODEL=runs/samples/bundle at HOST=127.0.0.1 PORT=8000
 	@$(BIN)/amulet serve --model-dir '$(MODEL)' --host '$(HOST)' --port '$(PORT)'
 
-docs: dev ## Render the documentation site into _docs (needs Quarto on the PATH)
-	@command -v quarto >/dev/null || { echo "Quarto, which renders the site, is not on the PATH."; echo "Get it from https://quarto.org/docs/get-started and run make docs again."; exit 1; }
+docs: quarto dev ## Render the documentation site into _docs (needs Quarto on the PATH)
 	@rm -rf _proc _docs
 	@$(BIN)/nbdev_proc_nbs --file_re '\.(ipynb|qmd)$$'
 	@cd _proc && quarto render --no-cache
 	@mv _proc/_docs _docs
 	@echo "The site is in _docs/index.html"
+
+quarto:
+	@command -v quarto >/dev/null || { echo "Quarto, which renders the site, is not on the PATH."; echo "Get it from https://quarto.org/docs/get-started and run make docs again."; exit 1; }
 
 readme: dev ## Make README.md from nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=remove-cell --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README --log-level ERROR nbs/index.ipynb

@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'START', 'BlockScaler', 'make_model', 'model_logits', 'photo_losses', 'selection_loss', 'Candidate',
            'select_ensemble']
 
-# %% ../nbs/43_models.ipynb #372490be
+# %% ../nbs/43_models.ipynb #b9d1a688
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from .calibration import log_proba
 from .core import TrainingError
 
-# %% ../nbs/43_models.ipynb #85861c50
+# %% ../nbs/43_models.ipynb #102f9412
 class BlockScaler(TransformerMixin, BaseEstimator):
     "Standardise columns, weigh blocks equally, project onto principal axes"
     def __init__(self,
@@ -59,14 +59,14 @@ class BlockScaler(TransformerMixin, BaseEstimator):
         X = validate_data(self, X, dtype=np.float64, reset=False)
         return ((X-self.mean_)*self.scale_)@self.components_.T
 
-# %% ../nbs/43_models.ipynb #f94315c2
+# %% ../nbs/43_models.ipynb #15a4d1ea
 MODELS:dict[str,Callable[[int],Any]] = {
     'logistic': lambda seed: LogisticRegression(C=.01, max_iter=1000),
     'logistic_balanced': lambda seed: LogisticRegression(C=.01, max_iter=1000, class_weight='balanced'),
     'logistic_smooth': lambda seed: LogisticRegression(C=.001, max_iter=1000, class_weight='balanced'),
     'lda': lambda seed: LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto'),
     'svm': lambda seed: SVC(C=10, class_weight='balanced'),
-    'random_forest': lambda seed: RandomForestClassifier(200, class_weight='balanced_subsample', min_samples_leaf=2, random_state=seed, n_jobs=1),
+    'random_forest': lambda seed: RandomForestClassifier(100, class_weight='balanced_subsample', min_samples_leaf=2, random_state=seed, n_jobs=1),
     'extra_trees': lambda seed: ExtraTreesClassifier(200, class_weight='balanced', min_samples_leaf=2, random_state=seed, n_jobs=1),
 }
 
@@ -89,7 +89,7 @@ def model_logits(
     out[:,np.asarray(model.classes_, int)] = raw
     return out
 
-# %% ../nbs/43_models.ipynb #6804a0ea
+# %% ../nbs/43_models.ipynb #c99eba90
 def photo_losses(
     proba:np.ndarray, # (n, n_classes)
     y:np.ndarray # (n,) class indices
