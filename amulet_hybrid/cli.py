@@ -7,7 +7,7 @@ __all__ = ['app', 'Data', 'Output', 'Groups', 'GroupBy', 'Blocks', 'Weights', 'T
            'Jobs', 'Model', 'Verbose', 'main', 'samples', 'inspect', 'split', 'train', 'run', 'evaluate', 'predict',
            'serve', 'version']
 
-# %% ../nbs/90_cli.ipynb #1cda7e45
+# %% ../nbs/90_cli.ipynb #78dbcb99
 import json
 import os
 import sys
@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-# %% ../nbs/90_cli.ipynb #e8f09f82
+# %% ../nbs/90_cli.ipynb #962b6f92
 app = typer.Typer(name='amulet', no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   context_settings={'help_option_names': ['-h', '--help']},
                   help='From a folder of photos to a served, calibrated classifier.\n\n'
@@ -53,7 +53,7 @@ def _verbose(on):
 def _notes(notes):
     for level,text in notes: typer.echo(f'  {"!" if level=="warning" else "-"} {text}')
 
-# %% ../nbs/90_cli.ipynb #b058788f
+# %% ../nbs/90_cli.ipynb #7d37f83b
 @app.command(epilog='Example: amulet samples --output-dir samples --kind amulets --seed 1')
 def samples(
     output_dir:Output=Path('samples'),
@@ -100,7 +100,7 @@ def split(data_dir:Data, output_dir:Output=Path('runs/split'), groups:Groups=Non
     _notes(n for n in run.notes if n[0]=='warning')
     typer.echo(f'Written: {run.output/"manifest.csv"}')
 
-# %% ../nbs/90_cli.ipynb #1385f08b
+# %% ../nbs/90_cli.ipynb #4baf3606
 def _summary(result, output_dir, notebook=None):
     "What `train` and `run` end with"
     typer.echo(f'\nHeld out: {result["test_photos"]} photos of {result["test_groups"]} groups')
@@ -119,7 +119,19 @@ def train(data_dir:Data, output_dir:Output=Path('runs/train'), groups:Groups=Non
     run = TrainingRun(RunConfig.from_dict(_run_config(data_dir, output_dir, groups, group_by, blocks, weights, test_size, cv_folds, quick, min_groups, seed, jobs)))
     _summary(run.run(), output_dir)
 
-# %% ../nbs/90_cli.ipynb #5b0063af
+# %% ../nbs/90_cli.ipynb #b1a5598b
+def _in_thread(call):
+    "Call in a thread, so that Ctrl-C stays with us: nbclient would take it, and may then end as if nothing had been"
+    from threading import Thread
+    errors = []
+    def work():
+        try: call()
+        except BaseException as error: errors.append(error) # noqa: BLE001
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive(): thread.join(.2)
+    if errors: raise errors[0]
+
 def _execute(notebook, parameters, output):
     "Execute a packaged notebook; our own errors come out as messages, not as tracebacks"
     import logging
@@ -130,8 +142,10 @@ def _execute(notebook, parameters, output):
     logging.getLogger('papermill').setLevel(logging.ERROR)
     output.parent.mkdir(parents=True, exist_ok=True)
     with as_file(files('amulet_hybrid')/'runs'/notebook) as path:
-        try: papermill.execute_notebook(str(path), str(output), parameters, kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=50'])
+        def execute(): papermill.execute_notebook(str(path), str(output), parameters, kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=50'])
+        try: _in_thread(execute)
         except papermill.PapermillExecutionError as error:
+            if error.ename=='KeyboardInterrupt': raise KeyboardInterrupt from None
             raise AmuletError(f'{error.ename}: {error.evalue}', code='run_failed', where=output, advice='The notebook shows how far it came') from None
 
 @app.command(epilog='Example: amulet run --data-dir photos --groups groups.csv --output-dir runs/photos --weights weights')
@@ -145,7 +159,7 @@ def run(data_dir:Data, output_dir:Output=Path('runs/local'), groups:Groups=None,
     _execute('train.ipynb', parameters, output/'train.ipynb')
     _summary(json.loads((output/'result.json').read_text(encoding='utf-8')), output_dir, output/'train.ipynb')
 
-# %% ../nbs/90_cli.ipynb #7d8d955f
+# %% ../nbs/90_cli.ipynb #8e7069b8
 @app.command(epilog='Example: amulet evaluate --model-dir runs/photos/bundle --test-data-dir new_photos')
 def evaluate(model_dir:Model, test_data_dir:Annotated[Path, typer.Option('--test-data-dir', exists=True, help='Labelled photos, a folder a class')],
              output_dir:Output=Path('runs/evaluate'), groups:Groups=None, group_by:GroupBy='', quick:Annotated[bool, typer.Option('--quick', help='At most 200 photos')]=False):

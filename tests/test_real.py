@@ -58,6 +58,6 @@ def test_one_in_a_hundred_is_broken(tmp_path):
     result = TrainingRun(photos, groups=str(data('coins_groups.csv')), output_dir=str(tmp_path/'out'), blocks=('colour', 'lbp'), weights='none', quick=True).run()
     assert [row['path'] for row in json.loads((tmp_path/'out'/'inspection.json').read_text(encoding='utf-8'))['unreadable']]==cut
     assert result['left_out']==2 and result['test_photos'] > 20
-    report = (tmp_path/'out'/'report.html').read_text(encoding='utf-8')
+    report = (tmp_path/'out'/'report.html').read_text(encoding='utf-8').replace('<wbr>', '') # long names may break
     assert all(path in report for path in cut)
     assert len(pd.read_csv(tmp_path/'out'/'manifest.csv'))==200

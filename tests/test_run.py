@@ -74,7 +74,7 @@ def test_broken_files_are_listed(done, broken):
     assert len(broken)==4
     listed = json.loads((output/'inspection.json').read_text(encoding='utf-8'))['unreadable']
     assert sorted(row['path'] for row in listed)==broken and all(row['code'] and row['reason'] for row in listed)
-    report = (output/'report.html').read_text(encoding='utf-8')
+    report = (output/'report.html').read_text(encoding='utf-8').replace('<wbr>', '') # long names may break
     assert not [p for p in broken if p not in report]
     assert result_of(output)['left_out']==4
 
