@@ -6,7 +6,7 @@
 __all__ = ['INK', 'FAINT', 'ACCENT', 'MARKS', 'CSS', 'PAGE', 'plot_confusion', 'plot_per_class', 'plot_reliability', 'list_cases',
            'judge', 'compare_rivals', 'Evaluation', 'evaluate', 'render_report']
 
-# %% ../nbs/51_evaluation.ipynb #7a3dddfc
+# %% ../nbs/51_evaluation.ipynb #5b96877f
 import base64
 import html
 import io
@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from .core import ConfigError, atomic_write
 from .metrics import OVERALL, Interval, Metrics, count_words, evaluate_predictions, paired_difference, reliability
 
-# %% ../nbs/51_evaluation.ipynb #efb0df91
+# %% ../nbs/51_evaluation.ipynb #8bffacaa
 INK,FAINT,ACCENT = '#24323d', '#8a97a1', '#2b6a99'
 MARKS = {'recall': ('#2b6a99', 'o'), 'precision': ('#c8792b', 'D'), 'f1': ('#5b8c5a', 's')}
 
@@ -42,7 +42,13 @@ def _figure(width, height, names=()):
         fonts,labels = _labels(names)
         ax.set_yticks(range(len(names)), labels=labels, parse_math=False, fontfamily=fonts)
         ax.set_ylim(len(names)-.5, -.5)
+    setattr(fig, '_repr_png_', lambda: _png_bytes(fig, 80)) # noqa: B010 Jupyter shows a figure by itself only if pyplot made it
     return fig,ax
+
+def _png_bytes(fig, dpi):
+    out = io.BytesIO()
+    fig.savefig(out, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
+    return out.getvalue()
 
 def _labels(names):
     "Fonts at hand, with one that knows Thai if there is any, and `names` without the letters that none of them can draw"
@@ -57,7 +63,7 @@ def _short(name, most=32):
     name = ' '.join(str(name).split())
     return name if len(name)<=most else f'{name[:most-13]}...{name[-10:]}'
 
-# %% ../nbs/51_evaluation.ipynb #a4944f7d
+# %% ../nbs/51_evaluation.ipynb #75bffc14
 def plot_confusion(
     confusion:np.ndarray, # (classes, classes) photos; rows are the truth
     classes:Sequence[str] # Names of the rows
@@ -77,7 +83,7 @@ def plot_confusion(
     ax.set_xlabel('called (rows: what it is)', color=INK, fontsize=9)
     return fig
 
-# %% ../nbs/51_evaluation.ipynb #df3e12aa
+# %% ../nbs/51_evaluation.ipynb #9e5b37b9
 def plot_per_class(
     per_class:pd.DataFrame # As in `Metrics.per_class`; drawn from top to bottom
 ): # matplotlib Figure
@@ -107,12 +113,10 @@ def plot_reliability(
     ax.set_ylabel('share of right photos', color=INK, fontsize=9)
     return fig
 
-# %% ../nbs/51_evaluation.ipynb #d2adcf75
+# %% ../nbs/51_evaluation.ipynb #81f21251
 def _png(fig):
     "data: address of a matplotlib Figure and its width in pixels"
-    out = io.BytesIO()
-    fig.savefig(out, format='png', dpi=144, facecolor='white', metadata={'Software': None})
-    return {'src': 'data:image/png;base64,'+base64.b64encode(out.getvalue()).decode(), 'width': round(96*fig.get_figwidth())}
+    return {'src': 'data:image/png;base64,'+base64.b64encode(_png_bytes(fig, 144)).decode(), 'width': round(96*fig.get_figwidth())}
 
 def _thumbnail(image, side=160):
     "data: address of a small JPEG of an RGB uint8 array; `side` is the longest, pixels"
@@ -123,7 +127,7 @@ def _thumbnail(image, side=160):
     small.convert('RGB').save(out, 'JPEG', quality=80)
     return 'data:image/jpeg;base64,'+base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/51_evaluation.ipynb #deea82df
+# %% ../nbs/51_evaluation.ipynb #a8d573e0
 def list_cases(
     y_true:ArrayLike, # (n,) class indices
     proba:np.ndarray, # (n, classes)
@@ -140,7 +144,7 @@ def list_cases(
                           'truth': [classes[i] for i in y], 'truth_probability': p[rows,y]})
     return table[(said==y)==right].sort_values('confidence', ascending=right, kind='stable').rename_axis('row')
 
-# %% ../nbs/51_evaluation.ipynb #d11e111a
+# %% ../nbs/51_evaluation.ipynb #d838eecc
 def _ms(value): return f'{value:.0f} ms' if value>=9.95 else f'{value:.1f} ms' if value>=.095 else f'{value:.2f} ms'
 
 def judge(
@@ -161,7 +165,7 @@ def judge(
     if extra is not None and extra<=0: return f'{start}; but {rival} is no quicker, so the {name} may stay.'
     return f'{start}, so {rival} alone would do{"" if not extra or not ms else f" in {1-extra/ms:.0%} of the time"}.'
 
-# %% ../nbs/51_evaluation.ipynb #c86b89a8
+# %% ../nbs/51_evaluation.ipynb #1c4e2e2d
 def compare_rivals(
     y_true:ArrayLike, # (n,) class indices
     proba:np.ndarray, # (n, classes) of the judged model
@@ -183,7 +187,7 @@ def compare_rivals(
                      'milliseconds': took, 'verdict': judge(who, difference, ms, took, name) if difference else ''}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('model')
 
-# %% ../nbs/51_evaluation.ipynb #1b7eb6d2
+# %% ../nbs/51_evaluation.ipynb #b4c84de7
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "Everything the report shows; `save` writes it"
@@ -245,7 +249,7 @@ class Evaluation:
 
 def _records(frame, orient='records'): return json.loads(frame.to_json(orient=orient, default_handler=str))
 
-# %% ../nbs/51_evaluation.ipynb #cb7ebbeb
+# %% ../nbs/51_evaluation.ipynb #b63ea70a
 def _check_extras(notes, sections):
     "Notes and sections that the report can show"
     from matplotlib.figure import Figure
@@ -299,7 +303,7 @@ def evaluate(
 
 _N_ERRORS,_N_UNSURE = 24, 8 # photos that are shown
 
-# %% ../nbs/51_evaluation.ipynb #2cc63874
+# %% ../nbs/51_evaluation.ipynb #c2fa49b0
 CSS = '''
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#24323d;--soft:#5c6973;--line:#e3e7ea;--accent:#2b6a99;--range:#a9c7dd;--track:#eef1f3;
 --warn:#8a5200;--warnbg:#fdf3e1;--infobg:#eaf2f8;--bad:#a8322a}
@@ -414,7 +418,7 @@ Look at the labels first: a mistake the model is sure of is often a photo in the
 {% endfor %}</main></body></html>
 '''
 
-# %% ../nbs/51_evaluation.ipynb #bfbe53c2
+# %% ../nbs/51_evaluation.ipynb #a8e0f032
 _WORDS = {'accuracy': ('Accuracy', 'share of photos that are named rightly'),
           'balanced_accuracy': ('Balanced accuracy', 'mean recall of the classes: a small class counts as much as a large one'),
           'macro_f1': ('Macro F1', 'mean F1 of the classes: false calls count too'),
@@ -453,7 +457,7 @@ def _pairs(metrics, most=5):
     cells = sorted(zip(*np.nonzero(wrong), strict=True), key=lambda ij: -wrong[ij])[:most]
     return [f'{wrong[i,j]} of {wrong[i].sum()+metrics.confusion[i,i]} photos of {names[i]} are called {names[j]}.' for i,j in cells]
 
-# %% ../nbs/51_evaluation.ipynb #b9b7f747
+# %% ../nbs/51_evaluation.ipynb #b51ca1c3
 def _cell(value):
     "Short text of any value"
     if value is None or isinstance(value, (float, np.floating)) and np.isnan(value): return ''
