@@ -150,7 +150,8 @@ def test_predict_goes_on_past_a_broken_file(done, photos, broken, tmp_path):
 def test_interrupted_run_can_start_again(done, photos, tmp_path):
     "Ctrl-C in the middle leaves whole files only; the next start ends as if nothing had been"
     output = tmp_path/'out'
-    process = subprocess.Popen([AMULET, 'run', *map(str, settings(photos, output))], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([AMULET, 'run', *map(str, settings(photos, output))], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a test run in the background is born deaf to Ctrl-C
     try:
         until = time.monotonic()+120
         while not (output/'inspection.json').exists():
