@@ -52,7 +52,7 @@ def rival_rows(script: Path, data: Path, name: str, weights: str):
     done = subprocess.run([sys.executable, str(script), weights, str(data), f'{name}:{csv}' if csv.exists() else name], capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
         if found := re.match(rf'{name}\s+(.+?)\s+acc \S+ bal (\S+) F1 (\S+) .*cv (\S+)s', line):
-            yield {'method': f'afternoon script: {found[1]}', 'balanced_accuracy': float(found[2]), 'macro_f1': float(found[3]), 'seconds': float(found[4])}
+            yield {'method': f'afternoon script: {found[1]}', 'balanced_accuracy': float(found[2]), 'macro_f1': float(found[3]), 'seconds': float(found[4])/5} # a fold, as ours
 
 
 def main():
