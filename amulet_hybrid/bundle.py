@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUSTED', 'FORMAT', 'save_bundle', 'verify_bundle', 'Bundle', 'load_bundle']
 
-# %% ../nbs/60_bundle.ipynb #b3c27b47
+# %% ../nbs/60_bundle.ipynb #1c7b9d56
 import importlib.metadata
 import json
 import pickle
@@ -24,7 +24,7 @@ from .features.core import make_extractor
 from .features.hybrid import FeatureConfig, HybridFeatureExtractor
 from .trainer import HybridModel
 
-# %% ../nbs/60_bundle.ipynb #efbd7269
+# %% ../nbs/60_bundle.ipynb #a242f479
 TRUSTED:set[tuple[str,str]] = {
     *{('amulet_hybrid', c) for c in ('BlockScaler', 'Candidate', 'HybridModel', 'Member')},
     *{('numpy', c) for c in ('_reconstruct', '_frombuffer', 'ndarray', 'dtype', 'scalar')},
@@ -47,7 +47,7 @@ def _load_pickle(path, where):
 
 def _dump_pickle(value, path): path.write_bytes(pickle.dumps(value, protocol=5))
 
-# %% ../nbs/60_bundle.ipynb #343763b7
+# %% ../nbs/60_bundle.ipynb #720976d7
 FORMAT = 1 # Raised when an older reader would misread
 
 def _versions():
@@ -58,14 +58,18 @@ def _versions():
     return {'python': platform.python_version(), **{name: version(name) for name in packages}}
 
 def _store_blocks(extractor, blocks, folder):
-    "Settings of each extractor; a backbone's ONNX file is copied"
+    "Settings of each extractor; a backbone's ONNX file is copied once, whatever the number of blocks that it feeds"
     stored:dict[str,Any] = {}
+    files:dict[str,str] = {} # digest of a net -> its file
     for name in blocks:
         block = extractor.extractors[name]
         stored[name] = {'fingerprint': block.fingerprint(), 'params': {k: v for k,v in block.get_params().items() if k not in ('weights', 'onnx', 'cache_dir')}}
         if isinstance(block, CNNFeatures):
-            stored[name]['file'] = file = 'backbone.onnx' if not any('file' in s for s in stored.values()) else f'backbone_{len(stored)}.onnx'
-            shutil.copyfile(block.onnx_path(), folder/file)
+            net = block.provenance()
+            if net not in files:
+                files[net] = f'backbone_{len(files)+1}.onnx' if files else 'backbone.onnx'
+                shutil.copyfile(block.onnx_path(), folder/files[net])
+            stored[name]['file'] = files[net]
     return stored
 
 def save_bundle(
@@ -99,7 +103,7 @@ def save_bundle(
         part.rename(folder)
     return digest
 
-# %% ../nbs/60_bundle.ipynb #2b466d87
+# %% ../nbs/60_bundle.ipynb #9cc3a86d
 _REQUIRED = ('ensemble_model.joblib', 'scaler.joblib', 'label_encoder.joblib', 'training_config.json')
 
 def verify_bundle(
