@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUSTED', 'FORMAT', 'save_bundle', 'verify_bundle', 'Bundle', 'load_bundle']
 
-# %% ../nbs/60_bundle.ipynb #1c7b9d56
+# %% ../nbs/60_bundle.ipynb #75a6def0
 import importlib.metadata
 import json
 import pickle
@@ -24,7 +24,7 @@ from .features.core import make_extractor
 from .features.hybrid import FeatureConfig, HybridFeatureExtractor
 from .trainer import HybridModel
 
-# %% ../nbs/60_bundle.ipynb #a242f479
+# %% ../nbs/60_bundle.ipynb #9561c5e2
 TRUSTED:set[tuple[str,str]] = {
     *{('amulet_hybrid', c) for c in ('BlockScaler', 'Candidate', 'HybridModel', 'Member')},
     *{('numpy', c) for c in ('_reconstruct', '_frombuffer', 'ndarray', 'dtype', 'scalar')},
@@ -47,7 +47,7 @@ def _load_pickle(path, where):
 
 def _dump_pickle(value, path): path.write_bytes(pickle.dumps(value, protocol=5))
 
-# %% ../nbs/60_bundle.ipynb #720976d7
+# %% ../nbs/60_bundle.ipynb #7e204134
 FORMAT = 1 # Raised when an older reader would misread
 
 def _versions():
@@ -103,7 +103,7 @@ def save_bundle(
         part.rename(folder)
     return digest
 
-# %% ../nbs/60_bundle.ipynb #9cc3a86d
+# %% ../nbs/60_bundle.ipynb #086632e2
 _REQUIRED = ('ensemble_model.joblib', 'scaler.joblib', 'label_encoder.joblib', 'training_config.json')
 
 def verify_bundle(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'POOLS', 'find_weights', 'export_backbone', 'CNNFeatures', 'user_cache']
 
-# %% ../../nbs/33_features.cnn.ipynb #f1425c5a
+# %% ../../nbs/33_features.cnn.ipynb #32bac1cc
 import os
 import threading
 from functools import lru_cache
@@ -17,7 +17,7 @@ import numpy as np
 from ..core import FeatureError, atomic_write, file_digest, json_digest, log, require
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo
 
-# %% ../../nbs/33_features.cnn.ipynb #6d914fc9
+# %% ../../nbs/33_features.cnn.ipynb #8bf949f6
 BACKBONES = ('mobilenet_v2', 'mobilenet_v3_small', 'mobilenet_v3_large', 'squeezenet1_1', 'efficientnet_b0', 'efficientnet_b3', 'resnet18', 'resnet50', 'resnet101')
 
 POOLS = ('mean', 'max', 'texture') # what one pass gives, in this order
@@ -57,7 +57,7 @@ def _download(backbone, timeout):
     finally: socket.setdefaulttimeout(before)
     return _in_folder(_hub_folder(), backbone)
 
-# %% ../../nbs/33_features.cnn.ipynb #d4a133b6
+# %% ../../nbs/33_features.cnn.ipynb #58424a7f
 def _embedder(backbone, weights, seed=0) -> Any:
     "Torch module: (n, side, side, 3) uint8 -> mean, max and texture, (n, features) float32 each"
     torch,models = require('torch', 'cnn'),require('torchvision', 'cnn').models
@@ -132,10 +132,11 @@ def _session(path, threads=1):
     here = ort.get_available_providers()
     return ort.InferenceSession(str(path), options, providers=[p for p in ('CUDAExecutionProvider', 'CPUExecutionProvider') if p in here])
 
-# %% ../../nbs/33_features.cnn.ipynb #9a274c90
+# %% ../../nbs/33_features.cnn.ipynb #4f6ccb72
 class CNNFeatures(BaseFeatureExtractor):
     "What a backbone says before its last layer"
     name = 'cnn'
+    version = 2 # of the exported graph: one with other outputs must not be taken from a cache
     def __init__(self,
         backbone:str='mobilenet_v2', # One of `BACKBONES`; with '@max' or '@texture' another pooling than the mean
         weights:str|Path='auto', # 'auto', a file, a folder, or 'random' (for tests)
