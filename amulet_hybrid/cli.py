@@ -71,23 +71,47 @@ def samples(
     typer.echo(f'{len(table)} files of {table["label"].nunique()} classes in {output_dir}\n'
                f'What shows one object is in {output_dir}/groups.csv. Next: amulet run --data-dir {output_dir} --groups {output_dir}/groups.csv')
 
-@app.command(epilog='Example: amulet inspect --data-dir photos --output-dir runs/look')
-def inspect(data_dir:Data, output_dir:Output=Path('runs/inspect'), groups:Groups=None, group_by:GroupBy='', jobs:Jobs=0, verbose:Verbose=False):
-    "Find what is wrong with a folder: broken files, duplicates, blur, imbalance"
+@app.command(epilog='Example: amulet inspect --data-dir photos --output-dir runs/look --fix')
+def inspect(
+    data_dir:Data, output_dir:Output=Path('runs/inspect'), groups:Groups=None, group_by:GroupBy='',
+    quick_mode:Annotated[bool, typer.Option('--quick-mode', '--quick', help='Files, duplicates, quality and balance only; no probe models')]=False,
+    check_duplicates:Annotated[bool, typer.Option(help='Look for near duplicates; equal files are always found')]=True,
+    corruption_threshold:Annotated[float, typer.Option(min=0, max=.99, help='Share of the rows of a truncated photo that may be missing')]=0.,
+    weights:Annotated[str, typer.Option(help="A file or folder of backbone weights sharpens the suspicion of labels; 'none': classical features")]='none',
+    fix:Annotated[bool, typer.Option('--fix', help='Write OUTPUT-DIR/clean, a copy that is fit for training, with a log of every choice; the originals are only read')]=False,
+    list_only:Annotated[bool, typer.Option('--list-only', help='With --fix: write only the list, OUTPUT-DIR/fixes.csv')]=False,
+    jobs:Jobs=0, seed:Annotated[int, typer.Option('--seed', help='Of the probes')]=0, verbose:Verbose=False,
+):
+    "Find all that would ruin a model: broken files, duplicates, hidden groups, shortcuts, wrong labels, blur, imbalance"
     _verbose(verbose)
-    from amulet_hybrid.dataset import make_manifest
-    from amulet_hybrid.inspection import InspectionConfig, inspect_photos
-    found = inspect_photos(*make_manifest(data_dir, groups, group_by or None), InspectionConfig(jobs=jobs))
-    paths = found.save(output_dir)
-    typer.echo(found.classes.to_string())
-    _notes(found.notes)
-    for row in found.unreadable.itertuples(): typer.echo(f'    {row.path}: {row.code}: {row.reason}')
-    typer.echo(f'Written: {paths["manifest"]}, {paths["inspection"]}')
+    from amulet_hybrid.inspection import FILES, DatasetInspector, InspectionConfig
+    config = InspectionConfig(quick_mode, check_duplicates, corruption_threshold, weights=weights, jobs=jobs, seed=seed)
+    found = DatasetInspector(config).run(data_dir, output_dir, groups, group_by or None)
+    typer.echo(f'{found.verdict}\n')
+    for number,finding in enumerate(found.findings, 1): typer.echo(f'  {number:2d}. {finding.level:7s} {finding}')
+    typer.echo(f'\n{found.classes.to_string()}')
+    if verbose:
+        for row in found.unreadable.itertuples(): typer.echo(f'    {row.path}: {row.code}: {row.reason}')
+    typer.echo(f'\nReport     {output_dir/FILES["report"]}\nDetails    {output_dir/FILES["inspection"]}\nManifest   {output_dir/FILES["manifest"]}, {FILES["parquet"]}')
+    if fix: _fix(found, output_dir, list_only)
 
-def _run_config(data_dir, output_dir, groups, group_by, blocks, weights, test_size, cv_folds, quick, min_groups, seed, jobs, **more):
+def _fix(found, output_dir, list_only):
+    "The cleaned copy, or the list alone"
+    from amulet_hybrid.cleaning import LOG, plan_fixes, write_clean_copy
+    from amulet_hybrid.core import atomic_write
+    if list_only:
+        plan = plan_fixes(found)
+        with atomic_write(output_dir/LOG) as part: plan.to_csv(part, index=False)
+        typer.echo(f'Choices    {output_dir/LOG}')
+    else:
+        plan = write_clean_copy(found, found.root, output_dir/'clean')
+        typer.echo(f'Clean copy {output_dir/"clean"} (with {LOG}, and groups.csv for --groups)')
+    for action,n in plan['action'].value_counts().items(): typer.echo(f'             {n} {str(action).replace("_", " ")}')
+
+def _run_config(data_dir, output_dir, groups, group_by, blocks, weights, test_size, cv_folds, quick, min_groups, seed, jobs):
     "Settings as JSON would hold them: also the parameters of the notebook"
     values = {'data_dir': str(data_dir), 'output_dir': str(output_dir), 'groups': str(groups or ''), 'group_by': group_by, 'weights': weights,
-              'test_size': test_size, 'cv_folds': cv_folds, 'quick': quick, 'min_groups': min_groups, 'seed': seed, 'jobs': jobs, **more}
+              'test_size': test_size, 'cv_folds': cv_folds, 'quick': quick, 'min_groups': min_groups, 'seed': seed, 'jobs': jobs}
     return values | ({'blocks': blocks.split('+')} if blocks else {})
 
 @app.command(epilog='Example: amulet split --data-dir photos --groups groups.csv --output-dir runs/split')
@@ -101,7 +125,7 @@ def split(data_dir:Data, output_dir:Output=Path('runs/split'), groups:Groups=Non
     typer.echo(f'Written: {run.output/"manifest.csv"}')
 
 # %% ../nbs/90_cli.ipynb #4baf3606
-def _summary(result, output_dir, notebook=None):
+def _summary(result, notebook=None):
     "What `train` and `run` end with"
     typer.echo(f'\nHeld out: {result["test_photos"]} photos of {result["test_groups"]} groups')
     for name,f in result['figures'].items(): typer.echo(f'  {name.replace("_", " "):18s} {f["value"]:.3f}  [{f["low"]:.3f}, {f["high"]:.3f}]')
@@ -117,7 +141,7 @@ def train(data_dir:Data, output_dir:Output=Path('runs/train'), groups:Groups=Non
     _verbose(verbose)
     from amulet_hybrid.pipeline import RunConfig, TrainingRun
     run = TrainingRun(RunConfig.from_dict(_run_config(data_dir, output_dir, groups, group_by, blocks, weights, test_size, cv_folds, quick, min_groups, seed, jobs)))
-    _summary(run.run(), output_dir)
+    _summary(run.run())
 
 # %% ../nbs/90_cli.ipynb #b1a5598b
 def _in_thread(call):
@@ -157,7 +181,7 @@ def run(data_dir:Data, output_dir:Output=Path('runs/local'), groups:Groups=None,
     parameters = _run_config(data_dir.resolve(), output, groups.resolve() if groups else '', group_by, blocks, weights, test_size, cv_folds, quick, min_groups, seed, jobs)
     typer.echo(f'Executing train.ipynb on {data_dir}')
     _execute('train.ipynb', parameters, output/'train.ipynb')
-    _summary(json.loads((output/'result.json').read_text(encoding='utf-8')), output_dir, output/'train.ipynb')
+    _summary(json.loads((output/'result.json').read_text(encoding='utf-8')), output/'train.ipynb')
 
 # %% ../nbs/90_cli.ipynb #8e7069b8
 @app.command(epilog='Example: amulet evaluate --model-dir runs/photos/bundle --test-data-dir new_photos')
@@ -189,7 +213,7 @@ def predict(photos:Annotated[Path, typer.Argument(exists=True, help='A photo, or
     if table['error_code'].notna().all(): raise typer.Exit(1)
 
 @app.command(epilog='Example: amulet serve --model-dir runs/photos/bundle --port 8000')
-def serve(model_dir:Model, host:Annotated[str, typer.Option(help='Address to listen on; others than this machine can only call what is not loopback')]='127.0.0.1',
+def serve(model_dir:Model, host:Annotated[str, typer.Option(help='Address to listen on; with the default only this machine can call')]='127.0.0.1',
           port:Annotated[int, typer.Option(min=1, max=65535)]=8000, confidence_threshold:Annotated[float, typer.Option(min=0, max=1, help='Below it no label is given')]=0.):
     "Serve a bundle over HTTP: POST /predict, POST /predict/file, GET /health, GET /docs"
     from amulet_hybrid.serving import serve as serve_http

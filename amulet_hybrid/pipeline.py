@@ -9,6 +9,7 @@ __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'RunConfig', 'speed_profile'
 # %% ../nbs/80_pipeline.ipynb #d8e93f8f
 import datetime
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import balanced_accuracy_score
 
 from .bundle import load_bundle, save_bundle
 from .classifier import HybridClassifier
 from .core import BundleError, Config, ConfigError, DatasetError, atomic_write, json_digest, log
-from .dataset import make_manifest
 from .evaluation import Evaluation, evaluate
 from .features.hybrid import FeatureConfig, HybridFeatureExtractor
 from .images import read_image
-from .inspection import Inspection, inspect_photos
+from .inspection import DatasetInspector, Inspection, InspectionConfig, write_manifest
+from .labels import find_label_issues
 from .metrics import paired_difference
 from .split import check_groups, check_splittable, groups_per_class, holdout, leakage
 from .trainer import HybridModel, HybridTrainer, TrainingConfig
@@ -85,7 +87,7 @@ def random_split_note(
     y,best = trainer.y_,trainer.best_single_
     random,grouped = trainer.random_proba_,trainer.oof_[best]
     gap = paired_difference(y, random, grouped, groups=groups)
-    def score(p): return float(np.mean([(p.argmax(1)[y==k]==k).mean() for k in np.unique(y)]))
+    def score(p): return float(balanced_accuracy_score(y, p.argmax(1)))
     found = {'block': str(best), 'random_folds': score(random), 'grouped_folds': score(grouped), 'gap': gap.to_dict()}
     words = f'balanced accuracy of {best}: {score(random):.3f} in random folds, {score(grouped):.3f} in grouped ones; difference {gap}'
     if gap.low > .02:
@@ -107,18 +109,19 @@ class TrainingRun:
     def inspect(self) -> Inspection:
         "Manifest, unreadable files, duplicates, quality"
         c = self.config
-        manifest,self.root = make_manifest(c.data_dir, c.groups or None, c.group_by or None)
-        self.inspection = inspect_photos(manifest, self.root)
-        self.notes = list(self.inspection.notes)
+        inspector = DatasetInspector(InspectionConfig(quick_mode=True, jobs=c.jobs), c.cache_dir or self.output/'cache')
+        self.inspection = inspector.inspect(c.data_dir, c.groups or None, c.group_by or None)
+        self.root = self.inspection.root
+        self.notes = [note for note,f in zip(self.inspection.notes, self.inspection.findings) if f.code not in ('split_leaks', 'empty_class')] # told below
         usable = self.inspection.usable
         few = groups_per_class(usable['label'], usable['group'])
         if len(drop := few[few < c.min_groups]):
             usable = usable[~usable['label'].isin(drop.index)].reset_index(drop=True)
             self.notes.insert(0, ('warning', f'Left out, having fewer than {c.min_groups} groups: {", ".join(drop.index)}.'))
-        if gone := sorted(set(manifest['label'])-set(few.index)):
+        if gone := sorted(set(self.inspection.manifest['label'])-set(few.index)):
             self.notes.insert(0, ('warning', f'No photo of {", ".join(gone)} can be read; {"the class is" if len(gone)==1 else "these classes are"} missing from the model.'))
         self.manifest = usable
-        self.inspection.save(self.output)
+        self.inspection.save(self.output, self.root)
         return self.inspection
 
     def split(self) -> Any: # Table: photos and groups by class and part
@@ -126,7 +129,7 @@ class TrainingRun:
         m = self.manifest
         given = m['split'].replace('val', 'train')
         whole = given.isin(['train', 'test']).all() and all(set(given[m['label']==k])=={'train', 'test'} for k in m['label'].unique())
-        parted = leakage(given, m['group']) if whole else pd.DataFrame()
+        parted = leakage(m.assign(split=given)) if whole else pd.DataFrame()
         if whole and not len(parted): m['split'] = given
         else:
             check_splittable(m['label'], m['group'], 3) # one group to test on, two to cross-validate with
@@ -136,10 +139,10 @@ class TrainingRun:
             m['split'] = holdout(m['label'], m['group'], self.config.test_size, self.config.seed)
         check_groups(m['split'], m['group'])
         everything = self.inspection.manifest.drop(columns='split').merge(m[['path', 'split']], on='path', how='left').fillna({'split': ''})
-        with atomic_write(self.output/'manifest.csv') as part: everything.to_csv(part, index=False)
+        write_manifest(everything, self.output)
         return m.groupby(['label', 'split']).agg(photos=('path', 'size'), groups=('group', 'nunique')).unstack(fill_value=0)
 
-    def extract(self) -> pd.DataFrame: # Columns features, ms a photo
+    def extract(self) -> pd.DataFrame: # Numbers a photo of each block
         "Feature blocks of all usable photos"
         c = self.config
         features = FeatureConfig(blocks=c.blocks, weights=c.weights)
@@ -178,14 +181,27 @@ class TrainingRun:
 
     def _sections(self):
         found = self.inspection
-        out = [('Classes', 'Files, usable photos and independent groups of each class.', found.classes.reset_index()),
+        out:list[tuple[str,str,Any]] = [('Classes', 'Files, usable photos and independent groups of each class.', found.classes.reset_index()),
                ('The ensemble', 'Who votes, and with what weight. Chosen on out-of-fold predictions of the training photos.', self.model.describe()),
                ('Candidates', 'Every model on every block and join, judged out of fold on the training photos, best first.', self.trainer.candidates_)]
+        if len(doubts := self._doubted_labels()):
+            out.append(('Labels to look at', f'The ensemble, which had not seen them, doubts {len(doubts)} labels of the training photos '
+                        '(confident learning; Northcutt, Jiang and Chuang, 2021). Nothing was changed.', self._shown(doubts.head(12))))
         if len(found.unreadable): out.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
         if len(found.duplicates): out.append(('Duplicates', 'Photos of one cluster are the same photo; a cluster is never parted.', found.duplicates))
-        shown = {k: v for k,v in self.config.to_dict().items() if k not in ('output_dir', 'cache_dir')}
-        out.append(('Settings', 'With these and the same photos the run can be repeated.', pd.DataFrame({'setting': list(shown), 'value': [str(v) for v in shown.values()]})))
+        settings = [(k, str(v)) for k,v in self.config.to_dict().items() if k not in ('output_dir', 'cache_dir')]
+        out.append(('Settings', 'With these and the same photos the run can be repeated.', pd.DataFrame(settings, columns=['setting', 'value'])))
         return out
+
+    def _shown(self, doubts):
+        "Photos with what is doubted about them"
+        words = 'filed as {given}, looks like {suggested} ({probability_suggested:.2f}): {path}'
+        return [(read_image(self.root/row['path'], at_least=160), words.format(**row)) for row in doubts.to_dict('records')]
+
+    def _doubted_labels(self):
+        "Training photos whose label their out-of-fold probabilities doubt, worst first"
+        found,table = find_label_issues(self.trainer.classes_[self.trainer.y_], self.trainer.oof_proba_, self.trainer.classes_),self._part('train')[1]
+        return found[found['suspect']].assign(path=lambda t: table['path'].to_numpy()[t['row']])
 
     def save(self) -> dict: # Paths and headline figures
         "Write the bundle, prove that it answers as the trained model does, and sum up"
@@ -197,7 +213,8 @@ class TrainingRun:
         training = {k: v for k,v in c.to_dict().items() if k not in ('data_dir', 'output_dir', 'cache_dir', 'groups', 'weights', 'jobs')}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
         self.digest = save_bundle(self.output/BUNDLE, self.model, self.extractor, training, data, figures, now)
-        self._check_parity()
+        try: self._check_parity()
+        except BundleError: shutil.rmtree(self.output/BUNDLE); raise
         c.save(self.output/'config.json')
         paths = {'bundle': BUNDLE, 'report': REPORT, 'figures_file': FIGURES, 'manifest': 'manifest.csv'}
         result = {**{k: str(self.output/name) for k,name in paths.items()}, 'digest': self.digest, 'test_photos': metrics.n, 'test_groups': metrics.n_groups,
@@ -235,8 +252,8 @@ def evaluate_bundle(
 ) -> Evaluation:
     "Judge a bundle on labelled photos"
     loaded = load_bundle(bundle)
-    found = inspect_photos(*(named := make_manifest(data_dir, groups or None, group_by or None)))
-    table,root,notes = found.usable,named[1],list(found.notes)
+    found = DatasetInspector(InspectionConfig(quick_mode=True)).inspect(data_dir, groups or None, group_by or None)
+    table,root,notes = found.usable,found.root,list(found.notes)
     if unknown := sorted(set(table['label'])-set(loaded.classes)):
         notes.insert(0, ('warning', f'The bundle does not know {", ".join(unknown)}; {int(table["label"].isin(unknown).sum())} photos are not scored.'))
         table = table[table['label'].isin(loaded.classes)].reset_index(drop=True)

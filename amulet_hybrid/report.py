@@ -148,6 +148,8 @@ tr:last-child>*{border-bottom:0}
 .photos{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:1rem;padding:0;margin:.9rem 0;list-style:none}
 .photos li{font-size:.85rem;line-height:1.4}
 .photos img,.gap{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:var(--track);border-radius:6px;margin-bottom:.35rem}
+.todo li{margin:.6rem 0;max-width:46rem}.todo li small,li>small{display:block}.stop{color:var(--bad);font-weight:600}.stop small{font-weight:400}
+h3{font-weight:600}h3 small{font-weight:400;margin-left:.4rem}code{font-size:.9em;overflow-wrap:anywhere}
 .gap{padding:.6rem;color:var(--soft);font-size:.8rem;overflow:hidden}.no{color:var(--bad)}.pre{white-space:pre-line}
 @media (max-width:44rem){main{padding:1rem .75rem 3rem}section{padding:1rem .85rem}.lead{font-size:1.2rem}
 .photos{grid-template-columns:repeat(2,minmax(0,1fr))}

@@ -135,7 +135,10 @@ REFUSALS:dict[str,tuple[int,str]] = {
     'bad_request': (422, 'A field is missing, unknown or out of range, or the body cannot be parsed'),
     'empty_file': (422, 'The photo has no bytes'),
     'corrupt_image': (422, 'The photo cannot be decoded'),
-    'bad_dimensions': (422, 'A side of the photo is too short or too long'),
+    'truncated': (422, 'The photo ends before its last row'),
+    'too_small': (422, 'A side of the photo is too short'),
+    'too_large': (422, 'A side of the photo is too long'),
+    'decompression_bomb': (422, 'The header promises more pixels than any photo has'),
     'internal_error': (500, 'The fault is ours; the log of the service tells more'),
     'busy': (503, 'Too many requests at once'),
 }
@@ -320,7 +323,8 @@ def _add_pages(app):
     def home() -> RedirectResponse: return RedirectResponse('docs')
 
 # %% ../nbs/71_serving.ipynb #2a1d1551
-_PHOTO = 'image_too_large', 'unsupported_format', 'bad_request', 'empty_file', 'corrupt_image', 'bad_dimensions', 'internal_error', 'busy'
+_PHOTO = ('image_too_large', 'unsupported_format', 'bad_request', 'empty_file', 'corrupt_image', 'truncated', 'too_small', 'too_large', 'decompression_bomb',
+          'internal_error', 'busy')
 
 def create_app(
     classifier:Classifier, # Loaded once, shared by all requests

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from amulet_hybrid.inspection import DatasetInspector, InspectionConfig
 from amulet_hybrid.pipeline import TrainingRun
 from amulet_hybrid.split import leakage
 
@@ -31,9 +32,9 @@ def test_a_split_that_leaks_is_not_used(tmp_path):
     "Augmented first and split afterwards: nearly every test source is in training too"
     run = TrainingRun(data('amulet6_leaky'), groups=str(data('amulet6_leaky_groups.csv')), output_dir=str(tmp_path))
     run.inspect()
-    given = leakage(run.manifest['split'], run.manifest['group'])
+    given = leakage(run.manifest)
     run.split()
-    assert len(given) > 60 and leakage(run.manifest['split'], run.manifest['group']).empty
+    assert len(given) > 60 and leakage(run.manifest).empty
     level,text = run.notes[0]
     assert level=='warning' and 'on both sides' in text and 'Its split was not used' in text
 
@@ -56,8 +57,49 @@ def test_one_in_a_hundred_is_broken(tmp_path):
     for path in paths[50:200:100]: path.write_bytes(path.read_bytes()[:path.stat().st_size//2])
     cut = [p.relative_to(photos).as_posix() for p in paths[50:200:100]]
     result = TrainingRun(photos, groups=str(data('coins_groups.csv')), output_dir=str(tmp_path/'out'), blocks=('colour', 'lbp'), weights='none', quick=True).run()
-    assert [row['path'] for row in json.loads((tmp_path/'out'/'inspection.json').read_text(encoding='utf-8'))['unreadable']]==cut
+    assert [row['path'] for row in json.loads((tmp_path/'out'/'inspection.json').read_text(encoding='utf-8'))['tables']['unreadable']]==cut
     assert result['left_out']==2 and result['test_photos'] > 20
     report = (tmp_path/'out'/'report.html').read_text(encoding='utf-8').replace('<wbr>', '') # long names may break
     assert all(path in report for path in cut)
     assert len(pd.read_csv(tmp_path/'out'/'manifest.csv'))==200
+
+def inspect(name, groups=True, **settings):
+    "A set as its owner published it, and the codes of what was found"
+    csv = data(name).parent/f'{name}_groups.csv'
+    found = DatasetInspector(InspectionConfig(**settings)).inspect(data(name), csv if groups and csv.exists() else None)
+    return found,{f.code: f for f in found.findings}
+
+def test_amulets_inspected():
+    "Two amulets lie on black among red; backs that are named front stand out from their names"
+    found,codes = inspect('amulet6')
+    odd = found.manifest[found.manifest['issues'].str.contains('odd_background')]
+    assert odd['label'].tolist()==['somdej_pratanporn_buddhagavak']*2 and (odd['border_l'] < 10).all()
+    named = found.tables['name_conflicts']
+    assert (named[named['label']=='waek_man']['word']=='front').sum() >= 2 and 'name_conflicts' in codes
+    assert not {'label_conflict', 'unreadable', 'no_honest_split'} & set(codes)
+
+def test_coins_inspected():
+    "Sources of one class, a coin under two labels, and sources that only the file names betray"
+    found,codes = inspect('coins')
+    assert '25 of 86' in codes['one_class_groups'].text and found.findings[0].code=='label_conflict'
+    assert set(found.duplicates[found.duplicates['conflict']]['path'])=={'10c/train__train_36_4.jpg', '50c/train__train_37_4.jpg'}
+    hidden,codes = inspect('coins', groups=False)
+    assert codes['hidden_groups'].level=='warning' and hidden.facts['hidden_groups']['gap']['value'] > .03
+    suggested = hidden.tables['group_suggestions'].query('plausible')
+    assert suggested['groups'].iloc[0]==pd.read_csv(data('coins_groups.csv'))['group'].nunique()==86
+
+def test_tiles_inspected():
+    "Nearly all have a twin, some under another label, and a random split would shine"
+    found,codes = inspect('magtile')
+    assert len(found.duplicates) >= 941 and found.duplicates['conflict'].sum() >= 14 and found.findings[0].code=='label_conflict'
+    assert found.facts['group_gap']['gap']['low'] > .5 and 'instead of' in codes['random_split_flatters'].text
+
+def test_leaks_found():
+    "69 of 71 test sources are in training too; at least 60 show without being told the sources"
+    found,codes = inspect('amulet6_leaky', quick_mode=True)
+    assert '69 of 71 groups of the test part are also in train' in codes['split_leaks'].text
+    blind,_ = inspect('amulet6_leaky', groups=False, quick_mode=True)
+    source = pd.read_csv(data('amulet6_leaky_groups.csv')).set_index('path')['group'].reindex(blind.manifest['path']).to_numpy()
+    m = blind.manifest.assign(source=source)
+    both = m.groupby('group')['split'].transform(lambda s: 'train' in set(s))
+    assert m[(m['split']=='test') & both]['source'].nunique() >= 60

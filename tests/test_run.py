@@ -72,7 +72,7 @@ def test_everything_is_written(done):
 def test_broken_files_are_listed(done, broken):
     _,output = done
     assert len(broken)==4
-    listed = json.loads((output/'inspection.json').read_text(encoding='utf-8'))['unreadable']
+    listed = json.loads((output/'inspection.json').read_text(encoding='utf-8'))['tables']['unreadable']
     assert sorted(row['path'] for row in listed)==broken and all(row['code'] and row['reason'] for row in listed)
     report = (output/'report.html').read_text(encoding='utf-8').replace('<wbr>', '') # long names may break
     assert not [p for p in broken if p not in report]
@@ -138,11 +138,11 @@ def test_predict_goes_on_past_a_broken_file(done, photos, broken, tmp_path):
     for i,path in enumerate(truth.path[truth.fault==''][:3]): shutil.copy(photos/path, folder/f'good{i}.jpg')
     shutil.copy(photos/truth.path[truth.fault=='truncated'].iloc[0], folder/'bad.jpg')
     named = amulet('predict', folder, *model)
-    assert named.returncode==0 and re.search(r'^bad\.jpg\tcorrupt_image: ', named.stdout, re.M)
+    assert named.returncode==0 and re.search(r'^bad\.jpg\ttruncated: ', named.stdout, re.M)
     assert len(named.stdout.splitlines())==4
     assert amulet('predict', folder, *model, '--output', tmp_path/'named.csv').returncode==0
     table = pd.read_csv(tmp_path/'named.csv').set_index('path')
-    assert table.error_code.dropna().to_dict()=={'bad.jpg': 'corrupt_image'} and table.label.notna().sum()==3
+    assert table.error_code.dropna().to_dict()=={'bad.jpg': 'truncated'} and table.label.notna().sum()==3
     for good in folder.glob('good*'): good.unlink()
     assert amulet('predict', folder, *model).returncode==1
 

@@ -49,12 +49,17 @@ def server():
         process.kill()
         process.communicate()
 
-def test_event_loop_stays_free(server):
-    "`/health` answers while a prediction is under way"
-    _,url = server
+def ask(url):
+    "A prediction under way: the thread that waits for it, and where the answer will be"
     answers = []
     worker = threading.Thread(target=lambda: answers.append(httpx.post(f'{url}/predict/file', files={'file': photo()}, timeout=30)))
     worker.start()
+    return worker,answers
+
+def test_event_loop_stays_free(server):
+    "`/health` answers while a prediction is under way"
+    _,url = server
+    worker,answers = ask(url)
     time.sleep(.3)
     start = time.perf_counter()
     assert httpx.get(f'{url}/health').json()['predictions_count']==0
@@ -86,9 +91,7 @@ def test_refused_bodies_take_no_memory(server):
 def test_stops_gracefully(server, stop):
     "What has begun is finished; then the process ends"
     process,url = server
-    answers = []
-    worker = threading.Thread(target=lambda: answers.append(httpx.post(f'{url}/predict/file', files={'file': photo()}, timeout=30)))
-    worker.start()
+    worker,answers = ask(url)
     time.sleep(.4)
     process.send_signal(stop)
     worker.join()
