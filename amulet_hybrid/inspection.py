@@ -20,7 +20,7 @@ import pandas as pd
 from . import __version__
 from .core import Config, ConfigError, DatasetError, SplitError, atomic_write, json_digest, log, progress
 from .dataset import groups_from_pattern, make_manifest
-from .duplicates import DuplicateConfig, chain_pairs, clusters, duplicate_table, hash_text, near_duplicates
+from .duplicates import DuplicateConfig, chain_pairs, clusters, duplicate_table, near_duplicates, perceptual_hashes
 from .features.core import Photo, make_extractor
 from .features.hybrid import FeatureConfig, HybridFeatureExtractor
 from .images import LIMITS, ImageLimits, read_image
@@ -329,7 +329,7 @@ def _judge(manifest, measured, config, root):
     unreadable = m.assign(code=m['issues'].str.split().str[0], reason=measured.table['reason']).loc[~ok, ['path', 'label', 'code', 'reason']].reset_index(drop=True)
     good,prints = m[ok].reset_index(drop=True),measured.prints[ok]
     for code,hit in set_issues(good).items(): good['issues'] = _mark(good['issues'], code, hit)
-    good['quality'],good['phash'] = quality_score(good),[hash_text(p) for p in prints]
+    good['quality'],good['phash'] = quality_score(good),[f'{code:016x}' for code in perceptual_hashes(prints).tolist()]
     duplicates = duplicate_table(good, near_duplicates(prints if config.check_duplicates else prints[:0], config.duplicate_config(), config.jobs))
     kinds = good['path'].map(dict(zip(duplicates['path'], duplicates['kind'])))
     conflicts = set(duplicates.loc[duplicates['conflict'], 'path'])

@@ -142,7 +142,7 @@ def add_name(
     path:str|Path # What the file is called
 ) -> dict: # With `wrong_extension` where name and content disagree
     "What only the name adds to what the content says"
-    if row['reason'] or Path(path).suffix.lower() in SUFFIXES[row['format']]: return row
+    if row['reason'] or os.path.splitext(path)[1].lower() in SUFFIXES[row['format']]: return row
     return row | {'issues': f'wrong_extension {row["issues"]}'.strip()}
 
 def read_file(
@@ -151,10 +151,10 @@ def read_file(
 ) -> bytes|dict: # Its content, or the row of a file that cannot be read or is larger than is let in
     "The bytes of a file, or why there are none"
     try:
-        state = Path(path).stat()
+        state = os.stat(path)
         if not S_ISREG(state.st_mode): raise OSError(0, 'it is no file')
         if state.st_size > limits.max_bytes: return _ROW | {'bytes': state.st_size, 'issues': 'image_too_large', 'reason': f'larger than {limits.max_bytes/2**20:.0f} MB'}
-        return Path(path).read_bytes()
+        with open(path, 'rb') as file: return file.read()
     except (OSError, ValueError) as error: return _ROW | {'issues': 'image_not_found', 'reason': f'cannot be read: {getattr(error, "strerror", None) or error}'}
 
 def measure_photo(
@@ -253,7 +253,7 @@ def set_issues(
     config:QualityConfig=QUALITY
 ) -> dict[str,np.ndarray]: # Code -> (n,) bool
     "What is wrong with photos, each by itself and next to the others"
-    by_itself = [set(absolute_issues(row, config)) for row in table.to_dict('records')]
+    by_itself = [set(absolute_issues(row, config)) for row in table[['width', 'height', *FIGURES[:8]]].to_dict('records')]
     found = {code: np.array([code in codes for codes in by_itself], bool)
              for code in ('blurred', 'dark', 'bright', 'low_contrast', 'clipped', 'noisy', 'low_information', 'odd_aspect_ratio', 'low_resolution')}
     if len(table) < config.min_photos: return found

@@ -23,7 +23,7 @@ class ColourFeatures(BaseFeatureExtractor):
     ):
         self.side,self.bins,self.grid = side,bins,grid
 
-    def extract_features(self, photo:Photo) -> np.ndarray:
+    def measure(self, photo:Photo) -> np.ndarray:
         "`prod(bins) + 6*grid**2` numbers"
         hist = cv2.calcHist([photo.view('hsv', self.side)], [0,1,2], None, list(self.bins), [0,256]*3).ravel()
         lab = photo.view('lab', self.side)
@@ -49,7 +49,7 @@ class HOGFeatures(BaseFeatureExtractor):
         c = self.cell
         return cv2.HOGDescriptor((side,side), (2*c,2*c), (c,c), (c,c), self.bins)
 
-    def extract_features(self, photo:Photo) -> np.ndarray:
+    def measure(self, photo:Photo) -> np.ndarray:
         "36 numbers for each block of 2 x 2 cells, all sizes joined"
         return np.concatenate([self._descriptor(side).compute(photo.view('grey', side)).ravel() for side in self.sides])
 
@@ -87,7 +87,7 @@ class LBPFeatures(BaseFeatureExtractor):
     ):
         self.side,self.radii,self.grid = side,radii,grid
 
-    def extract_features(self, photo:Photo) -> np.ndarray:
+    def measure(self, photo:Photo) -> np.ndarray:
         "`59 * grid**2 * len(radii)` numbers, the square roots of shares"
         grey,rows = photo.view('grey', self.side),[]
         for radius in self.radii:

@@ -170,7 +170,7 @@ class CNNFeatures(BaseFeatureExtractor):
             export_backbone(net, weights, path, self.side)
         return path
 
-    def extract_features(self, photo:Photo) -> np.ndarray:
+    def measure(self, photo:Photo) -> np.ndarray:
         "One embedding"
         path,pool = self.onnx_path(),self._names()[1]
         key = ('onnx', str(path), self.side)

@@ -39,6 +39,16 @@ class Photo:
             self._views[key] = resize_image(self.rgb, side, self.mode) if kind=='rgb' else cv2.cvtColor(self.view('rgb', side), _VIEWS[kind])
         return self._views[key]
 
+    def gradient(self,
+        side:int # Height and width of the grey view, pixels
+    ) -> tuple[np.ndarray,np.ndarray]: # Two (side, side) float32; shared: do not write to them
+        "Slopes of the grey view to the right and down (Sobel), made once"
+        key = ('gradient', side)
+        if key not in self.memo:
+            grey = self.view('grey', side)
+            self.memo[key] = cv2.Sobel(grey, cv2.CV_32F, 1, 0),cv2.Sobel(grey, cv2.CV_32F, 0, 1)
+        return self.memo[key]
+
     @cached_property
     def size(self) -> tuple[int,int]: # Pixels
         "Width and height"
@@ -52,17 +62,33 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
     name = '' # Key in `EXTRACTORS`
     version = 1 # Raised when the same settings give other numbers
 
-    def extract_features(self, photo:Photo) -> np.ndarray: # (n_features,) float32
-        "Measure one photo"
+    def measure(self, photo:Photo) -> np.ndarray: # (n_features,)
+        "What an extractor writes: the numbers of one photo"
         raise NotImplementedError
 
+    def extract_features(self,
+        image:Photo|np.ndarray # A photo, or (height, width, 3) uint8 RGB
+    ) -> np.ndarray: # (n_features,) float32
+        "Measure one photo"
+        row = np.asarray(self.measure(image if isinstance(image, Photo) else Photo(image)), np.float32)
+        if row.ndim!=1: raise FeatureError(f'{self.name} gave an array of shape {row.shape} for a photo, not a row', code='bad_features')
+        return row
+
     def fit(self, photos, y=None):
-        "Learn nothing; extractors with a vocabulary override this"
+        "Nothing is learned"
         return self
 
     def transform(self, photos:Iterable) -> np.ndarray: # (n_photos, n_features) float32
         "Measure many photos, given as `Photo` or RGB arrays"
-        return np.stack([self.extract_features(p if isinstance(p, Photo) else Photo(p)) for p in photos])
+        return np.stack([self.extract_features(p) for p in photos])
+
+    def get_feature_names(self) -> list[str]: # As long as a row
+        "A name for each number: the block's own and a count, where an extractor says nothing better"
+        return [f'{self.name}_{i}' for i in range(len(self.extract_features(np.zeros((64,64,3), np.uint8))))]
+
+    def get_feature_names_out(self, input_features=None) -> np.ndarray: # As scikit-learn asks for them
+        "The same as an array"
+        return np.asarray(self.get_feature_names(), dtype=object)
 
     def fingerprint(self) -> str: # 16 hex digits
         "Same fingerprint, same numbers for the same photo"
