@@ -67,18 +67,24 @@ def write_clean_copy(
     plan,output,root = plan_fixes(found) if plan is None else plan,Path(output_dir),Path(root)
     before = _earlier(output, root)
     for row in progress(plan[plan['action']!='leave_out'].itertuples(), 'Copying', int((plan['action']!='leave_out').sum())):
-        source,target = root/row.path,output/row.target
+        source,target = root/row.path,_inside(output, row.target)
         if row.action!='crop' and target.exists() and target.stat().st_size==source.stat().st_size and file_digest(target)==file_digest(source): continue
         with atomic_write(target) as part:
             if row.action=='crop': Image.fromarray(read_image(source, found.config.image_limits())).save(part, 'PNG')
             else: shutil.copyfile(source, part)
-    for stale in sorted(set(before)-set(plan['target'])): (output/stale).unlink(missing_ok=True)
+    for stale in sorted(set(before)-set(plan['target'])): _inside(output, stale).unlink(missing_ok=True)
     kept = plan[plan['action']!='leave_out']
     for name,table in (('groups.csv', kept[['target', 'group']].rename(columns={'target': 'path'})), (LOG, plan)):
         with atomic_write(output/name) as part: table.to_csv(part, index=False)
     return plan
 
 LOG = 'fixes.csv'
+
+def _inside(output, target):
+    "A path of the copy, and never one beside it"
+    path = output/target
+    if not path.resolve().is_relative_to(output.resolve()): raise DatasetError(f'{target!r} lies outside of the copy', code='bad_setting', where=output/LOG)
+    return path
 
 def _earlier(output, root):
     "Files that an earlier copy made; refuses a folder that holds anything else"

@@ -88,17 +88,22 @@ def facts(data):
             print(f'\n== {name}{" with its groups" if given else ""} ({time.perf_counter()-start:.0f} s)\n{found.verdict}')
             for i,finding in enumerate(found.findings, 1): print(f'  {i:2d}. {finding.level:7s} {finding}')
 
+SCRIPTS = {'duplicates': True, 'labels': True, 'split': False, 'fuzz': False} # Whether there is a rival in another environment
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('parts', nargs='*', default=['speed', 'second', 'facts'], help='speed, second, facts')
+    parser.add_argument('parts', nargs='*', default=['speed', 'second', 'facts', *SCRIPTS], help=f'speed, second, facts, {", ".join(SCRIPTS)}; default: all')
     parser.add_argument('--data', default=os.environ.get('AMULET_DATA', '../shared/data'))
-    parser.add_argument('--rivals-python', help='a Python that has cleanvision')
+    parser.add_argument('--rivals-python', help='a Python that has cleanvision, imagededup and cleanlab')
     args = parser.parse_args()
     for part in args.parts:
-        print(f'\n# {part}')
+        print(f'\n# {part}', flush=True)
         if part=='speed': print(speed(args.data, args.rivals_python).round(2).to_string(index=False))
         elif part=='second': print(second_look(args.data).round(2).to_string(index=False))
         elif part=='facts': facts(args.data)
+        elif part in SCRIPTS:
+            words = ['--rivals-python', args.rivals_python] if args.rivals_python and SCRIPTS[part] else []
+            subprocess.run([sys.executable, Path(__file__).with_name(f'inspection_{part}.py'), '--data', args.data, *words], check=True)
         else: parser.error(f'no part is called {part!r}')
 
 if __name__=='__main__': main()
