@@ -18,7 +18,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from amulet_hybrid.dataset import make_manifest
 from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.inspection import inspect_photos
+from amulet_hybrid.inspection import DatasetInspector, InspectionConfig
 from amulet_hybrid.metrics import evaluate_predictions
 from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
 
@@ -28,7 +28,7 @@ def load(data: Path, name: str, weights: str, cache: Path):
     csv = data/f'{name}_groups.csv'
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
     manifest['given'] = manifest['group'].where(manifest['group'] != '', manifest['path'])
-    table = inspect_photos(manifest, root).usable
+    table = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=False)).inspect(manifest, root=root).usable
     blocks = HybridFeatureExtractor(FeatureConfig(weights=weights), cache).extract_manifest(table, root)
     return blocks, table['label'].to_numpy(str), table['given'].to_numpy(str)
 
