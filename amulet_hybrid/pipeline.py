@@ -158,7 +158,8 @@ class TrainingRun:
     def train(self) -> pd.DataFrame: # Candidates, best first
         "Search, choose, calibrate and refit on the training photos"
         c,(blocks,table) = self.config,self._part('train')
-        self.trainer = HybridTrainer(TrainingConfig(cv_folds=c.cv_folds, quick=c.quick, jobs=c.jobs, seed=c.seed)).fit(blocks, table['label'], table['group'])
+        trainer = HybridTrainer(TrainingConfig(cv_folds=c.cv_folds, quick=c.quick, jobs=c.jobs, seed=c.seed))
+        self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders())
         self.model = self.trainer.model_
         return self.trainer.candidates_
 

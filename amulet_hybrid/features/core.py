@@ -82,6 +82,10 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
         "Measure many photos, given as `Photo` or RGB arrays"
         return np.stack([self.extract_features(p) for p in photos])
 
+    def encoder(self) -> Any: # Unfitted transformer of rows, (n, n_features) -> (n, anything), or None
+        "What must learn from training photos before rows are of use, e.g. a vocabulary; the trainer fits it inside every fold"
+        return None
+
     def get_feature_names(self) -> list[str]: # As long as a row
         "A name for each number: the block's own and a count, where an extractor says nothing better"
         return [f'{self.name}_{i}' for i in range(len(self.extract_features(np.zeros((64,64,3), np.uint8))))]

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import Config, ConfigError, FeatureError, MissingExtraError, progress
-from . import classical, cnn # noqa: F401 (they register their blocks)
-from .cache import FeatureCache
+from . import classical, cnn, keypoints # noqa: F401 (they register their blocks)
+from .cache import FeatureCache, block_key
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo, make_extractor
 from ..images import LIMITS, read_image
 
@@ -64,6 +64,10 @@ class HybridFeatureExtractor:
                 if note not in self.notes: self.notes.append(note)
             else: yield block,extractor
 
+    def encoders(self) -> dict[str,Any]: # Block name -> unfitted encoder
+        "What the trainer must fit for raw blocks"
+        return {name: encoder for name,e in self.extractors.items() if (encoder := e.encoder()) is not None}
+
     def read(self, source:str|Path|bytes, limits=LIMITS) -> Photo:
         "A photo as extractors want it; raises `ImageError`"
         return Photo(read_image(source, limits, at_least=self.config.decode_at), self.config.mode)
@@ -90,13 +94,22 @@ class HybridFeatureExtractor:
         root:str|Path # Where the paths begin
     ) -> dict[str,np.ndarray]: # Block name -> (n_photos, n_features) float32, rows in manifest order
         "All blocks of all photos, from the cache where they are known"
-        keys = manifest['sha256'].tolist()
-        known = {name: self.cache.load(e.fingerprint()) if self.cache else {} for name,e in self.extractors.items()}
-        rows = self._run(manifest['path'].tolist(), lambda p, times: self._timed_read(Path(root)/p, times), keys, known, 'Measuring')
-        if self.cache:
-            for name,extractor in self.extractors.items():
-                if fresh := {k: row[name] for k,row in zip(keys, rows) if k not in known[name]}: self.cache.store(extractor.fingerprint(), fresh)
+        keys,names = manifest['sha256'].tolist(),self.block_keys()
+        known = {name: self.cache.load(key, keys) if self.cache else {} for name,key in names.items()}
+        fresh:dict[str,dict[str,np.ndarray]] = {name: {} for name in names}
+        def keep(sha, row, most=500):
+            for name in names:
+                if sha not in known[name]: fresh[name][sha] = row[name]
+                if fresh[name] and len(fresh[name]) >= most and self.cache: self.cache.store(names[name], fresh[name]); fresh[name] = {}
+        try: rows = self._run(manifest['path'].tolist(), lambda p, times: self._timed_read(Path(root)/p, times), keys, known, 'Measuring', keep)
+        finally: # also when interrupted: what was measured is kept
+            for name,found in fresh.items():
+                if found and self.cache: self.cache.store(names[name], found)
         return self._stack(rows)
+
+    def block_keys(self) -> dict[str,str]: # Block name -> what its rows are kept under
+        "Extractor and all that was done to a photo before"
+        return {name: block_key(e.fingerprint(), mode=self.config.mode, decode_at=self.config.decode_at) for name,e in self.extractors.items()}
 
     def _timed_read(self, path, times):
         start = time.perf_counter()
@@ -104,7 +117,7 @@ class HybridFeatureExtractor:
         times['decode'] = 1000*(time.perf_counter()-start)
         return photo
 
-    def _run(self, sources, read, keys, known, desc):
+    def _run(self, sources, read, keys, known, desc, keep=None):
         before = cv2.getNumThreads()
         def one(item):
             source,key = item
@@ -113,9 +126,14 @@ class HybridFeatureExtractor:
             if todo := [name for name in self.extractors if name not in row]: row |= self.extract(read(source, times), todo, times)
             return row,times
         cv2.setNumThreads(1)
+        pool,done = ThreadPoolExecutor(self.jobs),[]
         try:
-            with ThreadPoolExecutor(self.jobs) as pool: done = list(progress(pool.map(one, zip(sources, keys)), desc, len(sources)))
-        finally: cv2.setNumThreads(before)
+            for key,(row,times) in zip(keys, progress(pool.map(one, zip(sources, keys)), desc, len(sources))):
+                done.append((row, times))
+                if keep: keep(key, row)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            cv2.setNumThreads(before)
         self.milliseconds = {stage: float(np.mean([t[stage] for _,t in done if stage in t])) for stage in ('decode', *self.extractors) if any(stage in t for _,t in done)}
         return [row for row,_ in done]
 
