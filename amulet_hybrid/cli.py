@@ -97,7 +97,7 @@ def inspect(
 
 def _fix(found, output_dir, list_only):
     "The cleaned copy, or the list alone"
-    from amulet_hybrid.cleaning import LOG, plan_fixes, write_clean_copy
+    from amulet_hybrid.cleaning import LOG, PHOTOS, plan_fixes, write_clean_copy
     from amulet_hybrid.core import atomic_write
     if list_only:
         plan = plan_fixes(found)
@@ -105,7 +105,7 @@ def _fix(found, output_dir, list_only):
         typer.echo(f'Choices    {output_dir/LOG}')
     else:
         plan = write_clean_copy(found, found.root, output_dir/'clean')
-        typer.echo(f'Clean copy {output_dir/"clean"} (with {LOG}, and groups.csv for --groups)')
+        typer.echo(f'Clean copy {output_dir/"clean"} (with {LOG}; {PHOTOS} is its groups file, or a table to train from)')
     for action,n in plan['action'].value_counts().items(): typer.echo(f'             {n} {str(action).replace("_", " ")}')
 
 def _run_config(data_dir, output_dir, groups, group_by, blocks, weights, test_size, cv_folds, quick, min_groups, seed, jobs):

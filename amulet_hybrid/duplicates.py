@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-from .core import Config, ConfigError, DatasetError, ImageError, derive_seed
+from .core import Config, ConfigError, DatasetError, ImageError, derive_seed, progress
 
 # %% ../nbs/13_duplicates.ipynb #4f4a8095
 SIDE,_HALF,_TINT = 64,32,16
@@ -281,7 +281,7 @@ def near_duplicates(
     views = duplicate_views(config)
     hashes,details = _looks(prints, View())
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        found = list(pool.map(lambda view: _suspects(prints, view, hashes, details, config.radius), views))
+        found = list(progress(pool.map(lambda view: _suspects(prints, view, hashes, details, config.radius), views), 'Looking for twins', len(views), 'view'))
         pairs,scores = np.concatenate([p for p,_ in found]),np.concatenate([s for _,s in found])
         which = np.repeat(np.arange(len(views)), [len(p) for p,_ in found])
         order = np.lexsort((which, -scores, pairs[:,1], pairs[:,0]))
@@ -290,7 +290,7 @@ def near_duplicates(
         pairs,which = pairs[best],which[best]
         parts = np.array_split(np.arange(len(pairs)), len(pairs)//256+1)
         compared = pool.map(lambda part: [compare_prints(prints[pairs[k,0]], prints[pairs[k,1]], views[which[k]]) for k in part], parts)
-        result = np.array([row for part in compared for row in part]).reshape(-1, 3)
+        result = np.array([row for part in progress(compared, 'Comparing', len(parts), 'part') for row in part]).reshape(-1, 3)
     kind = np.where([views[k].mirror for k in which], 'mirrored', np.where(np.abs(result[:,2]) >= 5, 'rotated', 'near')) if len(pairs) else np.zeros(0, '<U8')
     table = pd.DataFrame({'first': pairs[:,0], 'second': pairs[:,1], 'similarity': result[:,0].round(4), 'kind': kind})
     return table[(result[:,0] >= config.similarity) & (result[:,1] <= config.colour)].reset_index(drop=True)

@@ -29,7 +29,7 @@ from .measure import MeasurementStore, measure_files, unchanged_digests
 from .photo_report import render_photo_report
 from .probes import group_gap, name_conflicts, one_class_groups, quick_proba, shortcuts, suggest_groups
 from .quality import FATAL, ISSUES, has_issue, quality_score, set_issues
-from .split import folds, groups_per_class, leakage, leakage_notes, recommend_cv
+from .split import analyze_distribution, folds, groups_per_class, leakage, leakage_notes, recommend_cv
 
 # %% ../nbs/56_inspection.ipynb #7323baef
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _suspects(probe, proba, paths, sure=.7):
     found = find_label_issues(label, proba, probe.names)
     found = found[found['suspect'] & (found['probability_suggested'] > sure)]
     space = np.concatenate([(v-v.mean(0))/max(1e-9, np.linalg.norm(v-v.mean(0), axis=1).mean()) for v in probe.X.values()], axis=1)
-    beside = [' | '.join(paths[neighbours(space, label, row, wanted, 3)]) for row,wanted in zip(found['row'], found['suggested'])]
+    beside = [paths[neighbours(space, label, row, wanted, 3)].tolist() for row,wanted in zip(found['row'], found['suggested'])]
     return found.assign(path=paths[found['row']], neighbours=beside).drop(columns=['row', 'suspect']).reset_index(drop=True)
 
 def _hidden_groups(seen, probe, suggested, config):
@@ -282,6 +282,7 @@ class DatasetInspector:
             key = self._key(manifest, root, store) if store else ''
         found = _judge(manifest, measured, self.config, root)
         found.key,found.title = key,Path(data).name if not isinstance(data, pd.DataFrame) else root.name
+        found.facts['scanned'] = not isinstance(data, pd.DataFrame) and Path(data).is_dir()
         return found
 
     def _key(self, manifest, root, store):
@@ -296,7 +297,8 @@ class DatasetInspector:
         group_by:str|None=None
     ) -> Inspection:
         "Inspect and write the report; nothing is done twice where nothing has changed"
-        self.cache_dir,output_dir = self.cache_dir or Path(output_dir)/'cache',Path(output_dir)
+        output_dir = Path(output_dir)
+        if self.cache_dir is None: return DatasetInspector(self.config, output_dir/'cache').run(data, output_dir, groups, group_by)
         manifest,root = make_manifest(data, groups, group_by)
         if all((output_dir/file).exists() for file in FILES.values()):
             with closing(MeasurementStore(self.cache_dir/STORE)) as store: key = self._key(manifest, root, store)
@@ -305,7 +307,7 @@ class DatasetInspector:
             else:
                 if key and found.key==key: return found
         found = self.inspect(manifest, root=root)
-        found.title = Path(data).resolve().name
+        found.title,found.facts['scanned'] = Path(data).resolve().name,Path(data).is_dir()
         found.save(output_dir)
         return found
 
@@ -349,7 +351,7 @@ def _judge(manifest, measured, config, root):
     for column in ('quality', 'phash'): m[column] = ('' if column=='phash' else np.nan)
     m.loc[ok, ['issues', 'quality', 'phash', 'group']] = good[['issues', 'quality', 'phash', 'group']].to_numpy()
     m['quality'] = m['quality'].astype(float)
-    return Inspection(m, _findings(m, good, given, tables, facts), tables, facts, config, Path(root))
+    return Inspection(m, _findings(m, good, given, tables, facts), tables, facts, config, Path(root).resolve())
 
 def _leakage_words(good, given):
     "In the user's own groups, or in ours where theirs are not parted"
@@ -361,11 +363,10 @@ def _class_table(m, good):
     return table.assign(share=(table['photos']/table['photos'].sum()).round(3)).reset_index()
 
 def _balance(good):
-    "Imbalance ratio and the number of even classes that are as mixed (exponential of the entropy)"
-    n = good['label'].value_counts()
-    p = n/n.sum()
-    return {'classes': len(n), 'photos': int(n.sum()), 'imbalance_ratio': round(float(n.max()/n.min()), 2), 'effective_classes': round(float(np.exp(-(p*np.log(p)).sum())), 2),
-            'smallest': str(n.idxmin())}
+    "How many photos and classes, and how even"
+    d = analyze_distribution(good)
+    return {'classes': len(d.classes), 'photos': len(good), 'imbalance_ratio': round(d.imbalance_ratio, 2), 'effective_classes': round(d.effective_classes, 2),
+            'smallest': d.smallest_class}
 
 def _augmentation(good):
     "Preset by the size of the set, and why"

@@ -39,14 +39,14 @@ class MeasurementStore:
         try: self._open()
         except sqlite3.DatabaseError as error:
             log.warning('%s cannot be used (%s) and is made anew', self.path, error)
-            self.path.unlink(missing_ok=True)
+            for end in ('', '-wal', '-shm'): Path(f'{self.path}{end}').unlink(missing_ok=True)
             self._open()
 
     def _open(self):
         self.db = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
         try:
             self.db.executescript('pragma journal_mode=wal; pragma synchronous=normal;'+_SCHEMA)
-            self.db.execute('select count(*) from files').fetchone()
+            if (said := self.db.execute('pragma quick_check(1)').fetchone()[0])!='ok': raise sqlite3.DatabaseError(said)
         except sqlite3.DatabaseError: self.db.close(); raise
 
     def digests(self) -> dict[str,tuple[int,int,str]]: # Path -> size, time in nanoseconds, sha256
@@ -77,7 +77,7 @@ def unchanged_digests(
     store:MeasurementStore
 ) -> list[str]: # sha256 of each file; [] if one of them is not known or has changed
     "Digests of files that lie there as they did"
-    known,out = store.digests(),[]
+    known,out,root = store.digests(),[],os.path.abspath(root)
     for path in paths:
         full = os.path.join(root, path)
         size,mtime,sha = known.get(full, (-1, 0, ''))
@@ -104,7 +104,7 @@ def measure_files(
     jobs:int=0 # Threads; 0: one a core
 ) -> Measured:
     "Read, decode and measure each file once; a bad file is a row that says so"
-    keys,paths = keys or {},list(paths)
+    keys,paths,root = keys or {},list(paths),os.path.abspath(root)
     kinds = {'row': f'row {QUALITY_VERSION} {limits.digest()[:12]}', 'print': f'print {PRINT_VERSION}', **{name: f'vector {key}' for name,key in keys.items()}}
     digests,known = (store.digests(), {name: store.known(kind) for name,kind in kinds.items()}) if store else ({}, {name: {} for name in kinds})
 

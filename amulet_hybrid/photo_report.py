@@ -62,7 +62,7 @@ def _worst(manifest):
 
 def _suspect_cards(labels):
     "Suspected labels with the photos beside them"
-    return [{'path': r.path, 'given': r.given, 'suggested': r.suggested, 'probability': r.probability_suggested, 'beside': r.neighbours.split(' | ')}
+    return [{'path': r.path, 'given': r.given, 'suggested': r.suggested, 'probability': r.probability_suggested, 'beside': r.neighbours}
             for r in labels.head(SUSPECTS).itertuples()]
 
 def _pictures(paths, read_photo):

@@ -90,7 +90,7 @@ def test_fix_copies_and_never_touches(photos, tmp_path):
     plan = pd.read_csv(tmp_path/'out'/'clean'/'fixes.csv', keep_default_na=False)
     assert len(plan)==sum(1 for p in photos.rglob('*/*') if p.is_file()) and (plan[plan['action']=='leave_out']['reason']!='').all()
     assert 'no photo' not in said and plan[plan['path'].str.endswith('in_both.png')]['action'].tolist()==['leave_out']*2
-    again = inspect(tmp_path/'out'/'clean', tmp_path/'again', '--groups', tmp_path/'out'/'clean'/'groups.csv', '--quick-mode')
+    again = inspect(tmp_path/'out'/'clean', tmp_path/'again', '--groups', tmp_path/'out'/'clean'/'photos.csv', '--quick-mode')
     assert 'label_conflict' not in again and 'cannot be used' not in again and 'filed under more than one' not in again
 
 def test_list_only(photos, tmp_path):
