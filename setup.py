@@ -9,7 +9,7 @@ parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('cnn', 'surf', 'serve', 'notebooks', 'dev')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('cnn', 'surf', 'ray', 'timm', 'tracking', 'serve', 'notebooks', 'dev')}
 extras['all'] = sorted({r for name in ('cnn', 'surf', 'serve', 'notebooks') for r in extras[name]})
 
 setup(

@@ -16,7 +16,6 @@ import pandas as pd
 
 from .bundle import Bundle, load_bundle
 from .core import ConfigError, DatasetError, ImageError, progress
-from .features.core import Photo
 from .images import LIMITS, ImageLimits
 
 # %% ../nbs/61_classifier.ipynb #842335ea
@@ -28,6 +27,9 @@ class Prediction:
     confidence:float # Probability of `top`, calibrated, 0..1
     probabilities:dict[str,float] # Of every class; they sum to 1
     reason:str='' # Why `label` is None
+    prediction_set:list[str]=field(default_factory=list) # Classes among which the true one is, as often as `coverage` says; the most probable first
+    coverage:float|None=None # That the set was made for
+    novelty:float|None=None # 0..1: share of known photos that are less strange than this one
     route:str='ensemble' # Which part of the classifier answered
     timings:dict[str,float] = field(default_factory=dict, compare=False) # Stage -> milliseconds
     model_version:str='' # Of the bundle
@@ -41,30 +43,52 @@ class HybridClassifier:
     def __init__(self,
         bundle:Bundle|str|Path, # A loaded bundle, or its folder
         confidence_threshold:float=0., # Below it no label is given, 0..1
-        limits:ImageLimits=LIMITS # What is let in
+        limits:ImageLimits=LIMITS, # What is let in
+        refuse_novel:bool=True # Give no label to what is stranger than the bundle's threshold
     ):
+        self.refuse_novel = refuse_novel
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         self.confidence_threshold,self.limits = _checked(confidence_threshold),limits
         self.classes,self.model_version = self.bundle.classes,self.bundle.version
 
     def classify(self,
         photo:Any, # Path, bytes of a file, or RGB array (height, width, 3) uint8
-        confidence_threshold:float|None=None # Instead of the classifier's own
+        confidence_threshold:float|None=None, # Instead of the classifier's own
+        coverage:float|None=None # Of the prediction set, 0..1; None: what the bundle was made for
     ) -> Prediction:
         "Name one photo; raises `ImageError` for what is no photo"
         threshold = self.confidence_threshold if confidence_threshold is None else _checked(confidence_threshold)
         start,extractor,timings = time.perf_counter(),self.bundle.extractor,{}
-        shared = Photo(photo, extractor.config.mode) if isinstance(photo, np.ndarray) else extractor.read(photo, self.limits)
+        shared = extractor.read(photo, self.limits)
         timings['decode'] = 1000*(time.perf_counter()-start)
         blocks = extractor.extract(shared, timings=timings)
         start = time.perf_counter()
-        proba = self.bundle.model.predict_proba({name: row[None] for name,row in blocks.items()})[0]
+        arrays,model = {name: row[None] for name,row in blocks.items()},self.bundle.model
+        proba = model.predict_proba(arrays)[0]
         timings['model'] = 1000*(time.perf_counter()-start)
+        start = time.perf_counter()
+        strange = model.novelty.score(arrays) if model.novelty is not None else None
+        timings['novelty'] = 1000*(time.perf_counter()-start)
         top = int(proba.argmax())
-        sure = bool(proba[top] >= threshold)
-        reason = '' if sure else f'The confidence {proba[top]:.2f} is below the threshold {threshold:.2f}.'
-        return Prediction(self.classes[top] if sure else None, self.classes[top], float(proba[top]), dict(zip(self.classes, map(float, proba))), reason,
-                          timings=timings, model_version=self.model_version)
+        reason = self._doubt(proba[top], threshold, strange)
+        sets,asked = self._set(proba, coverage)
+        novelty = float(1-model.novelty.p_values(strange)[0]) if model.novelty is not None and strange is not None else None
+        return Prediction(None if reason else self.classes[top], self.classes[top], float(proba[top]), dict(zip(self.classes, map(float, proba))), reason,
+                          sets, asked, novelty, timings=timings, model_version=self.model_version)
+
+    def _doubt(self, confidence, threshold, strange):
+        "Why there is no label; '' if there is one"
+        novelty = self.bundle.model.novelty
+        if novelty is not None and self.refuse_novel and strange[0] > novelty.threshold_:
+            return f'It is stranger than {1-novelty.rate:.0%} of known photos: perhaps nothing that this model knows.'
+        return '' if confidence >= threshold else f'The confidence {confidence:.2f} is below the threshold {threshold:.2f}.'
+
+    def _set(self, proba, coverage):
+        "Prediction set and its coverage"
+        if (sets := self.bundle.model.conformal) is None: return [],None
+        sets = sets if coverage is None else sets.at(coverage)
+        inside = sets.predict_set(proba[None])[0]
+        return [self.classes[i] for i in np.argsort(-proba, kind='stable') if inside[i]],float(sets.coverage)
 
     def predict_directory(self,
         source:str|Path, # A photo, or a folder with photos at any depth

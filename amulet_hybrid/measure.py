@@ -11,16 +11,15 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 
 from .core import bytes_digest, log, progress
+from .engines import spread
 from .duplicates import PRINT_VERSION, photo_print
 from .images import LIMITS, ImageLimits
 from .quality import QUALITY_VERSION, add_name, measure_bytes, read_file
@@ -133,11 +132,9 @@ def measure_files(
 
     def look_at(some): return [look(path) for path in some]
     chunks = [paths[i:i+16] for i in range(0, len(paths), 16)] # a task of a millisecond is not worth a switch of threads
-    before,answers,states,fresh,decoded = cv2.getNumThreads(),[],[],[],0
-    cv2.setNumThreads(1)
-    pool = ThreadPoolExecutor(jobs or os.cpu_count())
+    answers,states,fresh,decoded = [],[],[],0
     try:
-        for sha,found,state,new in progress(chain.from_iterable(pool.map(look_at, chunks)), 'Inspecting', len(paths)):
+        for sha,found,state,new in progress(chain.from_iterable(spread(look_at, chunks, jobs)), 'Inspecting', len(paths)):
             answers.append(found)
             decoded += new
             if store is None: continue
@@ -147,8 +144,6 @@ def measure_files(
                 store.add(states, fresh)
                 states,fresh = [],[]
     finally: # also when interrupted: what was measured is kept
-        pool.shutdown(wait=True, cancel_futures=True)
-        cv2.setNumThreads(before)
         if states: store.add(states, fresh) # type: ignore[union-attr]
     table = pd.DataFrame([add_name(json.loads(found['row']), path) for found,path in zip(answers, paths)])
 

@@ -7,6 +7,7 @@ __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'RunConfig', 'speed_profile'
            'evaluate_bundle']
 
 # %% ../nbs/80_pipeline.ipynb #d8e93f8f
+import dataclasses
 import datetime
 import json
 import shutil
@@ -19,17 +20,19 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import balanced_accuracy_score
 
+from .analysis import block_importance, learning_curve, nearest_training
 from .bundle import load_bundle, save_bundle
 from .classifier import HybridClassifier
 from .core import BundleError, Config, ConfigError, DatasetError, atomic_write, json_digest, log
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, NoveltyTest, evaluate
 from .features.hybrid import FeatureConfig, HybridFeatureExtractor
 from .images import read_image
 from .inspection import DatasetInspector, Inspection, InspectionConfig, write_manifest
 from .labels import find_label_issues
 from .metrics import paired_difference
 from .split import check_groups, check_splittable, groups_per_class, holdout, leakage
-from .trainer import HybridModel, HybridTrainer, TrainingConfig
+from .tracking import make_tracker, run_parameters, track_output
+from .trainer import NOT_WORSE, HybridModel, HybridTrainer, TrainingConfig, encode_blocks, fit_candidate
 
 # %% ../nbs/80_pipeline.ipynb #60779496
 @dataclass(frozen=True)
@@ -39,11 +42,15 @@ class RunConfig(Config):
     output_dir:str='runs/local' # Everything is written here
     groups:str='' # CSV with columns path and group: photos that must never be parted
     group_by:str='' # The same as a regular expression on the path
-    blocks:tuple[str,...]=FeatureConfig().blocks # Feature blocks
+    blocks:tuple[str,...]=() # Feature blocks; (): those of `preset`
+    preset:str='balanced' # 'fast', 'balanced' or 'rich'
     weights:str='auto' # For CNN blocks: 'auto', a file, a folder, 'random' or 'none'
     test_size:float=.2 # Share of photos held out
     cv_folds:int=5 # Folds inside the training photos
     quick:bool=False # A first look: 3 folds, two models
+    time_budget:float=0. # Minutes after which training begins no further candidate; 0: none
+    coverage:float=.9 # Of prediction sets
+    track:str='' # Where runs are recorded: '', 'auto', 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', 'wandb:PROJECT'
     min_groups:int=0 # Classes with fewer groups are left out; 0: such a class is an error
     cache_dir:str='' # Where features are kept; default: output_dir/cache
     jobs:int=0 # Threads and processes; 0: one a core
@@ -51,7 +58,11 @@ class RunConfig(Config):
 
     def __post_init__(self):
         if not 0 < self.test_size < 1: raise ConfigError(f'`test_size` must be between 0 and 1, got {self.test_size}')
-        TrainingConfig(cv_folds=self.cv_folds); FeatureConfig(blocks=self.blocks)
+        self.training(); FeatureConfig(blocks=self.blocks, preset=self.preset)
+
+    def training(self) -> TrainingConfig:
+        "The part that the trainer takes"
+        return TrainingConfig(cv_folds=self.cv_folds, quick=self.quick, time_budget=self.time_budget, coverage=self.coverage, jobs=self.jobs, seed=self.seed)
 
 BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.json'
 
@@ -145,7 +156,7 @@ class TrainingRun:
     def extract(self) -> pd.DataFrame: # Numbers a photo of each block
         "Feature blocks of all usable photos"
         c = self.config
-        features = FeatureConfig(blocks=c.blocks, weights=c.weights)
+        features = FeatureConfig(blocks=c.blocks, preset=c.preset, weights=c.weights)
         self.extractor = HybridFeatureExtractor(features, c.cache_dir or self.output/'cache', c.jobs)
         self.notes = self.extractor.notes + self.notes
         self.blocks = self.extractor.extract_manifest(self.manifest, self.root)
@@ -158,10 +169,20 @@ class TrainingRun:
     def train(self) -> pd.DataFrame: # Candidates, best first
         "Search, choose, calibrate and refit on the training photos"
         c,(blocks,table) = self.config,self._part('train')
-        trainer = HybridTrainer(TrainingConfig(cv_folds=c.cv_folds, quick=c.quick, jobs=c.jobs, seed=c.seed))
-        self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders())
+        trainer = HybridTrainer(c.training(), checkpoint_dir=Path(c.cache_dir or self.output/'cache')/'training')
+        self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders(), self._block_milliseconds())
+        self.notes = self.trainer.notes_+self.notes
         self.model = self.trainer.model_
         return self.trainer.candidates_
+
+    def _block_milliseconds(self, most=12):
+        "Cost of each block a photo, measured on some photos one after the other"
+        times:dict[str,float] = {}
+        paths = self.manifest['path'].iloc[np.random.default_rng(0).permutation(len(self.manifest))[:most]]
+        for i,path in enumerate(paths):
+            if i==2: times = {} # the first two warm up
+            self.extractor.extract(self.extractor.read(self.root/path), timings=times)
+        return {name: ms/max(1, len(paths)-2) for name,ms in times.items()}
 
     def evaluate(self) -> Evaluation:
         "Judge the model on the held-out photos, and write report.html and figures.json"
@@ -171,18 +192,44 @@ class TrainingRun:
         single,pick = self.trainer.best_single_, np.random.default_rng(0).permutation(len(paths))[:20]
         stages,costs = speed_profile(self.extractor, {'ensemble': self.model, str(single): self.trainer.single_model_}, [paths[i] for i in pick])
         self.gap,note = random_split_note(self.trainer, self._part('train')[1]['group'].to_numpy())
+        near,readable = self._neighbours(blocks)
+        sets,detector,proba = self.model.conformal,self.model.novelty,self.model.predict_proba(blocks)
+        strange = None
+        if detector is not None: strange = NoveltyTest(detector.score(blocks), detector.threshold_, detector.rate, table=detector.table, name=detector.candidate.name)
         self.evaluation = evaluate(
-            y, self.model.predict_proba(blocks), self.model.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(),
+            y, proba, self.model.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(),
             read_photo=lambda i: read_image(paths[i], at_least=160), timings=stages, milliseconds=costs['ensemble'],
             rivals={f'best single block ({single})': (self.trainer.single_model_.predict_proba(blocks), costs[str(single)])},
-            notes=[n for n in [note] if n]+self.notes, sections=self._sections(),
+            sets=sets and sets.predict_set(proba), set_coverage=self.config.coverage, set_witnesses=self._part('train')[1]['group'].nunique(), novelty=strange,
+            neighbours=near, read_neighbour=readable, notes=[n for n in [note] if n]+self.notes, sections=self._importance(blocks, y, table)+self._sections(),
             title=f'{Path(self.config.data_dir).name}: held-out report', seed=self.config.seed)
         self.evaluation.save(self.output)
         return self.evaluation
 
+    def _neighbours(self, blocks):
+        "Nearest training photos of each test photo by what the model looks at, and how to read them"
+        train,table = self._part('train')
+        seen,known = (encode_blocks({b: X[b] for b in self.model.blocks}, self.model.encoders) for X in (blocks, train))
+        return nearest_training(seen, known).lookup(table['label'].to_numpy(), table['path'].to_numpy()),lambda path: read_image(self.root/path, at_least=100)
+
+    def _importance(self, blocks, y, table):
+        "What each block brings, and what more photos would"
+        seen = encode_blocks({b: blocks[b] for b in self.model.blocks}, self.model.encoders)
+        bare = dataclasses.replace(self.model, encoders={})
+        out = [block_importance(bare.predict_proba, seen, y, table['group'].to_numpy()).section()] if len(self.model.blocks) > 1 else []
+        if self.config.quick: return out
+        train,groups = self._part('train')[0],self._part('train')[1]['group'].to_numpy()
+        single,truth = self.trainer.best_single_,self.trainer.y_
+        def fit_predict(some, others): return fit_candidate(train, truth, single, some, others, self.trainer.encoders_, self.config.seed)
+        return [*out, learning_curve(fit_predict, truth, groups, cv_folds=3).section()]
+
     def _sections(self):
         found = self.inspection
         out:list[tuple[str,str,Any]] = [('Classes', 'Files, usable photos and independent groups of each class.', found.classes.reset_index()),
+               ('What was chosen, and why', 'The ensemble beside cheaper options, on out-of-fold predictions. A cheaper one takes its place where its loss is at most '
+                f'{NOT_WORSE} higher at the upper end of its interval. Being selected flatters an ensemble by {self.trainer.optimism_:.3f} of this loss; '
+                'the figures here are free of it.',
+                self.trainer.choice_.reset_index()),
                ('The ensemble', 'Who votes, and with what weight. Chosen on out-of-fold predictions of the training photos.', self.model.describe()),
                ('Candidates', 'Every model on every block and join, judged out of fold on the training photos, best first.', self.trainer.candidates_)]
         if len(doubts := self._doubted_labels()):
@@ -190,7 +237,7 @@ class TrainingRun:
                         '(confident learning; Northcutt, Jiang and Chuang, 2021). Nothing was changed.', self._shown(doubts.head(12))))
         if len(found.unreadable): out.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
         if len(found.duplicates): out.append(('Duplicates', 'Photos of one cluster are the same photo; a cluster is never parted.', found.duplicates))
-        settings = [(k, str(v)) for k,v in self.config.to_dict().items() if k not in ('output_dir', 'cache_dir')]
+        settings = [(k, str(v)) for k,v in self.config.to_dict().items() if k not in ('output_dir', 'cache_dir', 'track')]
         out.append(('Settings', 'With these and the same photos the run can be repeated.', pd.DataFrame(settings, columns=['setting', 'value'])))
         return out
 
@@ -211,7 +258,7 @@ class TrainingRun:
         data = {'fingerprint': json_digest(m[['path', 'sha256', 'label', 'group', 'split']].to_numpy().tolist()), 'photos': len(m), 'groups': int(m['group'].nunique()),
                 'classes': m['label'].value_counts().sort_index().to_dict(), 'trained_on': sorted(s[:12] for s in seen)}
         figures,metrics = self.evaluation.metrics.to_dict(),self.evaluation.metrics
-        training = {k: v for k,v in c.to_dict().items() if k not in ('data_dir', 'output_dir', 'cache_dir', 'groups', 'weights', 'jobs')}
+        training = {k: v for k,v in c.to_dict().items() if k not in ('data_dir', 'output_dir', 'cache_dir', 'groups', 'weights', 'jobs', 'track')}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
         self.digest = save_bundle(self.output/BUNDLE, self.model, self.extractor, training, data, figures, now)
         try: self._check_parity()
@@ -235,11 +282,14 @@ class TrainingRun:
                                   code='no_parity', where=self.output/BUNDLE)
 
     def run(self) -> dict:
-        "All steps"
-        for step in (self.inspect, self.split, self.extract, self.train, self.evaluate):
-            log.info('%s', step.__name__)
-            step()
-        return self.save()
+        "All steps, recorded where the settings say"
+        with make_tracker(self.config.track, self.output.parent).run(self.output.name, run_parameters(self.config.to_dict())) as record:
+            for step in (self.inspect, self.split, self.extract, self.train, self.evaluate):
+                log.info('%s', step.__name__)
+                step()
+            result = self.save()
+            track_output(record, self.output)
+        return result
 
 # %% ../nbs/80_pipeline.ipynb #37c57a79
 def evaluate_bundle(
@@ -270,7 +320,10 @@ def evaluate_bundle(
     y = np.searchsorted(loaded.classes, table['label'].to_numpy(str))
     sections = [('Classes', 'Files, usable photos and independent groups of each class.', found.classes.reset_index())]
     if len(found.unreadable): sections.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
-    report = evaluate(y, loaded.model.predict_proba(blocks), loaded.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(),
+    proba,sets,detector = loaded.model.predict_proba(blocks),loaded.model.conformal,loaded.model.novelty
+    strange = None if detector is None else NoveltyTest(detector.score(blocks), detector.threshold_, detector.rate, name=detector.candidate.name)
+    report = evaluate(y, proba, loaded.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(),
+                      sets=sets and sets.predict_set(proba), set_coverage=sets.coverage if sets else .9, novelty=strange,
                       read_photo=lambda i: read_image(root/table['path'][i], at_least=160), timings=stages, milliseconds=costs['ensemble'],
                       notes=notes, sections=sections, title=f'{Path(data_dir).name}: bundle {loaded.version}', seed=seed)
     report.save(output_dir)

@@ -11,7 +11,6 @@ __all__ = ['ISSUES', 'FATAL', 'NOTED', 'SUFFIXES', 'FIGURES', 'QUALITY_VERSION',
 import hashlib
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -21,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .core import Config, ConfigError, ImageError, bytes_digest, progress
+from .engines import spread
 from .images import LIMITS, ImageLimits, open_photo
 
 # %% ../nbs/11_quality.ipynb #3653a7ea
@@ -329,8 +329,7 @@ class QualityChecker:
         "Judge many photos, each by itself and next to the others"
         if jobs < 0: raise ConfigError(f'`jobs` must be 0 or more, got {jobs}')
         paths = [str(p) for p in paths]
-        with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-            rows = list(progress(pool.map(lambda p: measure_photo(p, self.limits)[0], paths), 'Checking quality', len(paths)))
+        rows = list(progress(spread(lambda p: measure_photo(p, self.limits)[0], paths, jobs), 'Checking quality', len(paths)))
         table = pd.DataFrame(rows, columns=list(_ROW))
         fine = (table['reason']=='').to_numpy()
         table['label'] = [Path(p).parent.name for p in paths] # a folder a class is the custom

@@ -47,6 +47,12 @@ class Seen(Protocol):
     @property
     def reason(self) -> str: "Why `label` is None, else empty"
     @property
+    def prediction_set(self) -> Sequence[str]: "Classes among which the true one is, as often as `coverage` says"
+    @property
+    def coverage(self) -> float|None: "That the set was made for"
+    @property
+    def novelty(self) -> float|None: "0..1: share of known photos that are less strange"
+    @property
     def timings(self) -> Mapping[str,float]: "Stage -> milliseconds"
 
 class Classifier(Protocol):
@@ -78,7 +84,8 @@ class PredictRequest(PredictOptions):
 class PredictResponse(BaseModel):
     "What was seen"
     model_config = ConfigDict(protected_namespaces=(), json_schema_extra={'examples': [dict(
-        success=True, predicted_class='gold', top_class='gold', confidence=0.9, probabilities={'clay': 0.1, 'gold': 0.9}, reason='', model_version='bright-1',
+        success=True, predicted_class='gold', top_class='gold', confidence=0.9, probabilities={'clay': 0.1, 'gold': 0.9}, reason='',
+        prediction_set=['gold'], coverage=0.9, novelty=0.31, model_version='bright-1',
         processing_time_ms=4.2, timings_ms={'decode': 1.7, 'features': 2.1})]})
     success:bool = True
     predicted_class:str|None = Field(description='Class, or null when unsure')
@@ -86,6 +93,9 @@ class PredictResponse(BaseModel):
     confidence:float = Field(description='Probability of `top_class`')
     probabilities:dict[str,float]|None = Field(description='Class and its probability; null if not asked for')
     reason:str = Field(description='Why `predicted_class` is null, else empty')
+    prediction_set:list[str] = Field(description='Classes among which the true one is, as often as `coverage` says; most probable first; empty where the model gives none')
+    coverage:float|None = Field(description='Share of photos whose set holds the truth')
+    novelty:float|None = Field(description='0..1: share of known photos that are less strange than this one; null where the model has no detector')
     model_version:str
     processing_time_ms:float = Field(description='From the bytes of the photo to this answer')
     timings_ms:dict[str,float] = Field(description='Where that time went')
@@ -239,6 +249,7 @@ class _Worker:
         self.total_ms += (time.perf_counter()-start)*1000
         return PredictResponse(predicted_class=seen.label, top_class=seen.top, confidence=seen.confidence, reason=seen.reason,
                                probabilities=dict(seen.probabilities) if options.return_probabilities else None, model_version=self.classifier.model_version,
+                               prediction_set=list(seen.prediction_set), coverage=seen.coverage, novelty=seen.novelty,
                                processing_time_ms=ms, timings_ms=dict(seen.timings))
 
     def health(self) -> Health:

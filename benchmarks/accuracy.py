@@ -23,24 +23,24 @@ from amulet_hybrid.metrics import evaluate_predictions
 from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
 
 
-def load(data: Path, name: str, weights: str, cache: Path):
+def load(data: Path, name: str, weights: str, cache: Path, preset: str):
     "Blocks, labels and the given groups of one set"
     csv = data/f'{name}_groups.csv'
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
     manifest['given'] = manifest['group'].where(manifest['group'] != '', manifest['path'])
     table = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=False)).inspect(manifest, root=root).usable
-    blocks = HybridFeatureExtractor(FeatureConfig(weights=weights), cache).extract_manifest(table, root)
-    return blocks, table['label'].to_numpy(str), table['given'].to_numpy(str)
+    extractor = HybridFeatureExtractor(FeatureConfig(preset=preset, weights=weights), cache)
+    return extractor.extract_manifest(table, root), extractor.encoders(), table['label'].to_numpy(str), table['given'].to_numpy(str)
 
 
-def nested(blocks, labels, groups, seed: int, quick: bool):
+def nested(blocks, encoders, labels, groups, seed: int, quick: bool, jobs: int):
     "Out-of-fold probabilities of the ensemble and of the best single block, each chosen anew in every outer fold"
     classes, y = np.unique(labels, return_inverse=True)
     outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True, random_state=seed)
     ensemble, single = np.zeros((len(y), len(classes))), np.zeros((len(y), len(classes)))
     for train, test in outer.split(y, y, groups):
         held_out = {k: v[test] for k, v in blocks.items()}
-        trainer = HybridTrainer(TrainingConfig(quick=quick)).fit({k: v[train] for k, v in blocks.items()}, labels[train], groups[train])
+        trainer = HybridTrainer(TrainingConfig(quick=quick, novelty=False, jobs=jobs)).fit({k: v[train] for k, v in blocks.items()}, labels[train], groups[train], encoders)
         ensemble[test], single[test] = trainer.model_.predict_proba(held_out), trainer.single_model_.predict_proba(held_out)
         print('   ', ', '.join(f'{m.weight:.2f} {m.candidate}' for m in trainer.model_.members), flush=True)
     return classes.tolist(), y, {'amulet_hybrid': ensemble, 'amulet_hybrid, best single block': single}
@@ -63,21 +63,23 @@ def main():
     parser.add_argument('--sets', nargs='+', default=['amulet6', 'coins', 'magtile'])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the outer folds')
     parser.add_argument('--quick', action='store_true')
+    parser.add_argument('--preset', default='rich', help='feature blocks')
+    parser.add_argument('--jobs', type=int, default=0)
     parser.add_argument('--cache', type=Path, default=Path('.cache'))
     parser.add_argument('--output', type=Path, default=Path(__file__).parent/'results'/'accuracy.csv')
     args = parser.parse_args()
     rows = []
     for name in args.sets:
-        blocks, labels, groups = load(args.data, name, args.weights, args.cache)
+        blocks, encoders, labels, groups = load(args.data, name, args.weights, args.cache, args.preset)
         about = {'set': name, 'photos': len(labels), 'classes': len(set(labels)), 'groups': len(set(groups))}
         for seed in args.seeds:
             start = time.time()
-            classes, y, found = nested(blocks, labels, groups, seed, args.quick)
+            classes, y, found = nested(blocks, encoders, labels, groups, seed, args.quick, args.jobs)
             seconds = time.time()-start
             for method, proba in found.items():
                 overall = evaluate_predictions(y, proba, classes, groups).overall
                 figure = overall.loc['balanced_accuracy']
-                rows.append({**about, 'method': method, 'fold_seed': seed, 'balanced_accuracy': figure['value'],
+                rows.append({**about, 'preset': args.preset, 'method': method, 'fold_seed': seed, 'balanced_accuracy': figure['value'],
                              'low': figure['low'], 'high': figure['high'], 'macro_f1': overall.loc['macro_f1', 'value'],
                              'log_loss': overall.loc['log_loss', 'value'], 'ece': overall.loc['ece', 'value'], 'seconds': seconds/5})
                 print(name, method, seed, overall['value'].round(3).to_dict(), f'{seconds/5:.0f} s a fold', flush=True)

@@ -182,6 +182,8 @@ class SURFFeatures(KeypointExtractor):
     ):
         self.side,self.limit,self.threshold = side,limit,threshold
 
+    def prepare(self): require('mahotas.features.surf', 'surf')
+
     def describe(self, photo:Photo) -> np.ndarray:
         "By response"
         surf = require('mahotas.features.surf', 'surf').surf
@@ -295,6 +297,12 @@ class KeypointEncoder(TransformerMixin, BaseEstimator):
         row = nearest.T@Z-nearest.sum(0)[:,None]*self.words_
         row = np.sign(row)*np.sqrt(np.abs(row))
         return (row/np.maximum(np.linalg.norm(row, axis=1, keepdims=True), 1e-9)).ravel()
+
+    def get_feature_names_out(self, input_features=None) -> np.ndarray: # (`width()`,) of str
+        "What each number counts: photos of a word, or moves (`by`) and widenings (`spread`) of a word's patches along an axis"
+        axes = range(self.width()//self.words//(2 if self.method=='fisher' else 1))
+        ends = {'bow': [''], 'vlad': [f'_by_{i}' for i in axes], 'fisher': [f'_{what}_{i}' for what in ('by', 'spread') for i in axes]}[self.method]
+        return np.array([f'word_{word}{end}' for word in range(self.words) for end in ends], dtype=object)
 
     def to_arrays(self) -> dict[str,np.ndarray]: # For `np.savez`
         "All that was learned, and the settings"
