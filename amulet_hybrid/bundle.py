@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from sklearn.preprocessing import LabelEncoder
 
+from . import tables # noqa: F401 (registers its block)
 from .calibration import scaler_from_arrays
 from .conformal import ConformalPredictor
 from .core import BundleError, FeatureError, bytes_digest, file_digest, json_digest, log

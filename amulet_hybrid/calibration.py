@@ -227,6 +227,9 @@ def _crossed(logits, y, codes, fold, names):
         for name in names: proba[name][test] = _fit(name, logits[train], y[train], codes[train]).predict_proba(logits[test])
     return proba
 
+_STAIRS = 50 # Photos of the rarest class that a staircase needs; with fewer its ends are sure of what twenty photos said
+_PHOTOS = 80 # Photos for each class that vector scaling needs
+
 def calibrate_model(
     logits:Any, # (n, n_classes) array or tensor, of photos that the model was not trained on
     y:Any, # (n,) class indices
@@ -242,7 +245,9 @@ def calibrate_model(
     if errors < 0: raise ConfigError(f'`errors` must be at least 0, got {errors}')
     logits,y = _checked(logits, y)
     codes = _codes(groups, len(y))
-    names = [name for name in SCALERS if name in methods or name=='none']
+    rarest,k = np.bincount(y)[np.unique(y)].min(),logits.shape[1]
+    enough = {'vector': len(y) >= _PHOTOS*k, 'isotonic': rarest >= _STAIRS} # chance makes what cross-validation cannot see in a few photos
+    names = [name for name in SCALERS if (name in methods and enough.get(name, True)) or name=='none']
     proba = _crossed(logits, y, codes, folds(y, codes, cv, seed), names)
     losses = {name: _losses(p, y) for name,p in proba.items()}
     best = min(names, key=lambda name: losses[name].mean())

@@ -7,6 +7,7 @@ __all__ = ['Prediction', 'HybridClassifier']
 
 # %% ../nbs/61_classifier.ipynb #aef6e85f
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from .bundle import Bundle, load_bundle
-from .core import ConfigError, DatasetError, ImageError, progress
+from .core import ConfigError, DatasetError, FeatureError, ImageError, progress
 from .images import LIMITS, ImageLimits
+from .tables import TableExtractor
 
 # %% ../nbs/61_classifier.ipynb #842335ea
 @dataclass(frozen=True)
@@ -61,7 +63,27 @@ class HybridClassifier:
         start,extractor,timings = time.perf_counter(),self.bundle.extractor,{}
         shared = extractor.read(photo, self.limits)
         timings['decode'] = 1000*(time.perf_counter()-start)
-        blocks = extractor.extract(shared, timings=timings)
+        return self._answer(extractor.extract(shared, timings=timings), threshold, coverage, timings)
+
+    @property
+    def columns(self) -> tuple[str,...]: # () where it names photos
+        "Columns of the table that the bundle was trained on"
+        block = self.bundle.extractor.extractors.get('table')
+        return block.columns if isinstance(block, TableExtractor) else ()
+
+    def classify_features(self,
+        features:Mapping[str,Any], # Column -> value; what is left out or None is missing
+        confidence_threshold:float|None=None, # Instead of the classifier's own
+        coverage:float|None=None # Of the prediction set, 0..1; None: what the bundle was made for
+    ) -> Prediction:
+        "Name one row of a table; raises `FeatureError` for an unknown column or a value that is no number"
+        threshold = self.confidence_threshold if confidence_threshold is None else _checked(confidence_threshold)
+        block = self.bundle.extractor.extractors.get('table')
+        if not isinstance(block, TableExtractor): raise FeatureError('this model names photos, not rows of a table', code='needs_photo', advice='Send a photo')
+        return self._answer({'table': block.row(features)}, threshold, coverage, {})
+
+    def _answer(self, blocks, threshold, coverage, timings):
+        "What the model says of one measured photo or row"
         start = time.perf_counter()
         arrays,model = {name: row[None] for name,row in blocks.items()},self.bundle.model
         proba = model.predict_proba(arrays)[0]

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterable, Iterator
@@ -64,7 +65,10 @@ def require(
     extra:str # Our extra that installs it, e.g. 'cnn'
 ) -> Any: # The module
     "Import `name`, or say which extra is missing"
-    try: return importlib.import_module(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='IProgress') # tqdm misses widgets in a notebook, and says so with paths
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and error.name.split('.')[0] != name.split('.')[0]: raise
         raise MissingExtraError(f'this needs the package {name!r}, which is not installed',

@@ -199,23 +199,22 @@ class Candidate:
     "A model on a join of blocks"
     blocks:tuple[str,...]
     model:str
+    params:tuple[tuple[str,Any],...]=() # Hyperparameters other than the usual ones
 
-    def __str__(self): return f'{self.model} on {"+".join(self.blocks)}'
+    @property
+    def title(self) -> str:
+        "Model and hyperparameters"
+        return self.model + (f'({", ".join(f"{k}={v}" for k,v in self.params)})' if self.params else '')
+
+    def __str__(self): return f'{self.title} on {"+".join(self.blocks)}'
 
 START = ('logistic_balanced', 'lda_balanced') # models of the vote's beginning
 
-def _first_voices(oof, y, group):
-    "The models of `START` on the first join that has them all, or on a later one that is better by more than a standard error; the best candidate where there is none"
-    joins = list(dict.fromkeys(c.blocks for c in oof if c.model in START))
-    voices = {join: [c for c in oof if c.blocks==join and c.model in START] for join in joins}
-    voices = {join: some for join,some in voices.items() if len(some)==max(map(len, voices.values()))}
-    if not voices: return [min(oof, key=lambda c: selection_loss(oof[c], y))]
-    losses = {join: photo_losses(np.mean([oof[c] for c in some], axis=0), y) for join,some in voices.items()}
-    best = next(iter(voices))
-    for join in voices:
-        by_group = np.bincount(group, losses[best]-losses[join])
-        if by_group.sum() > np.sqrt((by_group**2).sum()): best = join
-    return voices[best]
+def _first_voices(oof, y):
+    "The first model of `START` on the joins of several blocks and the second on the first of them; without such joins the best candidate"
+    joins = [c.blocks for c in oof if c.model==START[0] and not c.params and len(c.blocks) > 1][:3]
+    voices = [Candidate(join, START[0]) for join in joins] + [c for join in joins[:1] if (c := Candidate(join, START[1])) in oof]
+    return voices or [min(oof, key=lambda c: selection_loss(oof[c], y))]
 
 def select_ensemble(
     oof:dict[Candidate,np.ndarray], # Out-of-fold probabilities, (n, n_classes) each
@@ -227,7 +226,7 @@ def select_ensemble(
     "Greedy forward selection with replacement that stops where luck begins"
     if not oof: raise TrainingError('there are no candidates', code='no_candidates')
     group = np.unique(np.arange(len(y)) if groups is None else np.asarray(groups), return_inverse=True)[1]
-    picks = _first_voices(oof, y, group)
+    picks = _first_voices(oof, y)
     total = np.sum([oof[c] for c in picks], axis=0)
     while len(picks) < max_picks:
         now = photo_losses(total/len(picks), y)

@@ -17,8 +17,8 @@ from sklearn.base import TransformerMixin, clone
 
 from .core import TrainingError, derive_seed
 from .detectors import DETECTORS, LOGIT_DETECTORS, BaseDetector, LinearHead
-from .features.core import join_blocks
-from .features.keypoints import KeypointEncoder
+from .features import keypoints # noqa: F401 (registers its blocks)
+from .features.core import join_blocks, make_extractor
 from .split import folds
 
 # %% ../nbs/46_novelty.ipynb #6ce271be
@@ -244,7 +244,7 @@ class NoveltyDetector:
         spaces = {k: (LinearHead if k=='head' else Axes).from_arrays(v) for k,v in made('space').items()}
         found = made('detector')
         detectors = {(space, name): DETECTORS[name].from_arrays(found[f'{space}|{name}']) for space,name in candidate.members}
-        encoders = {k: KeypointEncoder.from_arrays(v) for k,v in made('encoder').items()}
+        encoders = {k: make_extractor(k).encoder().from_arrays(v) for k,v in made('encoder').items()}
         return cls(candidate, _Members(spaces, detectors, [str(b) for b in arrays['blocks']]), arrays['centre'], arrays['scale'], arrays['known'],
                    float(arrays['threshold']), float(arrays['rate']), encoders)
 
@@ -295,7 +295,7 @@ def select_detector(
     group = np.arange(len(labels)).astype(str) if groups is None else np.asarray(groups).astype(str)
     for name,X in blocks.items():
         if np.ndim(X)!=2 or len(X)!=len(labels): raise TrainingError(f'the block {name} has shape {np.shape(X)} for {len(labels)} labels', code='bad_blocks')
-        if not np.isfinite(X).all(): raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
+        if name not in (encoders or {}) and not np.isfinite(X).all(): raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
     if not blocks or len(group)!=len(labels): raise TrainingError(f'{len(blocks)} blocks, {len(labels)} labels and {len(group)} groups do not match', code='bad_blocks')
     conformal_threshold(np.zeros(1), false_alarm_rate)
     encoders,notes,table = {b: e for b,e in (encoders or {}).items() if b in blocks},[],None

@@ -48,6 +48,8 @@ class RunConfig(Config):
     test_size:float=.2 # Share of photos held out
     cv_folds:int=5 # Folds inside the training photos
     quick:bool=False # A first look: 3 folds, two models
+    search:str='' # Look for other hyperparameters too: 'grid', 'random' or 'bayes'
+    trials:int=40 # Candidates that the search may try
     time_budget:float=0. # Minutes after which training begins no further candidate; 0: none
     coverage:float=.9 # Of prediction sets
     track:str='' # Where runs are recorded: '', 'auto', 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', 'wandb:PROJECT'
@@ -62,7 +64,8 @@ class RunConfig(Config):
 
     def training(self) -> TrainingConfig:
         "The part that the trainer takes"
-        return TrainingConfig(cv_folds=self.cv_folds, quick=self.quick, time_budget=self.time_budget, coverage=self.coverage, jobs=self.jobs, seed=self.seed)
+        return TrainingConfig(cv_folds=self.cv_folds, quick=self.quick, search=self.search, trials=self.trials, time_budget=self.time_budget, coverage=self.coverage,
+                              jobs=self.jobs, seed=self.seed)
 
 BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.json'
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import Annotated, Any, Callable, Mapping, Protocol, Sequence
 
 from . import __version__
-from .core import AmuletError, ImageError, log, require
+from .core import AmuletError, FeatureError, ImageError, log, require
 
 # %% ../nbs/71_serving.ipynb #cc07a4dd
 for _package in ('fastapi', 'uvicorn', 'python_multipart'): require(_package, 'serve')
@@ -30,7 +30,7 @@ for _package in ('fastapi', 'uvicorn', 'python_multipart'): require(_package, 's
 from fastapi import FastAPI, File, Form, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 # %% ../nbs/71_serving.ipynb #10df9131
@@ -79,7 +79,14 @@ class PredictOptions(BaseModel):
 class PredictRequest(PredictOptions):
     "A photo inside JSON"
     model_config = ConfigDict(extra='forbid', json_schema_extra={'examples': [{'image_data': _EXAMPLE, 'confidence_threshold': 0.7}]})
-    image_data:str = Field(description='PNG, JPEG, BMP, GIF or WEBP as base64 (RFC 4648, no line breaks), with or without `data:image/png;base64,` before it')
+    image_data:str|None = Field(default=None, description='PNG, JPEG, BMP, GIF or WEBP as base64 (RFC 4648, no line breaks), with or without `data:image/png;base64,` before it')
+    features:dict[str,float|str|bool|None]|None = Field(default=None, max_length=10_000,
+        description='Instead of a photo, for a model of a table: column and value; null or left out: missing')
+
+    @model_validator(mode='after')
+    def one_of_both(self):
+        if (self.image_data is None)==(self.features is None): raise ValueError('send either `image_data` or `features`')
+        return self
 
 class PredictResponse(BaseModel):
     "What was seen"
@@ -149,6 +156,11 @@ REFUSALS:dict[str,tuple[int,str]] = {
     'too_small': (422, 'A side of the photo is too short'),
     'too_large': (422, 'A side of the photo is too long'),
     'decompression_bomb': (422, 'The header promises more pixels than any photo has'),
+    'needs_features': (422, 'The model reads rows of a table: send `features`'),
+    'needs_photo': (422, 'The model names photos: send `image_data`'),
+    'unknown_feature': (422, 'The table that the model was trained on has no such column'),
+    'bad_feature': (422, 'The value of a column is no finite number'),
+    'no_features': (422, 'No column has a value'),
     'internal_error': (500, 'The fault is ours; the log of the service tells more'),
     'busy': (503, 'Too many requests at once'),
 }
@@ -175,8 +187,11 @@ def _say(errors): # pydantic's list
 
 def _add_refusals(app):
     "Whatever goes wrong leaves in one shape"
+    @app.exception_handler(FeatureError)
     @app.exception_handler(ImageError)
-    async def bad_photo(request, error): return _refuse(error)
+    async def bad_photo(request, error):
+        if error.code not in REFUSALS and isinstance(error, FeatureError): raise error # a fault of ours
+        return _refuse(error)
 
     @app.exception_handler(RequestValidationError)
     async def bad_request(request, error):
@@ -234,12 +249,15 @@ class _Worker:
         "In the pool: the prediction and its milliseconds"
         start = time.perf_counter()
         photo = read()
+        if isinstance(photo, Mapping):
+            if (ask := getattr(self.classifier, 'classify_features', None)) is None: raise FeatureError('this model names photos', code='needs_photo', advice='Send `image_data`')
+            return ask(photo, confidence_threshold=threshold),(time.perf_counter()-start)*1000
         if len(photo) > self.max_bytes: raise ImageError(f'larger than {self.max_bytes:,} bytes', code='image_too_large', advice='Save it smaller')
         seen = self.classifier.classify(photo, confidence_threshold=threshold)
         return seen,(time.perf_counter()-start)*1000
 
     async def answer(self,
-        read:Callable[[],bytes], # Gives the photo; called in the pool
+        read:Callable[[],bytes|Mapping[str,Any]], # Gives the photo, or a row of a table; called in the pool
         options:PredictOptions # What was asked
     ) -> PredictResponse:
         "Classify one photo"
@@ -334,6 +352,7 @@ def _add_pages(app):
     def home() -> RedirectResponse: return RedirectResponse('docs')
 
 # %% ../nbs/71_serving.ipynb #2a1d1551
+_ROW = ('needs_features', 'needs_photo', 'unknown_feature', 'bad_feature', 'no_features')
 _PHOTO = ('image_too_large', 'unsupported_format', 'bad_request', 'empty_file', 'corrupt_image', 'truncated', 'too_small', 'too_large', 'decompression_bomb',
           'internal_error', 'busy')
 
@@ -350,10 +369,10 @@ def create_app(
     _add_refusals(app)
     _add_pages(app)
 
-    @app.post('/predict', responses=_responses('bad_base64', *_PHOTO))
+    @app.post('/predict', responses=_responses('bad_base64', *_PHOTO, *_ROW))
     async def predict(body:PredictRequest) -> PredictResponse:
-        "Name a photo sent as base64 inside JSON"
-        return await worker.answer(lambda: decode_image_data(body.image_data), body)
+        "Name a photo sent as base64 inside JSON, or a row of a table sent as `features`"
+        return await worker.answer(lambda: decode_image_data(body.image_data or '') if body.features is None else body.features, body)
 
     @app.post('/predict/file', responses=_responses(*_PHOTO))
     async def predict_file(

@@ -79,7 +79,7 @@ def main():
             for method, proba in found.items():
                 overall = evaluate_predictions(y, proba, classes, groups).overall
                 figure = overall.loc['balanced_accuracy']
-                rows.append({**about, 'preset': args.preset, 'method': method, 'fold_seed': seed, 'balanced_accuracy': figure['value'],
+                rows.append({**about, 'preset': args.preset, 'mode': 'quick' if args.quick else 'full', 'method': method, 'fold_seed': seed, 'balanced_accuracy': figure['value'],
                              'low': figure['low'], 'high': figure['high'], 'macro_f1': overall.loc['macro_f1', 'value'],
                              'log_loss': overall.loc['log_loss', 'value'], 'ece': overall.loc['ece', 'value'], 'seconds': seconds/5})
                 print(name, method, seed, overall['value'].round(3).to_dict(), f'{seconds/5:.0f} s a fold', flush=True)

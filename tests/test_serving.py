@@ -23,7 +23,8 @@ class Slow:
     def classify(self, photo, confidence_threshold=None):
         time.sleep(1)
         gold = float(read_image(photo).mean()/255)
-        return SimpleNamespace(label='gold', top='gold', confidence=gold, probabilities={'clay': 1-gold, 'gold': gold}, reason='', timings={})
+        return SimpleNamespace(label='gold', top='gold', confidence=gold, probabilities={'clay': 1-gold, 'gold': gold}, reason='', prediction_set=[], coverage=None, novelty=None,
+                               timings={})
 
 serve(create_app(Slow(), max_bytes=2**20), port=int(sys.argv[1]))
 '''
