@@ -68,8 +68,6 @@ def _versions():
         except importlib.metadata.PackageNotFoundError: return ''
     return {'python': platform.python_version(), **{name: version(name) for name in packages}}
 
-_LOCAL = ('weights', 'cache_dir') # Settings that speak of a machine, not of numbers
-
 def _store_blocks(extractor, blocks, folder):
     "Settings of each extractor; a file that several blocks stand on is copied once"
     stored:dict[str,Any] = {}
@@ -82,7 +80,7 @@ def _store_blocks(extractor, blocks, folder):
                 files[digest] = f'{stem}_{len(files)+1}{Path(path).suffix}' if files else f'{stem}{Path(path).suffix}'
                 shutil.copyfile(path, folder/files[digest])
             used[setting] = files[digest]
-        params = {k: v for k,v in block.get_params().items() if k not in used and (k not in _LOCAL or v=='random')}
+        params = {k: v for k,v in block.get_params().items() if k not in used and (k not in block.machine or v=='random')}
         stored[name] = {'fingerprint': block.fingerprint(), 'params': params, **({'files': used} if used else {})}
     return stored
 
@@ -119,7 +117,7 @@ def save_bundle(
             _save_arrays(part/ENCODERS, arrays)
         _dump_pickle(LabelEncoder().fit(model.classes), part/'label_encoder.joblib')
         (part/'training_config.json').write_text(json.dumps(training or {}, indent=2, sort_keys=True)+'\n', encoding='utf-8')
-        manifest = {'format': FORMAT, 'classes': model.classes, 'features': extractor.config.replace(weights='none').to_dict(),
+        manifest = {'format': FORMAT, 'classes': model.classes, 'features': extractor.config.only(model.blocks).replace(weights='none').to_dict(),
                     'blocks': _store_blocks(extractor, model.blocks, part),
                     'data': data or {}, 'figures': figures or {}, 'versions': _versions(),
                     'files': {p.name: {'sha256': bytes_digest(p.read_bytes()), 'bytes': p.stat().st_size} for p in sorted(part.iterdir())}}

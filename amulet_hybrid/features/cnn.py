@@ -15,7 +15,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from ..core import FeatureError, atomic_write, file_digest, json_digest, log, require
+from ..core import FeatureError, atomic_write, bytes_digest, file_digest, json_digest, log, require
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo
 
 # %% ../../nbs/33_features.cnn.ipynb #8bf949f6
@@ -297,6 +297,7 @@ _EXPORT_LOCK,_SESSION_LOCK = threading.Lock(),threading.Lock() # torch's exporte
 class CNNFeatures(_NetFeatures):
     "What a backbone says at one of its layers"
     name = 'cnn'
+    machine = ('cache_dir', 'weights')
     version = 3 # of the exported graph: one with other outputs must not be taken from a cache
     def __init__(self,
         backbone:str='mobilenet_v2', # One of `BACKBONES`, or 'timm/NAME'; with '@max', '@texture', '@gem' or '@meanmax' another pooling than the mean
@@ -416,9 +417,11 @@ class ONNXFeatures(_NetFeatures):
         std:tuple[float,...]=(.229,.224,.225), # Divided by, likewise
         mirror:bool=False, # Mean of the photo and its mirror image
         channels_last:bool=False, # Whether a map is (n, height, width, channels), as TensorFlow has it
-        gem_power:float=3. # Exponent of the generalised mean
+        gem_power:float=3., # Exponent of the generalised mean
+        cache_dir:str|Path|None=None # Where a file with weights in another one is made whole; default: the user's cache
     ):
         self.path,self.side,self.output,self.pool,self.mean,self.std,self.mirror,self.channels_last,self.gem_power = path,side,output,pool,mean,std,mirror,channels_last,gem_power
+        self.cache_dir = cache_dir
 
     def _pool(self): return self.pool
 
@@ -429,9 +432,31 @@ class ONNXFeatures(_NetFeatures):
         return (_Own, str(path), path.stat().st_mtime_ns, self.output, tuple(self.mean), tuple(self.std), self.channels_last, self.gem_power)
 
     def files(self) -> dict[str,Path]: # Setting -> file
-        "The user's file"
+        "The user's file; a copy that is whole where its weights lie in another file"
         if not (path := Path(self.path)).is_file():
             raise FeatureError('there is no such file', code='missing_file', where=self.path, advice='Name it after the colon: onnx:nets/mine.onnx')
-        return {'path': path}
+        with _EXPORT_LOCK:
+            if '_path' not in self.__dict__: self._path = _whole(path, Path(self.cache_dir) if self.cache_dir else user_cache())
+        return {'path': self._path}
+
+    def __getstate__(self): return {k: v for k,v in super().__getstate__().items() if k!='_path'}
+
+def _whole(path, cache_dir):
+    "The file itself, or a copy with the weights that it keeps in another one (as torch's exporter writes it): a digest must know them, a bundle must take them along"
+    import onnxruntime as ort
+    options = ort.SessionOptions()
+    options.log_severity_level,options.graph_optimization_level = 4,ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try: ort.InferenceSession(path.read_bytes(), options, providers=['CPUExecutionProvider'])
+    except Exception as error: # without its folder it finds no other file
+        if 'xternal' not in str(error): return path # `_Own` says what is wrong with it
+    else: return path
+    onnx = require('onnx', 'cnn')
+    try: data = onnx.load(path).SerializeToString(deterministic=True)
+    except Exception as error:
+        raise FeatureError(f'its weights cannot be read: {str(error)[:200]}', code='bad_onnx', where=path, advice='Keep the file with its weights beside it') from error
+    out = cache_dir/'backbones'/f'own-{bytes_digest(data)[:16]}.onnx'
+    if not out.exists():
+        with atomic_write(out) as part: part.write_bytes(data)
+    return out
 
 EXTRACTORS['onnx'] = ONNXFeatures

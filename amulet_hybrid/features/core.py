@@ -66,6 +66,7 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
     "A block: photos in, one float32 row each out"
     name = '' # Key in `EXTRACTORS`
     version = 1 # Raised when the same settings give other numbers
+    machine:tuple[str,...] = ('cache_dir',) # Settings that speak of a machine, not of numbers
 
     def measure(self, photo:Photo) -> np.ndarray: # (n_features,)
         "What an extractor writes: the numbers of one photo"
@@ -113,7 +114,7 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
     def fingerprint(self) -> str: # 16 hex digits
         "Same fingerprint, same numbers for the same photo"
         files = self.files()
-        settings = {k: str(v) for k,v in self.get_params().items() if k not in files}
+        settings = {k: str(v) for k,v in self.get_params().items() if k not in files and k not in self.machine}
         return json_digest([self.name, self.version, settings, {k: file_digest(path) for k,path in files.items()} or None])[:16]
 
     def __sklearn_is_fitted__(self): return True

@@ -78,6 +78,12 @@ class FeatureConfig(Config):
             elif not wanted: names = tuple(n for n in names if n not in there)
         return tuple(dict.fromkeys(names))
 
+    def only(self,
+        blocks:Iterable[str] # Block names
+    ) -> 'FeatureConfig':
+        "The same for these blocks and no others"
+        return self.replace(blocks=tuple(blocks), **{k: None for k in vars(self) if k.startswith('use_')})
+
 # %% ../../nbs/35_features.hybrid.ipynb #95f6bc07
 @dataclass
 class FeatureBatch:
