@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'USUAL', 'START', 'BlockScaler', 'CosineKNN', 'BalancedLDA', 'ClassMeans', 'make_model', 'model_logits',
-           'photo_losses', 'selection_loss', 'Candidate', 'select_ensemble', 'cross_select', 'group_difference']
+           'photo_losses', 'selection_loss', 'Candidate', 'select_ensemble', 'stack_ensemble', 'pool_votes',
+           'cross_select', 'group_difference']
 
 # %% ../nbs/43_models.ipynb #b9d1a688
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -140,9 +142,9 @@ class ClassMeans(ClassifierMixin, BaseEstimator):
 
 # %% ../nbs/43_models.ipynb #0ba212af
 MODELS:dict[str,Callable[[int],Any]] = {
-    'logistic': lambda seed: LogisticRegression(C=.01, max_iter=1000),
-    'logistic_balanced': lambda seed: LogisticRegression(C=.01, max_iter=1000, class_weight='balanced'),
-    'logistic_smooth': lambda seed: LogisticRegression(C=.001, max_iter=1000, class_weight='balanced'),
+    'logistic': lambda seed: LogisticRegression(C=.1, max_iter=1000, tol=1e-3),
+    'logistic_balanced': lambda seed: LogisticRegression(C=.1, max_iter=1000, tol=1e-3, class_weight='balanced'),
+    'logistic_smooth': lambda seed: LogisticRegression(C=.005, max_iter=1000, tol=1e-3, class_weight='balanced'),
     'lda': lambda seed: LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto'),
     'lda_balanced': lambda seed: BalancedLDA(solver='lsqr', shrinkage='auto'),
     'svm': lambda seed: SVC(C=10, class_weight='balanced'),
@@ -210,11 +212,18 @@ class Candidate:
 
 START = ('logistic_balanced', 'lda_balanced') # models of the vote's beginning
 
-def _first_voices(oof, y):
-    "The first model of `START` on the joins of several blocks and the second on the first of them; without such joins the best candidate"
+def _surely(gains, group, errors):
+    "Whether gains of photos, whose groups err together, are more than so many standard errors of their sum"
+    by_group = np.bincount(group, gains)
+    return by_group.sum() > errors*np.sqrt((by_group**2).sum())
+
+def _first_voices(oof, y, group, errors):
+    "Both models of `START` on the first join of several blocks; the first model on the next two joins as well, where that surely helps; without such joins the best candidate"
     joins = [c.blocks for c in oof if c.model==START[0] and not c.params and len(c.blocks) > 1][:3]
-    voices = [Candidate(join, START[0]) for join in joins] + [c for join in joins[:1] if (c := Candidate(join, START[1])) in oof]
-    return voices or [min(oof, key=lambda c: selection_loss(oof[c], y))]
+    if not joins: return [min(oof, key=lambda c: selection_loss(oof[c], y))]
+    def voices(some): return [Candidate(join, START[0]) for join in some] + [c for join in some[:1] if (c := Candidate(join, START[1])) in oof]
+    few,many = [photo_losses(np.mean([oof[c] for c in voices(some)], axis=0), y) for some in (joins[:1], joins)]
+    return voices(joins if _surely(few-many, group, errors) else joins[:1])
 
 def select_ensemble(
     oof:dict[Candidate,np.ndarray], # Out-of-fold probabilities, (n, n_classes) each
@@ -226,32 +235,62 @@ def select_ensemble(
     "Greedy forward selection with replacement that stops where luck begins"
     if not oof: raise TrainingError('there are no candidates', code='no_candidates')
     group = np.unique(np.arange(len(y)) if groups is None else np.asarray(groups), return_inverse=True)[1]
-    picks = _first_voices(oof, y)
+    picks = _first_voices(oof, y, group, errors)
     total = np.sum([oof[c] for c in picks], axis=0)
     while len(picks) < max_picks:
         now = photo_losses(total/len(picks), y)
         helps = {c: now-photo_losses((total+p)/(len(picks)+1), y) for c,p in oof.items()}
         choice = max(helps, key=lambda c: helps[c].sum())
-        by_group = np.bincount(group, helps[choice])
-        if by_group.sum() <= errors*np.sqrt((by_group**2).sum()): break
+        if not _surely(helps[choice], group, errors): break
         total = total+oof[choice]
         picks.append(choice)
     return {c: picks.count(c)/len(picks) for c in dict.fromkeys(picks)}
 
+# %% ../nbs/43_models.ipynb #502714e4
+def stack_ensemble(
+    oof:dict[Candidate,np.ndarray], # Out-of-fold probabilities, (n, n_classes) each
+    y:np.ndarray, # (n,) class indices
+    most:int=8, # Voices: so many of the best
+    strength:float=1. # Of the pull to equal shares, as if so many photos a voice spoke for them
+) -> dict[Candidate,float]: # Exponent of each voice in the geometric mean; they need not sum to 1
+    "Weights of least loss"
+    if not oof: raise TrainingError('there are no candidates', code='no_candidates')
+    voices = sorted(oof, key=lambda c: selection_loss(oof[c], y))[:most]
+    logp,start = np.stack([log_proba(oof[c]) for c in voices]),np.full(len(voices), 1/len(voices))
+    wanted,each = np.eye(logp.shape[2])[y],photo_losses(np.full(logp.shape[1:], np.exp(-1)), y)/len(y) # weight of each photo
+    pull = strength*len(voices)/len(y)
+    def loss(w):
+        p = softmax(np.tensordot(w, logp, 1), axis=1)
+        slope = ((p-wanted)*each[:,None]*logp).sum((1,2))
+        return float((each*-np.log(np.clip((p*wanted).sum(1), 1e-12, None))).sum() + pull*((w-start)**2).sum()),slope+2*pull*(w-start)
+    found = minimize(loss, start, jac=True, method='L-BFGS-B', bounds=[(0, None)]*len(voices)).x
+    return {c: float(w) for c,w in zip(voices, found) if w > 1e-3}
+
 # %% ../nbs/43_models.ipynb #53ac0bf3
+def pool_votes(
+    proba:Mapping[Candidate,np.ndarray], # Probabilities of each voice, (n, n_classes)
+    weights:Mapping[Candidate,float],
+    geometric:bool=False # Geometric mean instead of the mean: a voice that rules a class out is heard
+) -> np.ndarray: # (n, n_classes), rows sum to 1
+    "What voices say together"
+    if geometric: return softmax(np.sum([w*log_proba(proba[c]) for c,w in weights.items()], axis=0), axis=1)
+    return np.sum([w*proba[c] for c,w in weights.items()], axis=0)
+
 def cross_select(
     oof:dict[Candidate,np.ndarray], # Out-of-fold probabilities, (n, n_classes) each
     y:np.ndarray, # (n,) class indices
     groups:Any, # (n,), or None
     fold:np.ndarray, # (n,) fold of each photo
-    max_picks:int=15 # Of each selection
+    max_picks:int=15, # Of each selection
+    stack:bool=False # By `stack_ensemble` instead of `select_ensemble`
 ) -> np.ndarray: # (n, n_classes)
     "What ensembles think of photos that had no part in their selection"
     out,names = np.zeros_like(next(iter(oof.values()))),np.arange(len(y)) if groups is None else np.asarray(groups)
     for f in np.unique(fold):
         rest,here = fold!=f,fold==f
-        weights = select_ensemble({c: p[rest] for c,p in oof.items()}, y[rest], names[rest], max_picks)
-        out[here] = np.sum([w*oof[c][here] for c,w in weights.items()], axis=0)
+        some = {c: p[rest] for c,p in oof.items()}
+        weights = stack_ensemble(some, y[rest]) if stack else select_ensemble(some, y[rest], names[rest], max_picks)
+        out[here] = pool_votes({c: oof[c][here] for c in weights}, weights, stack)
     return out
 
 def group_difference(

@@ -24,25 +24,27 @@ from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
 
 
 def load(data: Path, name: str, weights: str, cache: Path, preset: str):
-    "Blocks, labels and the given groups of one set"
+    "Blocks of the photos and of their mirror images, labels and the given groups of one set"
     csv = data/f'{name}_groups.csv'
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
     manifest['given'] = manifest['group'].where(manifest['group'] != '', manifest['path'])
     table = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=False)).inspect(manifest, root=root).usable
     extractor = HybridFeatureExtractor(FeatureConfig(preset=preset, weights=weights), cache)
-    return extractor.extract_manifest(table, root), extractor.encoders(), table['label'].to_numpy(str), table['given'].to_numpy(str)
+    blocks = extractor.extract_manifest(table, root)
+    return blocks, extractor.extract_mirrored(table, root, blocks), extractor.encoders(), table['label'].to_numpy(str), table['given'].to_numpy(str)
 
 
-def nested(blocks, encoders, labels, groups, seed: int, quick: bool, jobs: int):
+def nested(blocks, mirrored, encoders, labels, groups, seed: int, quick: bool, jobs: int):
     "Out-of-fold probabilities of the ensemble and of the best single block, each chosen anew in every outer fold"
     classes, y = np.unique(labels, return_inverse=True)
     outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True, random_state=seed)
     ensemble, single = np.zeros((len(y), len(classes))), np.zeros((len(y), len(classes)))
     for train, test in outer.split(y, y, groups):
         held_out = {k: v[test] for k, v in blocks.items()}
-        trainer = HybridTrainer(TrainingConfig(quick=quick, novelty=False, jobs=jobs)).fit({k: v[train] for k, v in blocks.items()}, labels[train], groups[train], encoders)
+        taught, turned = ({k: v[train] for k, v in some.items()} for some in (blocks, mirrored))
+        trainer = HybridTrainer(TrainingConfig(quick=quick, novelty=False, jobs=jobs)).fit(taught, labels[train], groups[train], encoders, mirrored=turned)
         ensemble[test], single[test] = trainer.model_.predict_proba(held_out), trainer.single_model_.predict_proba(held_out)
-        print('   ', ', '.join(f'{m.weight:.2f} {m.candidate}' for m in trainer.model_.members), flush=True)
+        print('   ', 'mirror' if trainer.mirrored_ else '', ', '.join(f'{m.weight:.2f} {m.candidate}' for m in trainer.model_.members), flush=True)
     return classes.tolist(), y, {'amulet_hybrid': ensemble, 'amulet_hybrid, best single block': single}
 
 
@@ -70,11 +72,11 @@ def main():
     args = parser.parse_args()
     rows = []
     for name in args.sets:
-        blocks, encoders, labels, groups = load(args.data, name, args.weights, args.cache, args.preset)
+        blocks, mirrored, encoders, labels, groups = load(args.data, name, args.weights, args.cache, args.preset)
         about = {'set': name, 'photos': len(labels), 'classes': len(set(labels)), 'groups': len(set(groups))}
         for seed in args.seeds:
             start = time.time()
-            classes, y, found = nested(blocks, encoders, labels, groups, seed, args.quick, args.jobs)
+            classes, y, found = nested(blocks, mirrored, encoders, labels, groups, seed, args.quick, args.jobs)
             seconds = time.time()-start
             for method, proba in found.items():
                 overall = evaluate_predictions(y, proba, classes, groups).overall

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -102,11 +103,13 @@ class _Task:
 
 class _Work:
     "What a thread, or another machine, does with a task"
-    def __init__(self, extractors, mode, decode_at, limits): self.extractors,self.mode,self.decode_at,self.limits = extractors,mode,decode_at,limits
+    def __init__(self, extractors, mode, decode_at, limits, mirrored=False):
+        self.extractors,self.mode,self.decode_at,self.limits,self.mirrored = extractors,mode,decode_at,limits,mirrored
 
     def read(self, source):
-        if isinstance(source, Photo): return source
-        return Photo(source if isinstance(source, np.ndarray) else read_image(source, self.limits, at_least=self.decode_at), self.mode, self.decode_at)
+        if isinstance(source, Photo) and not self.mirrored: return source
+        rgb = source if isinstance(source, np.ndarray) else source.rgb if isinstance(source, Photo) else read_image(source, self.limits, at_least=self.decode_at)
+        return Photo(np.ascontiguousarray(rgb[:,::-1]) if self.mirrored else rgb, self.mode, self.decode_at)
 
     def _photo(self, source, wanted):
         try: return self.read(source) if wanted else None
@@ -142,7 +145,7 @@ class HybridFeatureExtractor:
         self.cache = FeatureCache(cache_dir) if cache_dir else None
         self.extractors:dict[str,BaseFeatureExtractor] = extractors if extractors is not None else dict(self._make(config, cache_dir))
         self.config = config if config.decode_at else config.replace(decode_at=max(map(_looks_at, self.extractors.values()), default=320))
-        self.batch_size = batch_size or (32 if _gpu() else 1)
+        self.batch_size,self.mirrored = batch_size or (32 if _gpu() else 1),False
         self.milliseconds:dict[str,float] = {} # Mean a photo of each stage, of the last extraction
 
     def _make(self, config, cache_dir):
@@ -167,7 +170,7 @@ class HybridFeatureExtractor:
         "What the trainer must fit for raw blocks"
         return {name: encoder for name,e in self.extractors.items() if (encoder := e.encoder()) is not None}
 
-    def _work(self, limits=None): return _Work(self.extractors, self.config.mode, self.config.decode_at, limits or self.limits)
+    def _work(self, limits=None): return _Work(self.extractors, self.config.mode, self.config.decode_at, limits or self.limits, self.mirrored)
 
     def read(self,
         source:Any, # Path, bytes of a file, RGB array (height, width, 3) uint8, or `Photo`
@@ -196,7 +199,8 @@ class HybridFeatureExtractor:
 
     def block_keys(self) -> dict[str,str]: # Block name -> what its rows are kept under
         "Extractor and all that was done to a photo before"
-        return {name: block_key(e.fingerprint(), views=2, mode=self.config.mode, decode_at=self.config.decode_at) for name,e in self.extractors.items()}
+        seen = {'views': 2, 'mode': self.config.mode, 'decode_at': self.config.decode_at, **({'mirrored': True} if self.mirrored else {})}
+        return {name: block_key(e.fingerprint(), **seen) for name,e in self.extractors.items()}
 
     def extract_stream(self,
         photos:Iterable, # Paths, bytes, RGB arrays or `Photo`s; taken as they are needed, so they may be endless
@@ -265,6 +269,18 @@ class HybridFeatureExtractor:
     ) -> dict[str,np.ndarray]: # Block name -> (n_photos, n_features) float32, rows in manifest order
         "All blocks of all photos, from the cache where they are known"
         return self._gather([Path(root)/p for p in manifest['path']], manifest['sha256'].tolist())
+
+    def extract_mirrored(self,
+        manifest:pd.DataFrame, # Columns path and sha256; usable rows only
+        root:str|Path, # Where the paths begin
+        blocks:dict[str,np.ndarray] # What `extract_manifest` gave
+    ) -> dict[str,np.ndarray]: # The same names and shapes
+        "All blocks of all photos as a mirror shows them; those that look at both sides anyway are taken over"
+        changed = {name: e for name,e in self.extractors.items() if not getattr(e, 'mirror', False)}
+        if not changed: return dict(blocks)
+        other = copy(self)
+        other.extractors,other.mirrored = changed,True
+        return {**blocks, **other.extract_manifest(manifest, root)}
 
     def _gather(self, photos, keys):
         out = {name: np.empty((len(photos), w), np.float32) for name,w in self.widths().items()}
