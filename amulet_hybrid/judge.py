@@ -30,7 +30,7 @@ from .table_run import MOST_COLUMNS, MOST_PAIRS, column_importance, row_speed, t
 from .tables import TableExtractor, hide_password, read_rows
 from .trainer import encode_blocks, fit_candidate
 
-# %% ../nbs/83_judge.ipynb #1fb02d1c
+# %% ../nbs/83_judge.ipynb #1822bb2b
 @dataclass(eq=False)
 class PastRun:
     "The run that made a bundle, as its folder tells"
@@ -43,6 +43,13 @@ class PastRun:
         "Folder of the photos"
         data = Path(self.config['data_dir'])
         return data if data.is_dir() else data.parent
+
+    @property
+    def left_out(self) -> pd.DataFrame|None: # A row: AUROC by class
+        "How well the detector told each class when it had been left out of training"
+        try: found = json.loads((self.folder/'figures.json').read_text(encoding='utf-8'))['novelty']
+        except (OSError, ValueError, KeyError): return None
+        return pd.DataFrame({row['class']: row['auroc'] for row in found['left_out']}, index=[found['detector']]) if found and found['left_out'] else None
 
     def part(self, split:str) -> pd.DataFrame: return self.manifest[self.manifest['split']==split].reset_index(drop=True)
 
@@ -77,7 +84,7 @@ def still_there(
     there = np.array([same(p, d) for p,d in zip(part['path'], part['sha256'])], bool)
     return part[there].reset_index(drop=True),part[~there].reset_index(drop=True)
 
-# %% ../nbs/83_judge.ipynb #4cffe728
+# %% ../nbs/83_judge.ipynb #5542e9e5
 @dataclass(eq=False)
 class Case:
     "Photos or rows, measured, and what is known of them"
@@ -94,6 +101,7 @@ class Case:
     read_known:Callable[[str],np.ndarray]|None = None # The same of training photos
     timings:dict[str,float] = field(default_factory=dict)
     milliseconds:float|None = None # Of a photo as a whole
+    left_out:pd.DataFrame|None = None # AUROC of the detector by class that was left out, as the run found it
     unit:str = 'photos'
 
 def _sample(table, most, seed):
@@ -102,7 +110,7 @@ def _sample(table, most, seed):
 
 QUICK = 200 # Photos of a quick look
 
-# %% ../nbs/83_judge.ipynb #82efd75f
+# %% ../nbs/83_judge.ipynb #cad528e6
 def _trained_on(bundle, table, unit):
     "A warning if some of these were trained on"
     seen = int(table['sha256'].str[:12].isin(bundle.manifest['data'].get('trained_on', [])).sum())
@@ -136,10 +144,10 @@ def _novelty(bundle, case):
     detector,strangers = bundle.model.novelty,case.strangers
     if detector is None: return None,_stranger_sections(bundle, case, None, 0) if len(strangers) else []
     scores,groups = (detector.score(case.strange), strangers['group'].to_numpy()) if len(strangers) else (None, None)
-    test = NoveltyTest(detector.score(case.blocks), detector.threshold_, detector.rate, scores, groups, name=detector.candidate.name)
+    test = NoveltyTest(detector.score(case.blocks), detector.threshold_, detector.rate, scores, groups, case.left_out, detector.candidate.name)
     return test,_stranger_sections(bundle, case, scores, detector.threshold_) if len(strangers) else []
 
-# %% ../nbs/83_judge.ipynb #f9e6d8a8
+# %% ../nbs/83_judge.ipynb #4c0019df
 MOST_ROWS,LEAST_PHOTOS = 64_000,30 # Predictions that the numbers of a block may cost, and photos that must be among them
 
 def _some_groups(groups, most, seed):
@@ -166,7 +174,13 @@ def importance_sections(
     if not named: return out
     some,words = _some_groups(groups, MOST_ROWS/3/seen[named[0]].shape[1], 0),bundle.extractor.extractors[named[0]].get_feature_names()
     numbers = permutation_importance(bare.predict_proba, {b: X[some] for b,X in seen.items()}, named[0], y[some], groups[some], names=words)
-    return [*out, numbers.section(f'Which numbers of {named[0]}')]
+    title,text,picture = numbers.section(f'Which numbers of {named[0]}')
+    if not (numbers.table['low'] > 0).any(): return [*out, (title, text, None)] # a picture of chance teaches nothing
+    return [*out, (title, f'{text} {_what_names_mean(bundle.extractor.extractors[named[0]])}', picture)]
+
+def _what_names_mean(extractor):
+    "First line of what an extractor says of its names"
+    return f'Names: {said.strip().splitlines()[0].rstrip(".")}.' if (said := type(extractor).get_feature_names.__doc__) else ''
 
 def doubt_section(
     bundle:Bundle,
@@ -222,7 +236,7 @@ def judge_case(
     report.save(output_dir)
     return report
 
-# %% ../nbs/83_judge.ipynb #509d3c04
+# %% ../nbs/83_judge.ipynb #6ba75f84
 def _bundle_of(bundle, table):
     "A loaded bundle of the kind that is wanted"
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -286,7 +300,7 @@ def evaluate_bundle(
     (table,notes,sections),where = (_new_photos(data_dir, groups, group_by) if data_dir is not None or run is None else (_held_out_photos(run), run.root))
     case = _case_of(loaded, table, [*notes], sections, where, 'photos', quick, seed)
     case.title = f'{Path(data_dir or run.config["data_dir"]).name}: {"" if data_dir else "held-out photos again, "}bundle {loaded.version}'
-    extractor = _measuring(loaded, run)
+    extractor,case.left_out = _measuring(loaded, run),run and run.left_out
     case.blocks = extractor.extract_manifest(case.table, where)
     case.strange = extractor.extract_manifest(case.strangers, where) if len(case.strangers) else {}
     case.read = lambda path: read_image(where/path, at_least=160)
@@ -330,7 +344,7 @@ def _add_known(case, run, extractor):
         if len(gone): case.notes.append(('info', f'{len(gone)} training photos are gone or changed.'))
         case.known,case.known_blocks,case.read_known = there,extractor.extract_manifest(there, run.root),lambda path: read_image(run.root/path, at_least=100)
 
-# %% ../nbs/83_judge.ipynb #6e50b7d7
+# %% ../nbs/83_judge.ipynb #6c2f1f65
 def _held_out_rows(run, block):
     "What the table of a run holds now, and those of its rows that are as they were"
     c = run.config
@@ -371,6 +385,7 @@ def evaluate_table(
     X = block.rows(data.features)
     case.blocks,case.strange = {'table': X[case.table['at']]},{'table': X[case.strangers['at']]}
     case.timings = row_speed(block, loaded.model, data.features.iloc[case.table['at']])
+    case.left_out = run and run.left_out
     if not quick and len(train): case.known,case.known_blocks = train,{'table': X[train['at']]}
     if table is None and run is not None and len(case.table)==len(run.part('test')): case.notes += _same_as_then(loaded, case)
     return judge_case(loaded, case, output_dir, quick, seed)
