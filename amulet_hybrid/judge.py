@@ -6,10 +6,10 @@
 __all__ = ['QUICK', 'MOST_ROWS', 'LEAST_PHOTOS', 'MOST_KNOWN', 'PastRun', 'past_run', 'still_there', 'Case', 'read_small',
            'importance_sections', 'doubt_section', 'judge_case', 'names_rows', 'evaluate_bundle', 'evaluate_table']
 
-# %% ../nbs/83_judge.ipynb #7cd35f07
+# %% ../nbs/83_judge.ipynb #40d57827
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ def doubt_section(
     shown = found.head(most)[['path', 'given', 'suggested', 'probability_suggested']].itertuples(index=False)
     return [('Labels to look at', text, [(read_small(case.read, path), f'filed as {given}, looks like {other} ({p:.2f}): {path}') for path,given,other,p in shown])]
 
-# %% ../nbs/83_judge.ipynb #36874489
+# %% ../nbs/83_judge.ipynb #c2dcc865
 def _curve_section(bundle, case, seed):
     "What more photos would give, from the training photos and the heaviest member"
     classes,known = bundle.classes,case.known
@@ -219,7 +219,8 @@ def judge_case(
     case:Case,
     output_dir:str|Path, # Where report.html, figures.json and figures/ go
     quick:bool=False, # Without importance and learning curve
-    seed:int=0 # Same seed, same figures
+    seed:int=0, # Same seed, same figures
+    own_metrics:Mapping[str,Callable[[np.ndarray,np.ndarray],float]]|None=None # As `PerformanceAnalyzer` takes them
 ) -> Evaluation:
     "The report on photos or rows that have been measured"
     y,groups,paths,sets = np.searchsorted(bundle.classes, case.table['label'].to_numpy(str)),case.table['group'].to_numpy(),case.table['path'].tolist(),bundle.model.conformal
@@ -232,11 +233,11 @@ def judge_case(
         y, proba, bundle.classes, groups=groups, paths=paths, read_photo=(lambda i: read(paths[i])) if read else None, timings=case.timings, milliseconds=case.milliseconds,
         sets=None if sets is None else sets.predict_set(proba), set_coverage=.9 if sets is None else float(sets.coverage),
         set_witnesses=None if sets is None else len(np.unique(sets.group_)), novelty=novelty, neighbours=_neighbours(bundle, case), read_neighbour=case.read_known,
-        notes=case.notes, sections=[*sections, *case.sections], title=case.title, seed=seed)
+        notes=case.notes, sections=[*sections, *case.sections], title=case.title, seed=seed, own_metrics=own_metrics)
     report.save(output_dir)
     return report
 
-# %% ../nbs/83_judge.ipynb #6ba75f84
+# %% ../nbs/83_judge.ipynb #3bd14c82
 def _bundle_of(bundle, table):
     "A loaded bundle of the kind that is wanted"
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -292,7 +293,8 @@ def evaluate_bundle(
     groups:str|Path|None=None, # CSV with columns path and group
     group_by:str|None=None, # The same as a regular expression
     quick:bool=False, # At most 200 photos, without importance, learning curve and neighbours
-    seed:int=0
+    seed:int=0,
+    own_metrics:Mapping[str,Callable[[np.ndarray,np.ndarray],float]]|None=None # Of one's own, name -> (truth, probabilities) -> figure
 ) -> Evaluation:
     "Judge a bundle on labelled photos"
     loaded = _bundle_of(bundle, table=False)
@@ -308,7 +310,7 @@ def evaluate_bundle(
     case.milliseconds = costs['ensemble']
     if run is not None and not quick: _add_known(case, run, extractor)
     if run is not None and data_dir is None and len(case.table)==len(run.part('test')): case.notes += _same_as_then(loaded, case)
-    return judge_case(loaded, case, output_dir, quick, seed)
+    return judge_case(loaded, case, output_dir, quick, seed, own_metrics)
 
 def _run_if(bundle, needed):
     "The run that made it, or None where it is neither there nor needed"
@@ -344,7 +346,7 @@ def _add_known(case, run, extractor):
         if len(gone): case.notes.append(('info', f'{len(gone)} training photos are gone or changed.'))
         case.known,case.known_blocks,case.read_known = there,extractor.extract_manifest(there, run.root),lambda path: read_image(run.root/path, at_least=100)
 
-# %% ../nbs/83_judge.ipynb #6c2f1f65
+# %% ../nbs/83_judge.ipynb #34fd1a0a
 def _held_out_rows(run, block):
     "What the table of a run holds now, and those of its rows that are as they were"
     c = run.config
@@ -366,7 +368,8 @@ def evaluate_table(
     query:str='', # For a database: name of a table, or a query
     output_dir:str|Path='runs/evaluate', # Where report.html and figures.json go
     quick:bool=False, # At most 200 rows, without importance, learning curve and neighbours
-    seed:int=0
+    seed:int=0,
+    own_metrics:Mapping[str,Callable[[np.ndarray,np.ndarray],float]]|None=None # Of one's own, name -> (truth, probabilities) -> figure
 ) -> Evaluation:
     "Judge a bundle of a table on labelled rows"
     loaded = _bundle_of(bundle, table=True)
@@ -388,7 +391,7 @@ def evaluate_table(
     case.left_out = run and run.left_out
     if not quick and len(train): case.known,case.known_blocks = train,{'table': X[train['at']]}
     if table is None and run is not None and len(case.table)==len(run.part('test')): case.notes += _same_as_then(loaded, case)
-    return judge_case(loaded, case, output_dir, quick, seed)
+    return judge_case(loaded, case, output_dir, quick, seed, own_metrics)
 
 def _lost_rows(run, rows):
     "A warning if some of the held-out rows are not what they were"

@@ -134,3 +134,17 @@ def test_target_must_be_named(rows, tmp_path):
     shutil.copytree(rows[1]/'run'/'bundle', tmp_path/'bundle')
     error = call('--model-dir', tmp_path/'bundle', '--table', rows[1]/'iris.csv', '--output-dir', tmp_path/'out').exception
     assert isinstance(error, ConfigError) and '--target' in error.advice
+
+def test_a_look_is_recorded(rows, tmp_path, monkeypatch):
+    "Figures, tags and the report, in any tracker"
+    from amulet_hybrid.tracking import TRACKERS, Tracker
+    book = {'files': [], 'tags': {}, 'figures': {}}
+    class Book(Tracker):
+        def start(self, name, parameters): book['parameters'] = parameters
+        def figures(self, handle, numbers, step): book['figures'] |= numbers
+        def tags(self, handle, tags): book['tags'] |= tags
+        def artefact(self, handle, path, under): book['files'].append(path.name)
+    monkeypatch.setitem(TRACKERS, 'book', Book)
+    assert call('--model-dir', rows[0]['bundle'], '--output-dir', tmp_path, '--quick', '--track', 'book').exit_code==0
+    assert book['figures']['balanced_accuracy']==pytest.approx(rows[0]['figures']['balanced_accuracy']['value'], abs=1e-6)
+    assert book['tags']['bundle']==rows[0]['digest'][:12] and {'report.html', 'figures.json', 'confusion.png'} <= set(book['files'])
