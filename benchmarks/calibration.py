@@ -4,7 +4,8 @@
     python benchmarks/calibration.py scalers                                                    # log loss, ECE, Brier; probmetrics beside it where it is installed
     python benchmarks/calibration.py sets                                                       # coverage and size at 90 %; MAPIE beside it where it is installed
 
-`logits` trains a short list of candidates on two joins (--full: all of them) and keeps what the others need under --cache. The outer folds are those of accuracy.py.
+`logits` trains a short list of candidates on two joins (--full: all of them, --quick: two models) and keeps what the others need under --cache.
+The outer folds are those of accuracy.py.
 """
 import argparse
 import dataclasses
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from novelty import CHEAP, load
+from novelty import CHEAP, load, thin
 from scipy.special import softmax
 from scipy.stats import binom
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -32,8 +33,11 @@ def save_logits(args):
     args.cache.mkdir(parents=True, exist_ok=True)
     for name in args.sets:
         blocks, labels, groups, encoders = load(args.data, name, CHEAP, args.weights, args.cache)
+        if args.most:
+            some = thin(groups, labels, args.most)
+            blocks, labels, groups = {b: X[some] for b, X in blocks.items()}, labels[some], groups[some]
         y, joins = np.unique(labels, return_inverse=True)[1], [tuple(blocks), tuple(b for b in blocks if b.startswith('cnn'))]
-        few = TrainingConfig(models=('logistic_balanced', 'svm', 'lda'), novelty=False)
+        few = TrainingConfig(models=('logistic_balanced', 'lda_balanced') if args.quick else ('logistic_balanced', 'svm', 'lda'), quick=args.quick, novelty=False)
         for seed in args.seeds:
             outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True, random_state=seed)
             out = {'y': y, 'groups': np.unique(groups, return_inverse=True)[1]}
@@ -145,6 +149,8 @@ def main():
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the outer folds')
     parser.add_argument('--coverage', type=float, default=.9)
     parser.add_argument('--full', action='store_true', help='all candidates of the trainer, minutes a fold')
+    parser.add_argument('--quick', action='store_true', help='two models, 3 inner folds')
+    parser.add_argument('--most', type=int, default=0, help='photos of a class at most, whole groups; 0: all')
     parser.add_argument('--cache', type=Path, default=Path('.cache'))
     parser.add_argument('--output', type=Path, default=Path(__file__).parent/'results')
     args = parser.parse_args()
