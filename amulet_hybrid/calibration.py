@@ -394,13 +394,16 @@ def plot_reliability(
     "Confidence against the share of right photos, with intervals; below, where the photos are"
     from matplotlib.figure import Figure
     table,top = reliability(proba, y, bins), np.asarray(proba).max(1)
-    fig = Figure(figsize=(3.6, 4.2), layout='constrained')
+    fig = Figure(figsize=(4.6, 4.4), layout='constrained')
     ax,below = fig.subplots(2, 1, sharex=True, height_ratios=[4,1])
     ax.plot([0,1], [0,1], 'k:', lw=.8)
     ax.errorbar(table.confidence, table.accuracy, [(table.accuracy-table.low).clip(0), (table.high-table.accuracy).clip(0)], fmt='o-', ms=3, lw=1, color='#2b6a99', capsize=2)
-    for row in table.itertuples(): ax.annotate(str(row.count), (row.confidence, row.high), fontsize=6, ha='center', va='bottom', color='#8a97a1')
-    ax.set(ylabel='share that is right', xlim=(0,1.02), ylim=(0,1.08), title=title)
+    words:dict = {'xytext': (0, 3), 'textcoords': 'offset points', 'fontsize': 8, 'ha': 'center', 'va': 'bottom', 'color': '#5c6973'}
+    for row in table.itertuples(): ax.annotate(str(row.count), (row.confidence, row.high), **words)
+    ax.set(ylabel='share that is right', xlim=(0,1.04), ylim=(0,1.12), title=title)
     below.hist(top, np.linspace(0, 1, 21), color='#8a97a1')
     below.set(xlabel='confidence', ylabel='photos')
-    for a in (ax, below): a.spines[['top', 'right']].set_visible(False)
+    for a in (ax, below):
+        a.spines[['top', 'right']].set_visible(False)
+        a.tick_params(labelsize=9)
     return fig

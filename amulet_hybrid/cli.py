@@ -255,15 +255,43 @@ def run(data_dir:Data, output_dir:Output=Path('runs/local'), groups:Groups=None,
     _summary(json.loads((output/'result.json').read_text(encoding='utf-8')), output/'train.ipynb', _how_to_look(track, output))
 
 # %% ../nbs/90_cli.ipynb #8e7069b8
-@app.command(epilog='Example: amulet evaluate --model-dir runs/photos/bundle --test-data-dir new_photos')
-def evaluate(model_dir:Model, test_data_dir:Annotated[Path, typer.Option('--test-data-dir', exists=True, help='Labelled photos, a folder a class')],
-             output_dir:Output=Path('runs/evaluate'), groups:Groups=None, group_by:GroupBy='', quick:Annotated[bool, typer.Option('--quick', help='At most 200 photos')]=False):
-    "Judge a bundle on labelled photos"
-    from amulet_hybrid.pipeline import evaluate_bundle
-    report = evaluate_bundle(model_dir, test_data_dir, output_dir, groups, group_by or None, quick)
-    typer.echo(report.metrics.overall.round(3).to_string())
+@app.command(epilog='Example: amulet evaluate --model-dir runs/photos/bundle\n\n'
+                    'Example: amulet evaluate --model-dir runs/photos/bundle --test-data-dir new_photos --groups groups.csv\n\n'
+                    'Example: amulet evaluate --model-dir runs/wine/bundle --table new.csv --target kind')
+def evaluate(model_dir:Model,
+             test_data_dir:Annotated[Path|None, typer.Option('--test-data-dir', exists=True, help='Labelled photos, a folder a class; default: those that were held out')]=None,
+             table:Annotated[str, typer.Option('--table', help='For a model of a table: a CSV or Parquet file, or the URL of a database; default: the rows held out')]='',
+             target:Annotated[str, typer.Option('--target', help='With --table: column of the labels; default: as in training')]='',
+             group:Annotated[str, typer.Option('--group', help='With --table: column of what belongs together')]='',
+             query:Annotated[str, typer.Option('--query', help='With --table and a database: name of a table, or a query')]='',
+             output_dir:Output=Path('runs/evaluate'), groups:Groups=None, group_by:GroupBy='',
+             quick:Annotated[bool, typer.Option('--quick', help='At most 200 photos; no importance, learning curve and neighbours')]=False,
+             track:Track='', seed:Annotated[int, typer.Option('--seed', help='Of resamples and of the photos of a quick look')]=0, verbose:Verbose=False):
+    "Judge a bundle: once more on what was held out, on new photos, or on a table"
+    _verbose(verbose)
+    if table and test_data_dir: raise typer.BadParameter('name either photos (--test-data-dir) or a table (--table)', param_hint='--table')
+    wanted:dict[str,dict[str,object]] = {'--test-data-dir': {'--groups': groups, '--group-by': group_by}, '--table': {'--target': target, '--group': group, '--query': query}}
+    for door,given in wanted.items():
+        for name,value in given.items():
+            if value and not {'--test-data-dir': test_data_dir, '--table': table}[door]: raise typer.BadParameter(f'goes with {door} only', param_hint=name)
+    from amulet_hybrid.bundle import load_bundle
+    from amulet_hybrid.judge import evaluate_bundle, evaluate_table, names_rows
+    bundle = load_bundle(model_dir)
+    rows = bool(table) or (not test_data_dir and names_rows(bundle))
+    from amulet_hybrid.tables import hide_password
+    from amulet_hybrid.tracking import make_tracker, run_parameters, track_report
+    asked = {'bundle': bundle.version, 'data_dir': hide_password(table or test_data_dir or 'held out'), 'target': target, 'group': group, 'quick': quick, 'seed': seed}
+    with make_tracker(track, output_dir.resolve().parent).run(output_dir.name, run_parameters(asked)) as record:
+        if rows: report = evaluate_table(bundle, table or None, target, group, query, output_dir, quick, seed)
+        else: report = evaluate_bundle(bundle, test_data_dir, output_dir, groups, group_by or None, quick, seed)
+        m = report.metrics
+        figures = {name: m.interval(name) for name in m.overall.index} | {f'novelty.{name}': x for name,x in (report.novelty_figures or {}).items()}
+        track_report(record, figures, output_dir, bundle=bundle.version, warnings='; '.join(text for level,text in report.notes if level=='warning'))
+    typer.echo(f'Judged: {m.n} {"rows" if rows else "photos"} of {m.n_groups} groups')
+    for name,x in figures.items(): typer.echo(f'  {name.replace("_", " ").replace("novelty.", "novelty: "):21s} {x.value:.3f}  [{x.low:.3f}, {x.high:.3f}]')
     _notes(report.notes)
-    typer.echo(f'Report     {output_dir/"report.html"}')
+    typer.echo(f'\nReport     {output_dir/"report.html"}\nFigures    {output_dir/"figures.json"}')
+    if look := _how_to_look(track, output_dir): typer.echo(f'Compare    {look}')
 
 @app.command(epilog='Example: amulet predict photo.jpg --model-dir runs/photos/bundle\n\nExample: amulet predict folder --model-dir runs/photos/bundle --output predictions.csv')
 def predict(photos:Annotated[Path, typer.Argument(exists=True, help='A photo, a folder of photos, or for a model of a table a CSV or Parquet file')], model_dir:Model,

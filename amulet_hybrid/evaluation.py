@@ -38,7 +38,7 @@ def plot_confusion(
     "Who is taken for whom: photos as numbers, share of the true class as colour"
     c,k = np.asarray(confusion), len(classes)
     if c.shape!=(k,k): raise ConfigError(f'{k} classes need a {k} x {k} matrix, got {c.shape}', where='confusion')
-    cell,names = .62 if k<=10 else float(np.clip(2.8/k, .3, .55)), [f'{short_name(n)}  {i+1}' for i,n in enumerate(classes)]
+    cell,names = .56 if k<=10 else float(np.clip(2.8/k, .3, .55)), [f'{short_name(n, 24)}  {i+1}' for i,n in enumerate(classes)]
     fig,ax = quiet_figure(.6+.072*max(map(len, names))+cell*k, .6+cell*k, names)
     share = c/np.maximum(c.sum(1, keepdims=True), 1)
     edges = np.arange(k+1)-.5
@@ -66,7 +66,6 @@ def plot_per_class(
     ax.xaxis.grid(True, color='#e8edf1')
     fig.legend(loc='outside upper right', ncols=3, frameon=False, fontsize=9, labelcolor=INK, handletextpad=.1)
     return fig
-
 
 # %% ../nbs/51_evaluation.ipynb #a8d573e0
 def list_cases(
@@ -340,7 +339,7 @@ def evaluate(
 _N_ERRORS,_N_UNSURE = 24, 8 # photos that are shown
 
 # %% ../nbs/51_evaluation.ipynb #c2fa49b0
-PAGE = '''<style>.beside{display:flex;gap:.3rem;margin:.3rem 0}.beside span{flex:1 1 0;min-width:0;font-size:.7rem;line-height:1.2;color:var(--soft)}
+PAGE = '''<style>.beside{display:flex;gap:.3rem;margin:.3rem 0}.beside:empty{display:none}.beside span{flex:1 1 0;min-width:0}
 .photos .beside img{margin-bottom:.15rem;border-radius:4px}.beside .gap{aspect-ratio:1;padding:.2rem;font-size:.6rem}
 .near{display:block;margin-top:.3rem}details{margin:.6rem 0}summary{cursor:pointer;color:var(--accent)}</style>
 <p class="lead">{{ e.summary }}</p>{% if e.verdict %}<p>{{ e.verdict }}</p>{% endif %}{{ notes('warning') }}<section><h2>Headline</h2>
@@ -383,8 +382,9 @@ Below: how many photos were called how surely.</small><details><summary>Class by
 {% if c.said==c.truth %}<b>{{ c.said|breakable }}</b> {{ c.confidence|share }}{% else %}
 said <b class="no">{{ c.said|breakable }}</b> {{ c.confidence|share }}<br>is <b>{{ c.truth|breakable }}</b> {{ c.truth_probability|share }}{% endif %}<br>
 {% if c.set %}list: {{ c.set|breakable }}<br>{% endif %}<small>{{ c.path|breakable }}</small>
-{% if e.beside.get(i) %}<small class="near">nearest in training</small><span class="beside">{% for label,src in e.beside[i] %}
-<span>{{ picture(src) }}{{ label|breakable }}</span>{% endfor %}</span>{% endif %}</li>{% endfor %}</ul>{% endmacro %}<section><h2>Mistakes, the most certain first</h2>
+{% if e.beside.get(i) %}<span class="beside">{% for label,src in e.beside[i] if src %}<span>{{ picture(src) }}</span>{% endfor %}</span>
+<small class="near">nearest in training: {{ e.beside[i]|map('first')|join(', ')|breakable }}</small>{% endif %}</li>{% endfor %}</ul>{% endmacro %}
+<section><h2>Mistakes, the most certain first</h2>
 {% if n_errors %}<p>{{ errors|length }} of {{ n_errors }} mistakes among {{ count }}, each with the probability of what was said and of what is true.
 Look at the labels first: a mistake the model is sure of is often a photo in the wrong folder.</p>{{ cases(errors) }}{% else %}<p>None among {{ count }}.</p>{% endif %}
 {% if unsure %}<h3>Right, but only just</h3>{{ cases(unsure) }}{% endif %}</section>
@@ -392,9 +392,10 @@ Look at the labels first: a mistake the model is sure of is often a photo in the
 {% for s in stages %}<tr><th>{{ s.name }}</th><td class="num" data-label="a photo">{{ s.ms }}</td>
 <td class="wide"><span class="bar"><i class="range" style="left:0;width:{{ s.share|at(1) }}"></i></span></td></tr>{% endfor %}</tbody></table></section>{% endif %}
 {% for s in sections %}{% if s.title or loop.first %}{% if not loop.first %}</section>{% endif %}<section><h2>{{ s.title }}</h2>{% endif %}
-{% if s.text %}<p class="pre">{{ s.text }}</p>{% endif %}
-{% if s.table %}{{ table(s.table) }}{% endif %}{% if s.plot %}<div class="plot paper">{{ plot(s.plot, s.title) }}</div>{% endif %}
-{% if s.photos %}<ul class="photos">{% for src,words in s.photos %}<li>{{ picture(src) }}{{ words }}</li>{% endfor %}</ul>{% endif %}{% if loop.last %}</section>{% endif %}
+{% if s.text %}<p class="pre">{{ s.text }}</p>{% endif %}{% if s.table %}{{ table(s.table) }}{% endif %}
+{% if s.plot %}<div class="plot paper">{{ plot(s.plot, s.title) }}</div>{% endif %}
+{% if s.photos %}<ul class="photos">{% for src,words in s.photos %}
+<li>{{ picture(src) }}{{ words|breakable }}</li>{% endfor %}</ul>{% endif %}{% if loop.last %}</section>{% endif %}
 {% endfor %}'''
 
 # %% ../nbs/51_evaluation.ipynb #a8e0f032
@@ -413,8 +414,7 @@ _MAIN = ('balanced_accuracy', 'accuracy', 'macro_f1', 'log_loss', 'ece')
 
 def _headline(metrics):
     "Rows of the first table: each figure, the length of its bar and what a guess would get"
-    support = metrics.per_class.support.to_numpy()
-    k = len(support)
+    support,k = metrics.per_class.support.to_numpy(), len(metrics.per_class)
     most = np.sort(support)[::-1].cumsum()/support.sum()
     guess = {'accuracy': most[0], 'balanced_accuracy': 1/(support>0).sum(), 'log_loss': math.log(k), 'brier': 1-1/k,
              'top2_accuracy': most[1], 'top3_accuracy': most[min(2, k-1)], 'mcc': 0}
@@ -487,7 +487,7 @@ def render_report(
     rivals = [{'name': k} | {c: _ms(v) if c=='milliseconds' and not pd.isna(v) else cell_text(v) for c,v in row.items()} for k,row in table.iterrows()]
     total = sum(e.timings.values())
     stages = [{'name': k, 'ms': _ms(v), 'share': v/(total or 1)} for k,v in (*e.timings.items(), ('all', total)) if e.timings]
-    by_class = m.calibration.per_class.set_axis(pd.Index(classes, name='class')).round(3)
+    by_class = m.calibration.per_class.set_axis(pd.Index(classes, name='class')).rename(columns={'share': 'share of photos', 'ece': 'calibration error'}).round(3)
     risks = e.risks.iloc[::10].assign(named=lambda t: t['photos'])[['named', 'threshold', 'wrong', 'low', 'high']].round(3)
     risks.index = pd.Index([f'{r:.0%}' for r in risks.index], name='refused')
     left = e.novelty.left_out.set_axis(['AUROC when left out'], axis=1).round(3) if e.novelty else pd.DataFrame()

@@ -156,6 +156,7 @@ h3{font-weight:600}h3 small{font-weight:400;margin-left:.4rem}code{font-size:.9e
 thead{display:none}tr{display:block;padding:.55rem 0;border-bottom:1px solid var(--line)}tr:last-child{border-bottom:0}
 th,td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.12rem 0}td::before{content:attr(data-label);color:var(--soft)}
 td:empty{display:none}
+.pair tr{display:flex;justify-content:space-between;gap:1rem}.pair td{text-align:right}.pair td::before{content:none}
 td.wide{display:block}td.wide::before{display:none}.num{white-space:normal;text-align:right}}
 @media print{body{background:#fff;font-size:11pt}main{max-width:none;padding:0}section{border:0;padding:.5rem 0}h2,h3{break-after:avoid}
 li,tr,.plot{break-inside:avoid}
@@ -169,13 +170,13 @@ HEAD = '''<!doctype html>
 {%- macro bar(x, top=1, guess=none) %}{% if x.value==x.value %}<span class="bar" role="img" aria-label="{{ x }}">
 <i class="range" style="left:{{ x.low|at(top) }};width:{{ (x.high-x.low)|at(top) }}"></i><i class="dot" style="left:{{ x.value|at(top) }}"></i>
 {%- if guess is not none %}<i class="guess" style="left:{{ guess|at(top) }}"></i>{% endif %}</span>{% endif %}{% endmacro %}
-{%- macro table(t) %}<div class="scroll"><table><thead><tr>{% for h in t.heads %}<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>
+{%- macro table(t) %}<div class="scroll"><table{% if t.heads|length==2 %} class="pair"{% endif %}><thead><tr>{% for h in t.heads %}<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in t.rows %}<tr>{% for v in row %}{% if loop.first %}<th>{{ v|breakable }}</th>{% else %}<td data-label="{{ t.heads[loop.index0] }}">{{ v|breakable }}</td>{% endif %}
 {% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% if t.more %}<small>and {{ t.more }} more rows</small>{% endif %}{% endmacro %}
 {%- macro picture(src) %}{% if src.startswith('data:image/') %}<img src="{{ src }}" alt="" loading="lazy">{% elif src %}
 <span class="gap">{{ src }}</span>{% endif %}{% endmacro %}
-{%- macro plot(p, words) %}<img src="{{ p.src }}" alt="{{ words }}" style="width:{{ p.width }}px;min-width:{{ (0.6*p.width)|int }}px">{% endmacro %}
+{%- macro plot(p, words) %}<img src="{{ p.src }}" alt="{{ words }}" style="width:{{ p.width }}px;min-width:{{ (0.55*p.width)|int }}px">{% endmacro %}
 {%- macro notes(level) %}{% for kind,text in told if kind==level %}<p class="note {{ kind }}">{{ text }}</p>{% endfor %}{% endmacro %}
 <h1>{{ title }}</h1>
 '''
@@ -192,5 +193,5 @@ def render_page(
     from markupsafe import Markup
     env = Environment(autoescape=True)
     env.filters |= {'at': lambda v, top: f'{100*min(max(v/top, 0), 1):.2f}%', 'share': lambda v: f'{v:.2f}',
-                    'figure': lambda x: '' if math.isnan(x.value) else x, 'breakable': lambda text: Markup('<wbr>').join(re.split(r'(?<=[_/-])', str(text)))}
+                    'figure': lambda x: '' if math.isnan(x.value) else x, 'breakable': lambda text: Markup('<wbr>').join(re.split(r'(?<=[_/])|(?<=\w-)', str(text)))}
     return env.from_string(HEAD+body+'</main></body></html>\n').render(title=title, told=told, css=CSS, **values)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW_WORDS', 'NUMERIC', 'SAME', 'COPIES', 'hide_password', 'read_source', 'TableData', 'read_table', 'TableEncoder',
-           'TableExtractor']
+           'TableExtractor', 'read_rows']
 
 # %% ../nbs/47_tables.ipynb #a08986ff
 import json
@@ -353,7 +353,9 @@ class TableExtractor(BaseFeatureExtractor):
         levels = {c: sorted(known[c].dropna().unique().tolist()) for c in data.words}
         return cls(tuple(data.features.columns), json.dumps(levels, ensure_ascii=False, sort_keys=True))
 
-    def _levels(self) -> dict[str,list[str]]: return json.loads(self.levels)
+    def get_levels(self) -> dict[str,list[str]]: # Column -> its words, in the order of their numbers
+        "The columns that hold words"
+        return json.loads(self.levels)
 
     def measure(self, photo):
         "Always refused"
@@ -366,7 +368,7 @@ class TableExtractor(BaseFeatureExtractor):
         if not isinstance(features, Mapping): raise FeatureError(f'`features` must be names with values, got {type(features).__name__}', code='bad_features')
         if unknown := [str(k) for k in features if k not in self.columns]:
             raise FeatureError(f'there is no column {", ".join(map(repr, unknown[:5]))}', code='unknown_feature', advice=f'There are: {", ".join(self.columns[:50])}')
-        levels = self._levels()
+        levels = self.get_levels()
         row = np.array([_code(features.get(c), levels[c]) if c in levels else _number(features.get(c), c) for c in self.columns], np.float32)
         if np.isnan(row).all(): raise FeatureError('nothing is known of this row', code='no_features', advice=f'Give a value for one of: {", ".join(self.columns[:50])}')
         return row
@@ -377,13 +379,13 @@ class TableExtractor(BaseFeatureExtractor):
         "Many rows; what is no number is missing"
         if lacking := [c for c in self.columns if c not in table]:
             raise FeatureError(f'there is no column {lacking[0]!r}', code='no_such_column', advice=f'There are: {", ".join(map(str, table.columns[:50]))}')
-        levels = self._levels()
+        levels = self.get_levels()
         columns:list[Any] = [[_code(v, levels[c]) for v in table[c]] if c in levels else _numbers(table[c]) for c in self.columns]
         return np.column_stack(columns).astype(np.float32)
 
     def encoder(self) -> TableEncoder:
         "Fills gaps and spreads words; fitted by the trainer"
-        levels = self._levels()
+        levels = self.get_levels()
         return TableEncoder(tuple(i for i,c in enumerate(self.columns) if c in levels))
 
     def get_feature_names(self) -> list[str]:
@@ -404,3 +406,30 @@ def _number(value, name):
     return number
 
 EXTRACTORS['table'] = TableExtractor
+
+# %% ../nbs/47_tables.ipynb #43bda5b9
+def read_rows(
+    source:str|Path|pd.DataFrame, # CSV or Parquet file, URL of a database, or a table that is there already
+    block:TableExtractor, # Whose columns are read, whatever they are worth here
+    target:str, # Column of the labels
+    group:str|None=None, # Column of what belongs together; None: each row alone
+    query:str|None=None # For a database: name of a table, or a query
+) -> TableData:
+    "Labelled rows for a model that is there already"
+    where = 'table' if isinstance(source, pd.DataFrame) else hide_password(source)
+    table = read_source(source, query)
+    for name in (target, *([group] if group else []), *block.columns):
+        if name not in table: raise DatasetError(f'there is no column {name!r}', code='no_such_column', where=where, advice=f'There are: {", ".join(table.columns[:50])}')
+    if target in (*block.columns, group): raise DatasetError(f'{target!r} is learned from, or the group; it cannot be the target too', code='bad_columns', where=where)
+    labels = _labels(table[target], where)
+    if not labels.notna().any(): raise DatasetError(f'no row has a {target!r}', code='no_rows', where=where)
+    notes = [('warning', f'{n} rows have no {target} and were left out.')] if (n := int(labels.isna().sum())) else []
+    table,labels,words = table[labels.notna()],labels[labels.notna()],block.get_levels()
+    values = {c: pd.Series(_words(table[c]).to_numpy() if c in words else _numbers(table[c]), dtype=object if c in words else np.float32) for c in block.columns}
+    rows = table.index.to_numpy()+1
+    given = _words(table[group]) if group else [None]*len(rows)
+    groups,copies = _join_copies(pd.DataFrame(values), np.array([w or f'row {i}' for w,i in zip(given, rows)], dtype=object))
+    narrow = 'ranges are too narrow.'
+    if copies > COPIES*len(rows): notes.append(('warning', f'{copies} of {len(rows)} rows equal another one. If these are copies, name what belongs together: {narrow}'))
+    if not group: notes.append(('info', f'No group column was named, so each row counts as independent. If several rows stem from one source, {narrow}'))
+    return TableData(pd.DataFrame(values), labels.to_numpy(str), groups, rows, Path(where.rpartition('/')[2]).stem or 'table', target, notes)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MLFLOW_ENVIRONMENT', 'TRACKERS', 'FILES', 'PICTURES', 'LOCAL', 'flat_parameters', 'flat_figures', 'Run', 'Tracker',
-           'MLflow', 'WandB', 'make_tracker', 'run_parameters', 'track_output']
+           'MLflow', 'WandB', 'make_tracker', 'run_parameters', 'track_output', 'track_report']
 
 # %% ../nbs/79_tracking.ipynb #9798c211
 import json
@@ -326,6 +326,21 @@ def track_output(
     if not result: log.warning('%s holds no result of a training run; nothing is recorded', folder.name); return []
     run.figures({**result.get('figures', {}), **{k: result.get(k) for k in ('test_photos', 'test_groups', 'left_out')}, 'random_split': result.get('random_split') or {}})
     run.tag(digest=result.get('digest'), data_fingerprint=manifest.get('data', {}).get('fingerprint'), warnings=result.get('notes'))
+    return _send(run, folder, config)
+
+def track_report(
+    run:Run, # Of `Tracker.run`
+    figures:Mapping, # Numbers and intervals, see `flat_figures`
+    folder:str|Path, # Where the report of an evaluation was written
+    **tags # Texts by which it is found again
+) -> list[str]: # Files that were sent
+    "Record what a later look at a bundle has left: figures, report, pictures"
+    run.figures(figures)
+    run.tag(**tags)
+    return _send(run, Path(folder), {})
+
+def _send(run, folder, config):
+    "Files of a run's folder, without the places of this machine"
     places = _places(folder, config)
     files = list(dict.fromkeys([folder/f for f in FILES if (folder/f).is_file()] + [p for pattern in PICTURES for p in sorted(folder.glob(pattern))]))
     with tempfile.TemporaryDirectory() as clean:

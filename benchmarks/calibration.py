@@ -4,22 +4,24 @@
     python benchmarks/calibration.py scalers                                                    # log loss, ECE, Brier; probmetrics beside it where it is installed
     python benchmarks/calibration.py sets                                                       # coverage and size at 90 %; MAPIE beside it where it is installed
 
-`logits` trains a short list of candidates on two joins (--full: all of them) and keeps what the others need under --cache. The outer folds are those of accuracy.py.
+`logits` trains a short list of candidates on two joins (--full: all of them, --quick: two models) and keeps what the others need under --cache.
+The outer folds are those of accuracy.py.
 """
 import argparse
+import dataclasses
 import warnings
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from accuracy import load
+from novelty import CHEAP, load, thin
 from scipy.special import softmax
 from scipy.stats import binom
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from amulet_hybrid.calibration import SCALERS, VectorScaler, calibrate_model, evaluate_calibration, log_proba
+from amulet_hybrid.calibration import SCALERS, NoScaler, VectorScaler, calibrate_model, evaluate_calibration, log_proba
 from amulet_hybrid.conformal import METHODS, ConformalPredictor, evaluate_sets
 from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
 
@@ -27,18 +29,25 @@ warnings.filterwarnings('ignore', message='The groups parameter')
 
 
 def save_logits(args):
-    "Out-of-fold logits of each outer training part and logits of the outer test part, as npz"
+    "Logits of the vote before its calibration: out of fold for each outer training part, and for the outer test part, as npz"
+    args.cache.mkdir(parents=True, exist_ok=True)
     for name in args.sets:
-        blocks, labels, groups = load(args.data, name, args.weights, args.cache)
+        blocks, labels, groups, encoders = load(args.data, name, CHEAP, args.weights, args.cache)
+        if args.most:
+            some = thin(groups, labels, args.most)
+            blocks, labels, groups = {b: X[some] for b, X in blocks.items()}, labels[some], groups[some]
         y, joins = np.unique(labels, return_inverse=True)[1], [tuple(blocks), tuple(b for b in blocks if b.startswith('cnn'))]
+        few = TrainingConfig(models=('logistic_balanced', 'lda_balanced') if args.quick else ('logistic_balanced', 'svm', 'lda'), quick=args.quick, novelty=False)
         for seed in args.seeds:
             outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True, random_state=seed)
             out = {'y': y, 'groups': np.unique(groups, return_inverse=True)[1]}
             for f, (train, test) in enumerate(outer.split(y, y, groups)):
-                trainer = HybridTrainer(TrainingConfig() if args.full else TrainingConfig(models=('logistic_balanced', 'svm', 'lda')), None if args.full else joins)
-                trainer.fit({k: v[train] for k, v in blocks.items()}, labels[train], groups[train])
-                found, t = trainer.model_.predict_proba({k: v[test] for k, v in blocks.items()}), trainer.model_.temperature
-                out |= {f'tr{f}': train, f'te{f}': test, f'ztr{f}': log_proba(trainer.oof_proba_, 1e-300)*t, f'zte{f}': log_proba(found, 1e-300)*t}
+                trainer = HybridTrainer(TrainingConfig(novelty=False) if args.full else few, None if args.full else joins)
+                trainer.fit({k: v[train] for k, v in blocks.items()}, labels[train], groups[train], encoders)
+                vote = np.sum([m.weight*trainer.oof_[m.candidate] for m in trainer.model_.members], axis=0)
+                bare = dataclasses.replace(trainer.model_, calibrator=NoScaler().fit(log_proba(vote), y[train]))
+                found = bare.predict_proba({k: v[test] for k, v in blocks.items()})
+                out |= {f'tr{f}': train, f'te{f}': test, f'ztr{f}': log_proba(vote, 1e-300), f'zte{f}': log_proba(found, 1e-300)}
                 print(name, seed, f, flush=True)
             np.savez(args.cache/f'oof_{name}_{seed}.npz', **out)
 
@@ -140,6 +149,8 @@ def main():
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the outer folds')
     parser.add_argument('--coverage', type=float, default=.9)
     parser.add_argument('--full', action='store_true', help='all candidates of the trainer, minutes a fold')
+    parser.add_argument('--quick', action='store_true', help='two models, 3 inner folds')
+    parser.add_argument('--most', type=int, default=0, help='photos of a class at most, whole groups; 0: all')
     parser.add_argument('--cache', type=Path, default=Path('.cache'))
     parser.add_argument('--output', type=Path, default=Path(__file__).parent/'results')
     args = parser.parse_args()

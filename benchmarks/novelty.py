@@ -236,7 +236,9 @@ def main():
         table.round(4).to_csv(args.output/f'novelty_{name}.csv', index=False)
         return table
     found = {}
-    for name in args.sets: found[name] = stored(args.features, name) if args.features else load(args.data, name, MORE if name == 'amulet6' else CHEAP, args.weights, args.cache)
+    for name in args.sets:
+        wanted = MORE if name == 'amulet6' and 'left-out' in args.parts else CHEAP
+        found[name] = stored(args.features, name) if args.features else load(args.data, name, wanted, args.weights, args.cache)
     cheap = {}
     for name, (blocks, labels, groups, _) in found.items():
         some = thin(groups, labels, 6*args.most)
