@@ -51,6 +51,7 @@ class RunConfig(Config):
     trials:int=40 # Candidates that the search may try
     time_budget:float=0. # Minutes after which training begins no further candidate; 0: none
     coverage:float=.9 # Of prediction sets
+    mirror:str='auto' # Learn from mirror images of the training photos too: 'auto' (if it helps out of fold), 'always' or 'never'
     track:str='' # Where runs are recorded: '', 'auto', 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', 'wandb:PROJECT'
     min_groups:int=0 # Classes with fewer groups are left out; 0: such a class is an error
     cache_dir:str='' # Where features are kept; default: output_dir/cache
@@ -64,7 +65,7 @@ class RunConfig(Config):
     def training(self) -> TrainingConfig:
         "The part that the trainer takes"
         return TrainingConfig(cv_folds=self.cv_folds, quick=self.quick, search=self.search, trials=self.trials, time_budget=self.time_budget, coverage=self.coverage,
-                              jobs=self.jobs, seed=self.seed)
+                              mirror=self.mirror, jobs=self.jobs, seed=self.seed)
 
 BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.json'
 
@@ -111,6 +112,7 @@ def random_split_note(
 # %% ../nbs/80_pipeline.ipynb #5953baca
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
+    turned:dict[str,np.ndarray]|None=None # Blocks of the mirror images of the training photos
     def __init__(self,
         config:RunConfig|str|Path, # Settings, or just the folder of photos
         **settings # Changes to the settings
@@ -162,6 +164,9 @@ class TrainingRun:
         self.extractor = HybridFeatureExtractor(features, c.cache_dir or self.output/'cache', c.jobs)
         self.notes = self.extractor.notes + self.notes
         self.blocks = self.extractor.extract_manifest(self.manifest, self.root)
+        if c.mirror!='never':
+            train = self.manifest['split']=='train'
+            self.turned = self.extractor.extract_mirrored(self.manifest[train], self.root, {k: v[train] for k,v in self.blocks.items()})
         return pd.DataFrame({'features': {k: v.shape[1] for k,v in self.blocks.items()}})
 
     def _part(self, name):
@@ -172,7 +177,7 @@ class TrainingRun:
         "Search, choose, calibrate and refit on the training photos"
         c,(blocks,table) = self.config,self._part('train')
         trainer = HybridTrainer(c.training(), checkpoint_dir=Path(c.cache_dir or self.output/'cache')/'training')
-        self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders(), self._block_milliseconds())
+        self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders(), self._block_milliseconds(), self.turned)
         self.notes = self.trainer.notes_+self.notes
         self.model = self.trainer.model_
         return self.trainer.candidates_
@@ -222,7 +227,7 @@ class TrainingRun:
         if self.config.quick: return out
         train,groups = self._part('train')[0],self._part('train')[1]['group'].to_numpy()
         single,truth = self.trainer.best_single_,self.trainer.y_
-        def fit_predict(some, others): return fit_candidate(train, truth, single, some, others, self.trainer.encoders_, self.config.seed)
+        def fit_predict(some, others): return fit_candidate(train, truth, single, some, others, self.trainer.encoders_, self.config.seed, self.trainer.mirrored_)
         return [*out, learning_curve(fit_predict, truth, groups, cv_folds=3).section()]
 
     def _sections(self):

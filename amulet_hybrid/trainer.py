@@ -47,7 +47,7 @@ class TrainingConfig(Config):
     time_budget:float=0. # Minutes after which no further candidate is begun; 0: none
     coverage:float=.9 # Of prediction sets: the share of photos whose set shall hold the truth
     mirror:str='auto' # Learn from mirror images of the training photos too, where they are given: 'auto' (if it helps out of fold), 'always' or 'never'
-    cv_repeats:int=0 # Times that folds are drawn anew, so that a choice hangs less on one draw; 0: three below 500 groups, else one
+    cv_repeats:int=0 # Times that folds are drawn anew, so that a choice hangs less on one draw; 0: three below 500 photos, else one
     novelty:bool=True # Also choose a detector of things that were never in the set
     false_alarm_rate:float=.05 # Share of known photos that the detector may take for strangers
     jobs:int=0 # Processes; 0: one a core
@@ -317,7 +317,7 @@ class HybridTrainer(BaseEstimator):
         config = self.config
         first = folds(labels, groups, 3 if config.quick else config.cv_folds, config.seed)
         if (k := int(first.max())+1) < config.cv_folds and not config.quick: log.warning('the rarest class has %d groups only: %d folds', k, k)
-        times = config.cv_repeats or (1 if config.quick or len(set(groups)) >= 500 else 3)
+        times = config.cv_repeats or (1 if config.quick or len(labels) >= 500 else 3)
         return [first, *(folds(labels, groups, k, derive_seed(config.seed, 'folds', i)) for i in range(1, times))]
 
     def _search(self, blocks, mirrored, groups, others, until):
