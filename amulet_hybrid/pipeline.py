@@ -12,6 +12,7 @@ import datetime
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from .labels import find_label_issues
 from .metrics import paired_difference
 from .split import check_groups, check_splittable, groups_per_class, holdout, leakage
 from .tracking import make_tracker, run_parameters, track_output
-from .trainer import NOT_WORSE, HybridModel, HybridTrainer, TrainingConfig, encode_blocks, fit_candidate
+from .trainer import NOT_WORSE, HybridTrainer, TrainingConfig, encode_blocks, fit_candidate
 
 # %% ../nbs/80_pipeline.ipynb #60779496
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.
 # %% ../nbs/80_pipeline.ipynb #2b52425d
 def speed_profile(
     extractor:HybridFeatureExtractor,
-    models:dict[str,HybridModel], # Name -> model
+    models:Mapping[str,Any], # Name -> model, trained or served
     paths:list[Path], # Photos
     warm:int=2 # First photos that are not counted
 ) -> tuple[dict[str,float],dict[str,float]]: # Median milliseconds by stage of the first model, and of each model as a whole

@@ -248,6 +248,7 @@ def _shared_net(kind, path, modified, *args): # the blocks of one backbone share
 
 class _NetFeatures(BaseFeatureExtractor):
     "What all nets have in common: sizes, mirror images, and a pass that is shared by blocks"
+    packages = ('onnxruntime',)
     side:Any
     mirror:bool
     def _key(self) -> tuple: raise NotImplementedError # What `_shared_net` is asked for

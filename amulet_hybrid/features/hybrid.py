@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ..core import Config, ConfigError, FeatureError, ImageError, MissingExtraError, progress
 from ..engines import ENGINES, spread
@@ -25,6 +24,8 @@ from . import classical, cnn, keypoints # noqa: F401 (they register their blocks
 from .cache import FeatureCache, block_key
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo, make_extractor, parse_block
 from ..images import LIMITS, ImageLimits, read_image
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/35_features.hybrid.ipynb #4dd2f61e
 _NETS = ('cnn:mobilenet_v2', 'cnn:mobilenet_v2@max', 'cnn:mobilenet_v2@texture')
@@ -260,7 +261,7 @@ class HybridFeatureExtractor:
         return self._gather(images, None)
 
     def extract_manifest(self,
-        manifest:pd.DataFrame, # Columns path and sha256; usable rows only
+        manifest:'pd.DataFrame', # Columns path and sha256; usable rows only
         root:str|Path # Where the paths begin
     ) -> dict[str,np.ndarray]: # Block name -> (n_photos, n_features) float32, rows in manifest order
         "All blocks of all photos, from the cache where they are known"
@@ -279,5 +280,6 @@ def _looks_at(extractor):
     return max(side) if isinstance(side, tuple) else int(side)
 
 def _gpu():
-    import onnxruntime
+    try: import onnxruntime
+    except ImportError: return False # there is no net then
     return 'CUDAExecutionProvider' in onnxruntime.get_available_providers()
