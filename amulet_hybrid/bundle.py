@@ -8,6 +8,8 @@ __all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'SIGNATURE', 'TRAINING', 'REQUIREMENTS
 
 # %% ../nbs/60_bundle.ipynb #951c95d3
 import importlib.metadata
+import inspect
+import os
 import pickle
 import platform
 import re
@@ -25,6 +27,7 @@ import numpy as np
 from .arrays import MOST_JSON, dump_json, pack_arrays, parse_json, unpack_arrays
 from .card import card_html, card_markdown, card_parts
 from .core import BundleError, FeatureError, atomic_write, bytes_digest, file_digest, json_digest
+from .estimators import one_blas_thread
 from .features.core import EXTRACTORS, make_extractor, parse_block
 from .features.hybrid import FeatureConfig, HybridFeatureExtractor
 from .served import TIERS, Cascade, ServedModel, Tier
@@ -34,7 +37,7 @@ from .signatures import check_signature, sign_bytes
 FORMAT = 3 # Raised when an older reader would misread
 MANIFEST,MODEL,SIGNATURE,TRAINING,REQUIREMENTS = 'manifest.json','model.json','signature.json','training','requirements_production.txt'
 _UNSIGNED = ('digest', 'created', 'measured', 'training', 'checksum') # Not part of what a bundle is
-_NEEDED = ('numpy', 'opencv-python-headless', 'pillow', 'tqdm', 'typer') # By whoever loads a bundle; blocks name more
+_NEEDED = ('numpy', 'opencv-python-headless', 'pillow', 'threadpoolctl', 'tqdm', 'typer') # By whoever loads a bundle; blocks name more
 _SERVING = ('fastapi', 'uvicorn', 'python-multipart', 'jinja2') # By the service
 
 def _version(name):
@@ -171,8 +174,9 @@ def _cost(tier, extractor, photo, known):
     start,busy = time.perf_counter(),time.thread_time()
     for b in tier.model.blocks:
         if b not in known: known[b] = extractor.extractors[b].extract_features(photo)[None]
-    tier.model.predict_proba(known)
-    if tier.model.novelty is not None: tier.model.novelty.score(known)
+    with one_blas_thread():
+        tier.model.predict_proba(known)
+        if tier.model.novelty is not None: tier.model.novelty.score(known)
     return 1000*(time.perf_counter()-start),1000*(time.thread_time()-busy)
 
 def measure_tiers(
@@ -337,11 +341,16 @@ def _load_block(folder, name, stored, files):
         for setting,file in stored.get('files', {}).items():
             if file not in files: _refuse(f'{str(file)[:100]!r} is not listed', 'missing_file', folder)
             params[setting] = folder/file
-        block = make_extractor(parse_block(name)[0], **params)
+        kind = parse_block(name)[0]
+        if 'threads' in inspect.signature(EXTRACTORS[kind]).parameters: params['threads'] = min(4, os.cpu_count() or 1) # whoever asks a bundle waits for it
+        block = make_extractor(kind, **params)
     except FeatureError as error: raise _unknown(folder, error) from error
     except (KeyError, TypeError, AttributeError) as error: raise BundleError(f'the block {name[:60]} is not described as we do: {error}', code='bad_manifest',
                                                             where=folder) from error
     if block.fingerprint()!=stored.get('fingerprint'):
         raise BundleError(f'the block {name} measures differently in this version than in the one that the model was trained with', code='other_features', where=folder,
                           advice='Install the version that the manifest names, or train again')
+    try: block.prepare()
+    except FeatureError as error: raise BundleError(f'the block {name[:60]} cannot be used: {error.message}', code='bad_net', where=error.where or folder,
+                                                    advice=error.advice) from error
     return block

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prediction', 'resident_mb', 'HybridClassifier']
 
-# %% ../nbs/61_classifier.ipynb #53c727d5
+# %% ../nbs/61_classifier.ipynb #8ce3ece9
 import csv
 import ctypes
 import gc
@@ -27,6 +27,7 @@ from .arrays import parse_json
 from .bundle import Bundle, HeldOut, load_bundle, measure_tiers
 from .core import AmuletError, BundleError, ConfigError, DatasetError, FeatureError, ImageError, atomic_write, bytes_digest, json_digest, log, progress
 from .engines import spread
+from .estimators import one_blas_thread
 from .images import LIMITS, ImageLimits, open_photo
 from .results import SingleFlight, make_cache
 from .served import Tier
@@ -140,7 +141,7 @@ class _Stats:
                     'milliseconds': {'mean': round(sum(ms)/len(ms), 3) if ms else None, 'median': at(.5), 'p95': at(.95), 'p99': at(.99)},
                     'stages': {k: round(v/n, 3) for k,v in self.stages.items()} if n else {}}
 
-# %% ../nbs/61_classifier.ipynb #04feaafc
+# %% ../nbs/61_classifier.ipynb #04be3176
 def _checked(threshold):
     if not 0 <= threshold <= 1: raise ConfigError(f'`confidence_threshold` must be in 0..1, got {threshold}')
     return threshold
@@ -208,10 +209,10 @@ class _Engine:
     def judge(self, tier:Tier, known:Mapping[str,np.ndarray], timings:dict[str,float]) -> _Answer:
         "What one tier says"
         start = time.perf_counter()
-        proba,novelty = tier.model.predict_proba(known)[0],tier.model.novelty
+        with one_blas_thread():
+            proba,novelty,between = tier.model.predict_proba(known)[0],tier.model.novelty,time.perf_counter()
+            strange = float(novelty.score(dict(known))[0]) if novelty is not None else None
         if not np.isfinite(proba).all(): raise FeatureError('the model gave no probabilities', code='bad_features')
-        between = time.perf_counter()
-        strange = float(novelty.score(dict(known))[0]) if novelty is not None else None
         for stage,ms in (('model', between-start), ('novelty', time.perf_counter()-between)): timings[stage] = timings.get(stage, 0)+1000*ms
         sure = proba.max() >= tier.threshold and (novelty is None or strange is None or strange <= novelty.threshold_)
         return _Answer(tier.name, proba.tolist(), strange, bool(sure))
