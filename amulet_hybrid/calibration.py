@@ -11,18 +11,14 @@ __all__ = ['SCALERS', 'TemperatureScaler', 'log_proba', 'VectorScaler', 'Isotoni
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import log_softmax, softmax
-from sklearn.base import BaseEstimator
-from sklearn.isotonic import IsotonicRegression
-from sklearn.utils.validation import check_is_fitted
 
 from .core import ConfigError, TrainingError, derive_seed
-from .split import folds
+from .estimators import BaseEstimator, check_is_fitted, log_softmax, softmax
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/41_calibration.ipynb #b97282b8
 def _array(logits):
@@ -43,6 +39,7 @@ def _checked(logits, y):
 def _codes(groups, n):
     "Group of each of `n` photos as a number; each photo its own where none are given"
     if groups is None: return np.arange(n)
+    import pandas as pd
     codes,_ = pd.factorize(np.asarray(groups))
     if len(codes)!=n: raise TrainingError(f'{n} photos need as many groups, got {len(codes)}', code='bad_groups')
     if codes.min() < 0: raise TrainingError('some photos have no group', code='bad_groups', advice='Give a photo that stands alone a name of its own')
@@ -94,6 +91,7 @@ class TemperatureScaler(_Scaler):
 
 def _temperature(logits, wanted, bounds):
     "The divisor of least log loss, 1 if none is better"
+    from scipy.optimize import minimize_scalar
     def loss(log_t): return -(wanted*log_softmax(logits/np.exp(log_t), axis=1)).sum(1).mean()
     found = minimize_scalar(loss, bounds=np.log(bounds), method='bounded')
     return float(np.exp(found.x)) if found.fun <= loss(0.) else 1.
@@ -126,6 +124,7 @@ class VectorScaler(_Scaler):
         groups:Any=None # (n,) photos of one group count as one witness; None: each photo alone
     ):
         "Minimise log loss and penalty, a convex problem"
+        from scipy.optimize import minimize
         if self.strength < 0: raise ConfigError(f'`strength` must be at least 0, got {self.strength}')
         logits,y = _checked(logits, y)
         k,wanted,pull = logits.shape[1],np.eye(logits.shape[1])[y],self.strength*logits.shape[1]/len(np.unique(_codes(groups, len(y))))
@@ -164,6 +163,7 @@ class IsotonicScaler(_Scaler):
         y:Any # (n,) class indices
     ):
         "One staircase a class"
+        from sklearn.isotonic import IsotonicRegression
         if not 0 <= self.blend < 1: raise ConfigError(f'`blend` must be in [0, 1), got {self.blend}', advice='At 1 a probability may be 0, and one mistake costs infinitely much')
         logits,y = _checked(logits, y)
         scaler = TemperatureScaler().fit(logits, y)
@@ -240,6 +240,8 @@ def calibrate_model(
     errors:float=.25 # A simpler method is taken if it is within so many standard errors of the best
 ) -> Any: # Fitted scaler with `methods_` (a table) and `cross_proba_` (its probabilities of these photos, each from folds without it)
     "The scaler that these logits deserve"
+    import pandas as pd
+    from amulet_hybrid.split import folds
     for name in methods:
         if name not in SCALERS: raise ConfigError(f'no method is called {name!r}', code='unknown_method', advice=f'Known: {", ".join(SCALERS)}')
     if errors < 0: raise ConfigError(f'`errors` must be at least 0, got {errors}')
@@ -293,8 +295,8 @@ def _root(x): return np.sqrt(np.clip(x, 0, 1))
 @dataclass(frozen=True, eq=False)
 class CalibrationReport:
     "How much confidence is worth on `n` photos of `n_groups` groups"
-    figures:pd.DataFrame # Index log_loss, brier, ece, ece_classwise, ece_plain; columns value, low, high
-    per_class:pd.DataFrame # Index column of the probabilities; photos, mean_probability, share, ece
+    figures:'pd.DataFrame' # Index log_loss, brier, ece, ece_classwise, ece_plain; columns value, low, high
+    per_class:'pd.DataFrame' # Index column of the probabilities; photos, mean_probability, share, ece
     n:int # Photos
     n_groups:int # Groups that were drawn as one
     confidence:float # Of the intervals
@@ -347,6 +349,7 @@ def evaluate_calibration(
     extra = [noise[0], np.mean([_squares(_bin_sums(p[:,c], y==c, codes, bins), weight[:1])[1][0] for c in range(k)])]
     rows = {'log_loss': sums[:,0]/sums[:,2], 'brier': sums[:,1]/sums[:,2], 'ece': square-noise, 'ece_classwise': by_class.mean(0), 'ece_plain': plain}
     ends = {name: np.quantile(v[1:], [(1-confidence)/2, (1+confidence)/2]) for name,v in rows.items()}
+    import pandas as pd
     table = pd.DataFrame({name: [rows[name][0], *ends[name]] for name in rows}, index=['value', 'low', 'high']).T
     for name,shift in zip(('ece', 'ece_classwise'), extra): # drawing again adds the noise once more
         table.loc[name] = _root(table.loc[name] - [0, shift, shift])
@@ -366,10 +369,11 @@ def reliability(
     y:Any, # (n,) class indices
     bins:int=10, # At most so many, with at least ten photos each
     confidence:float=.95 # Of the Wilson intervals, which take photos as independent
-) -> pd.DataFrame: # A row a bin: `confidence`, `accuracy`, `low`, `high`, `count`
+) -> 'pd.DataFrame': # A row a bin: `confidence`, `accuracy`, `low`, `high`, `count`
     "Confidence against the share of right photos, bin by bin"
     p,y = _checked_proba(proba, y)
     if bins < 1: raise ConfigError(f'`bins` must be at least 1, got {bins}')
+    import pandas as pd
     table = pd.DataFrame({'bin': bin_numbers(p.max(1), int(np.clip(len(y)//10, 1, bins))), 'confidence': p.max(1), 'accuracy': p.argmax(1)==y, 'count': 1})
     table = table.groupby('bin').agg({'confidence': 'mean', 'accuracy': 'mean', 'count': 'sum'})
     low,high = wilson(table.accuracy, table['count'], confidence)

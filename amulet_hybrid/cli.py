@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Data', 'Output', 'Groups', 'GroupBy', 'Blocks', 'Preset', 'Weights', 'TestSize', 'Folds', 'Quick', 'Search',
-           'Trials', 'TimeBudget', 'Coverage', 'Track', 'Mirror', 'MinGroups', 'Seed', 'Jobs', 'Model', 'Verbose',
-           'main', 'samples', 'inspect', 'split', 'extract', 'train', 'run', 'evaluate', 'predict', 'serve', 'version']
+           'Trials', 'TimeBudget', 'Coverage', 'Track', 'Mirror', 'MinGroups', 'Seed', 'Jobs', 'Model', 'PublicKey',
+           'Verbose', 'bundles', 'main', 'samples', 'inspect', 'split', 'extract', 'train', 'run', 'evaluate',
+           'predict', 'serve', 'version', 'keys', 'sign', 'verify']
 
 # %% ../nbs/90_cli.ipynb #78dbcb99
 import json
@@ -42,6 +43,7 @@ MinGroups = Annotated[int, typer.Option('--min-groups', min=0, help='Leave out c
 Seed = Annotated[int, typer.Option('--seed', help='Same photos, settings and seed: same figures')]
 Jobs = Annotated[int, typer.Option('--jobs', min=0, help='Threads and processes; 0: one a core')]
 Model = Annotated[Path, typer.Option('--model-dir', exists=True, file_okay=False, help='Folder of a bundle')]
+PublicKey = Annotated[Path|None, typer.Option('--public-key', exists=True, dir_okay=False, help='Refuse a bundle that the owner of this key (a .pub file) has not signed')]
 Verbose = Annotated[bool, typer.Option('--verbose', '-v', help='Say more')]
 
 def main():
@@ -294,41 +296,52 @@ def evaluate(model_dir:Model,
     typer.echo(f'\nReport     {output_dir/"report.html"}\nFigures    {output_dir/"figures.json"}')
     if look := _how_to_look(track, output_dir): typer.echo(f'Compare    {look}')
 
-@app.command(epilog='Example: amulet predict photo.jpg --model-dir runs/photos/bundle\n\nExample: amulet predict folder --model-dir runs/photos/bundle --output predictions.csv')
+@app.command(epilog='Example: amulet predict photo.jpg --model-dir runs/photos/bundle\n\nExample: amulet predict folder --model-dir runs/photos/bundle --output predictions.jsonl')
 def predict(photos:Annotated[Path, typer.Argument(exists=True, help='A photo, a folder of photos, or for a model of a table a CSV or Parquet file')], model_dir:Model,
             confidence_threshold:Annotated[float, typer.Option(min=0, max=1, help='Below it no label is given')]=0.,
-            output:Annotated[Path|None, typer.Option(help='Write a CSV instead of printing')]=None):
+            output:Annotated[Path|None, typer.Option(help='Write JSON lines (.jsonl) or a table (.csv) instead of printing')]=None,
+            time_budget:Annotated[float, typer.Option('--time-budget', min=0, help='Milliseconds that an answer may take; 0: as many as it needs')]=0.,
+            route:Annotated[str, typer.Option(help="Who answers: 'cascade', or always 'rules', 'neural' or 'ensemble'")]='cascade', public_key:PublicKey=None):
     "Name photos; exit code 1 if none could be read"
     from amulet_hybrid.classifier import HybridClassifier
-    from amulet_hybrid.core import atomic_write
-    classifier = HybridClassifier(model_dir, confidence_threshold)
-    if classifier.columns:
-        from amulet_hybrid.table_run import predict_table
-        rows = predict_table(classifier.bundle, photos, confidence_threshold)
-        if output:
-            with atomic_write(output) as part: rows.to_csv(part, index=False)
-            typer.echo(f'{len(rows)} rows in {output}')
-        else: typer.echo(rows[['row', 'label', 'top', 'confidence']].to_csv(index=False, sep='\t', float_format='%.3f'), nl=False)
-        return
-    table = classifier.predict_directory(photos)
+    from amulet_hybrid.core import AmuletError
+    classifier = HybridClassifier(model_dir, confidence_threshold, enable_caching=False, route=route, public_key=public_key)
+    if classifier.columns: return _predict_table(classifier, photos, confidence_threshold, output)
+    budget = {'time_budget': time_budget or None}
     if output:
-        with atomic_write(output) as part: table.to_csv(part, index=False)
-        typer.echo(f'{len(table)} rows in {output}; {int(table["error_code"].notna().sum())} files could not be read')
-    else:
-        for row in table.itertuples():
-            named = row.label if isinstance(row.label, str) else f'not sure ({row.top}?)'
-            said = f'{row.error_code}: {row.error_message}' if isinstance(row.error_code, str) else f'{named}\t{row.confidence:.3f}'
-            typer.echo(f'{row.path}\t{said}')
-    if table['error_code'].notna().all(): raise typer.Exit(1)
+        count = classifier.predict_directory(photos, output=output, **budget)
+        typer.echo(f'{count["files"]} rows in {output}; {count["unsure"]} without a label, {count["unreadable"]} files could not be read')
+        if count['unreadable']==count['files']: raise typer.Exit(1)
+        return
+    read = 0
+    for name,seen in classifier.stream_directory(photos, **budget):
+        if isinstance(seen, AmuletError): typer.echo(f'{name}\t{seen.code}: {seen.message}'); continue
+        read += 1
+        typer.echo(f'{name}\t{seen.label or f"not sure ({seen.top}?)"}\t{seen.confidence:.3f}'+(f'\t{seen.note}' if seen.note else ''))
+    if not read: raise typer.Exit(1)
+
+def _predict_table(classifier, table, confidence_threshold, output):
+    "The same for rows of a table"
+    from amulet_hybrid.core import atomic_write
+    from amulet_hybrid.table_run import predict_table
+    rows = predict_table(classifier.bundle, table, confidence_threshold)
+    if output:
+        with atomic_write(output) as part: rows.to_csv(part, index=False)
+        typer.echo(f'{len(rows)} rows in {output}')
+    else: typer.echo(rows[['row', 'label', 'top', 'confidence']].to_csv(index=False, sep='\t', float_format='%.3f'), nl=False)
 
 @app.command(epilog='Example: amulet serve --model-dir runs/photos/bundle --port 8000')
 def serve(model_dir:Model, host:Annotated[str, typer.Option(help='Address to listen on; with the default only this machine can call')]='127.0.0.1',
-          port:Annotated[int, typer.Option(min=1, max=65535)]=8000, confidence_threshold:Annotated[float, typer.Option(min=0, max=1, help='Below it no label is given')]=0.):
+          port:Annotated[int, typer.Option(min=1, max=65535)]=8000, confidence_threshold:Annotated[float, typer.Option(min=0, max=1, help='Below it no label is given')]=0.,
+          cache:Annotated[str, typer.Option(help='Where answers are remembered: memory, off, or the address of a Redis server (redis://host:6379/0)')]='memory',
+          memory_threshold:Annotated[float, typer.Option('--memory-threshold', min=0, help='Megabytes beyond which remembered answers are let go; 0: none')]=0.,
+          public_key:PublicKey=None):
     "Serve a bundle over HTTP: POST /predict, POST /predict/file, GET /health, GET /docs"
     from amulet_hybrid.serving import serve as serve_http
     from amulet_hybrid.classifier import HybridClassifier
     _verbose(True)
-    classifier = HybridClassifier(model_dir, confidence_threshold)
+    classifier = HybridClassifier(model_dir, confidence_threshold, enable_caching={'memory': True, 'off': False}.get(cache, cache), memory_threshold=memory_threshold,
+                                  public_key=public_key)
     typer.echo(f'Serving {len(classifier.classes)} classes of bundle {classifier.model_version} at http://{host}:{port} (try it: /docs)')
     serve_http(classifier, host, port)
 
@@ -337,3 +350,28 @@ def version():
     "Version of amulet_hybrid"
     from amulet_hybrid import __version__
     typer.echo(__version__)
+
+# %% ../nbs/90_cli.ipynb #224d1c30
+bundles = typer.Typer(no_args_is_help=True, help='Check a bundle, and vouch for it: amulet bundle verify --model-dir runs/photos/bundle')
+app.add_typer(bundles, name='bundle')
+
+@bundles.command(epilog='Example: amulet bundle keys --output signing.pem (keep it; give signing.pem.pub to whoever serves)')
+def keys(output:Annotated[Path, typer.Option(help='Where the private key shall be; the public one is put beside it')]=Path('signing.pem')):
+    "Make a pair of keys (Ed25519)"
+    from amulet_hybrid.signatures import make_keys
+    typer.echo(f'Public key {make_keys(output)}\nPrivate    {output}  (keep it to yourself)')
+
+@bundles.command(epilog='Example: amulet bundle sign --model-dir runs/photos/bundle --key signing.pem')
+def sign(model_dir:Model, key:Annotated[Path, typer.Option(exists=True, dir_okay=False, help='Private key, as `amulet bundle keys` makes it')]):
+    "Vouch for a bundle, after every byte of it was checked"
+    from amulet_hybrid.bundle import sign_bundle
+    typer.echo(f'Signed     {sign_bundle(model_dir, key)}')
+
+@bundles.command(epilog='Example: amulet bundle verify --model-dir runs/photos/bundle --public-key signing.pem.pub')
+def verify(model_dir:Model, public_key:PublicKey=None):
+    "Check every byte of a bundle, and who signed it; exit code 1 and the reason if it must not be used"
+    from amulet_hybrid.bundle import verify_bundle
+    manifest = verify_bundle(model_dir, public_key)
+    size = sum(f['bytes'] for f in manifest['files'].values())
+    typer.echo(f'Good       {manifest["digest"][:12]}: {len(manifest["classes"])} classes, {len(manifest["files"])} files, {size/2**20:.1f} MB'+(f', signed by {public_key}'
+                                                            if public_key else ', no signature asked for'))

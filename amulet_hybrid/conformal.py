@@ -9,17 +9,15 @@ __all__ = ['METHODS', 'PENALTY', 'conformal_scores', 'ConformalPredictor', 'SetR
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from scipy.stats import betabinom
-from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted
 
 from .calibration import wilson
 from .core import ConfigError, TrainingError
-from .split import folds, groups_per_class
+from .estimators import BaseEstimator, check_is_fitted
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/45_conformal.ipynb #57b0d71a
 METHODS = ('lac', 'aps', 'raps')
@@ -59,6 +57,7 @@ def _threshold(
 def _codes(groups, n):
     "Group of each of `n` photos as a number; each photo its own where none are given"
     if groups is None: return np.arange(n)
+    import pandas as pd
     codes,_ = pd.factorize(np.asarray(groups))
     if len(codes)!=n or codes.min() < 0: raise TrainingError(f'{n} photos need as many groups, none of them missing; got {len(codes)}', code='bad_groups')
     return codes
@@ -112,6 +111,7 @@ class ConformalPredictor(BaseEstimator):
 
     def _shortest(self, p, y, codes):
         "Method with the shortest sets on folds that did not set the threshold"
+        from amulet_hybrid.split import folds, groups_per_class
         if groups_per_class(y, codes).min() < 2: return 'lac' # too few to compare
         fold,size = folds(y, codes, 5, self.seed),{}
         for method in METHODS:
@@ -124,7 +124,7 @@ class ConformalPredictor(BaseEstimator):
     def thresholds_(self) -> np.ndarray: # (n_classes,)
         "Score up to which each class is in the set"
         check_is_fitted(self, 'score_')
-        seen = pd.Series(self.group_).groupby(self.label_).nunique().reindex(range(self.n_classes_), fill_value=0).to_numpy()
+        seen = np.bincount(np.unique(np.stack([self.label_, self.group_]), axis=1)[0], minlength=self.n_classes_) # groups of each class
         own = seen >= (self.min_class if self.class_conditional=='auto' else 0 if self.class_conditional else np.inf)
         out = np.full(self.n_classes_, self._limit(~own[self.label_]))
         for c in np.flatnonzero(own): out[c] = self._limit(self.label_==c)
@@ -188,7 +188,7 @@ class SetReport:
     mean_size:float # Classes a set
     single:float # Share of sets with one class
     empty:float # Share of sets with none
-    per_class:pd.DataFrame # Index class index; photos, coverage, low, high, mean_size
+    per_class:'pd.DataFrame' # Index class index; photos, coverage, low, high, mean_size
     n:int
     n_groups:int
 
@@ -215,6 +215,8 @@ def evaluate_sets(
     witnesses:int|None=None # Groups that set the threshold; None: very many
 ) -> SetReport:
     "Coverage and size of sets, with what chance allows"
+    import pandas as pd
+    from scipy.stats import betabinom
     sets,y = np.asarray(sets, bool),np.asarray(y)
     if sets.ndim!=2 or y.shape!=(len(sets),) or not len(y): raise TrainingError(f'sets {sets.shape} and labels {y.shape} do not match', code='bad_sets')
     codes,hit,size = _codes(groups, len(y)),sets[np.arange(len(y)), y],sets.sum(1)

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.special import logsumexp, softmax
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+
+from .estimators import BaseEstimator, TransformerMixin, check_is_fitted, column_or_1d, logsumexp, softmax, validate_data
 
 # %% ../nbs/42_detectors.ipynb #b998229c
 class BaseDetector(BaseEstimator):

@@ -9,17 +9,17 @@ __all__ = ['VOTERS', 'Axes', 'NoveltyCandidate', 'novelty_candidates', 'left_out
 # %% ../nbs/46_novelty.ipynb #ede8c488
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from sklearn.base import TransformerMixin, clone
 
 from .core import TrainingError, derive_seed
 from .detectors import DETECTORS, LOGIT_DETECTORS, BaseDetector, LinearHead
+from .estimators import TransformerMixin, clone, one_blas_thread
 from .features import keypoints # noqa: F401 (registers its blocks)
 from .features.core import join_blocks, make_extractor
-from .split import folds
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/46_novelty.ipynb #6ce271be
 class Axes(TransformerMixin, BaseDetector):
@@ -55,7 +55,7 @@ class Axes(TransformerMixin, BaseDetector):
 
     def transform(self, X) -> np.ndarray: # (n, n_axes)
         "Coordinates along the kept axes"
-        return ((self._rows(X)-self.mean_)*self.scale_)@self.axes_.astype(np.float64)
+        return (((self._rows(X)-self.mean_)*self.scale_).astype(np.float32)@self.axes_).astype(np.float64)
 
 # %% ../nbs/46_novelty.ipynb #4355b6ac
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ class _Members:
 
 # %% ../nbs/46_novelty.ipynb #ed2aa7a6
 def _fold_of(labels, groups, k, seed): # -1: always in training
+    import pandas as pd
+    from amulet_hybrid.split import folds
     several = pd.Series(groups).groupby(labels).nunique() > 1
     dealt = np.isin(labels, several.index[several])
     fold = np.full(len(labels), -1)
@@ -131,12 +133,11 @@ def _pick(blocks, rows): return {name: X[rows] for name,X in blocks.items()}
 
 def _held_out(blocks, labels, groups, members, fold, f, novel_class=None, logits=None, encoders=None):
     "Scores of one fold's photos by detectors that saw neither them nor the left-out class: known, novel, and which rows they are"
-    from threadpoolctl import threadpool_limits
     stranger = labels==novel_class if novel_class is not None else np.zeros(len(labels), bool)
     train = ~np.isin(groups, groups[fold==f]) & ~stranger
     known,novel = np.flatnonzero((fold==f) & ~stranger),np.flatnonzero(stranger & ~np.isin(groups, groups[train]))
     if len(set(labels[train])) < (2 if novel_class is not None else 1) or train.sum() < 3 or not len(known): return None
-    with threadpool_limits(1):
+    with one_blas_thread():
         if encoders: blocks = {b: clone(encoders[b]).fit(X[train]).transform(X) if b in encoders else X for b,X in blocks.items()}
         fitted = _Members().fit(_pick(blocks, train), labels[train], members, logits)
         return fitted.score(_pick(blocks, known)),fitted.score(_pick(blocks, novel)) if len(novel) else np.zeros((0, len(fitted.detectors))),known
@@ -154,9 +155,10 @@ def left_out_aurocs(
     seed:int=0,
     logits:Callable|None=None, # (blocks, y) -> function of blocks that gives logits
     jobs:int=1 # Processes
-) -> pd.DataFrame: # A row a candidate, a column a class: AUROC when it was the novel one
+) -> 'pd.DataFrame': # A row a candidate, a column a class: AUROC when it was the novel one
     "How well each candidate tells a class that it never saw from known photos that it did not learn from"
     import joblib
+    import pandas as pd
     members = tuple(dict.fromkeys(m for c in candidates for m in c.members))
     fold,classes = _fold_of(labels, groups, cv_folds, seed),np.unique(labels)
     tasks = [(c, f) for c in classes for f in range(fold.max()+1)]
@@ -187,7 +189,7 @@ class NoveltyDetector:
     threshold_:float
     rate:float # False alarms that the threshold was made for
     encoders:dict[str,Any] = field(default_factory=dict) # Fitted, of raw blocks
-    table:pd.DataFrame|None = None # AUROC of each candidate by left-out class
+    table:'pd.DataFrame|None' = None # AUROC of each candidate by left-out class
     notes:list[tuple[str,str]] = field(default_factory=list)
 
     @property
@@ -328,6 +330,5 @@ def _finish(blocks, coded, labels, group, chosen, logits, encoders, full, rate, 
     known = np.sort(((raw-centre)/scale).mean(1))
     threshold,enough = conformal_threshold(known, rate)
     if not enough: notes.append(('warning', f'{len(known)} known photos are too few for a false alarm rate of {rate:.0%}: the threshold is the largest of their scores'))
-    from threadpoolctl import threadpool_limits
-    with threadpool_limits(1): members = _Members().fit(coded, labels, chosen.members, logits)
+    with one_blas_thread(): members = _Members().fit(coded, labels, chosen.members, logits)
     return NoveltyDetector(chosen, members, centre, scale, known, threshold, rate, full, table, notes)

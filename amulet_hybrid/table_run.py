@@ -25,7 +25,7 @@ from .features.hybrid import FeatureConfig, HybridFeatureExtractor
 from .pipeline import BUNDLE, TrainingRun, random_split_note
 from .split import groups_per_class
 from .tables import TableData, TableExtractor, hide_password, read_source, read_table
-from .trainer import HybridModel, TrainingConfig, encode_blocks
+from .trainer import TrainingConfig, encode_blocks
 
 # %% ../nbs/82_table_run.ipynb #b8d2a7ac
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def table_manifest(
     return pd.DataFrame({'path': [f'row {i}' for i in data.rows], 'sha256': digests, 'label': data.labels, 'group': data.groups, 'split': ''})
 
 def column_importance(
-    model:HybridModel, # Of a table
+    model:Any, # Of a table, trained or served
     X:np.ndarray, # (n, columns) rows that it was not trained on
     names:Sequence[str], # Of the columns
     y:np.ndarray, # (n,) class indices
@@ -94,7 +94,7 @@ def column_importance(
 
 def row_speed(
     block:TableExtractor, # What turns named values into a row
-    model:HybridModel,
+    model:Any, # Trained or served
     values:pd.DataFrame, # Rows to ask about
     most:int=20 # So many are asked, after two that are not counted
 ) -> dict[str,float]: # Stage -> median milliseconds a row

@@ -19,13 +19,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from scipy.stats import skew
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .core import DatasetError, FeatureError, require
+from .estimators import BaseEstimator, TransformerMixin, check_is_fitted, validate_data
 from .features.core import EXTRACTORS, BaseFeatureExtractor
 
 # %% ../nbs/47_tables.ipynb #3789f786
@@ -149,6 +145,8 @@ COPIES = .05 # Share of rows beyond which equal rows are no sign of copies
 
 def _join_copies(features, groups):
     "Groups joined where rows are equal, and the number of copies; left alone where copies are common"
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
     row = pd.factorize(pd.util.hash_pandas_object(features, index=False))[0]
     copies = len(row)-len(set(row))
     if not copies or copies > COPIES*len(row): return groups,copies
@@ -287,6 +285,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
 
     def _tail(self, z):
         "Scale of the logarithm; 0 where it is not wanted or does not help"
+        from scipy.stats import skew
         if not self.log or len(np.unique(z)) < 3: return 0.
         scale = float(np.median(np.abs(z[z!=0])))
         before,after = abs(float(skew(z))),abs(float(skew(np.sign(z)*np.log1p(np.abs(z)/scale))))
@@ -337,6 +336,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
 class TableExtractor(BaseFeatureExtractor):
     "A block of named columns; what comes in is a dict or a table, not a photo"
     name = 'table'
+    packages = ('pandas',)
     def __init__(self,
         columns:tuple[str,...]=(), # Names, in the order of the row
         levels:str='{}' # JSON: column of words -> its words, in the order of their numbers

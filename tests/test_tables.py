@@ -161,7 +161,7 @@ def test_same_seed_same_bundle(done, tmp_path):
 def test_changed_bundle_is_refused(done, tmp_path):
     import shutil
     shutil.copytree(done[2]/'bundle', tmp_path/'bundle')
-    with (tmp_path/'bundle'/'encoders.npz').open('ab') as file: file.write(b'0')
+    with (tmp_path/'bundle'/'ensemble.npz').open('ab') as file: file.write(b'0')
     with pytest.raises(BundleError, match='changed_file'): load_bundle(tmp_path/'bundle')
 
 def test_settings_and_small_classes(iris, tmp_path):

@@ -207,13 +207,13 @@ def _session(path, threads=1):
     options.intra_op_num_threads,options.inter_op_num_threads,options.log_severity_level = threads,1,3
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     cuda = [('CUDAExecutionProvider', {'use_tf32': '0'})] if 'CUDAExecutionProvider' in ort.get_available_providers() else [] # float32 that is float32
-    return ort.InferenceSession(str(path), options, providers=[*cuda, 'CPUExecutionProvider'])
+    return ort.InferenceSession(Path(path).read_bytes(), options, providers=[*cuda, 'CPUExecutionProvider'])
 
 # %% ../../nbs/33_features.cnn.ipynb #4f6ccb72
 class _Exported:
     "A file of ours"
-    def __init__(self, path):
-        try: self.session = _session(path)
+    def __init__(self, path, threads=1):
+        try: self.session = _session(path, threads)
         except Exception as error: raise FeatureError(f'onnxruntime cannot read it: {str(error)[:200]}', code='bad_onnx', where=path) from error
         self.gpu = self.session.get_providers()[0]!='CPUExecutionProvider'
         self.batch = 32 if self.gpu else 1
@@ -248,6 +248,7 @@ def _shared_net(kind, path, modified, *args): # the blocks of one backbone share
 
 class _NetFeatures(BaseFeatureExtractor):
     "What all nets have in common: sizes, mirror images, and a pass that is shared by blocks"
+    packages = ('onnxruntime',)
     side:Any
     mirror:bool
     def _key(self) -> tuple: raise NotImplementedError # What `_shared_net` is asked for
@@ -297,7 +298,7 @@ _EXPORT_LOCK,_SESSION_LOCK = threading.Lock(),threading.Lock() # torch's exporte
 class CNNFeatures(_NetFeatures):
     "What a backbone says at one of its layers"
     name = 'cnn'
-    machine = ('cache_dir', 'weights')
+    machine = ('cache_dir', 'weights', 'threads')
     version = 3 # of the exported graph: one with other outputs must not be taken from a cache
     def __init__(self,
         backbone:str='mobilenet_v2', # One of `BACKBONES`, or 'timm/NAME'; with '@max', '@texture', '@gem' or '@meanmax' another pooling than the mean
@@ -309,8 +310,10 @@ class CNNFeatures(_NetFeatures):
         mirror:bool=False, # Mean of the photo and its mirror image
         engine:str='onnx', # 'onnx', or 'torch': run by torch, on a GPU if there is one
         half:bool=False, # Half precision, which only a GPU gains from; a CPU gives the same within 1 %, slower
-        gem_power:float=3. # Exponent of the generalised mean
+        gem_power:float=3., # Exponent of the generalised mean
+        threads:int=1 # Of one pass, where onnxruntime runs it: 1 where many photos are measured at once, all cores where one person waits
     ):
+        self.threads = threads
         self.backbone,self.weights,self.side,self.onnx,self.cache_dir = backbone,weights,side,onnx,cache_dir
         self.layer,self.mirror,self.engine,self.half,self.gem_power = layer,mirror,engine,half,gem_power
 
@@ -347,7 +350,7 @@ class CNNFeatures(_NetFeatures):
         path = self._weights() if self.engine=='torch' else self.onnx_path()
         if path is not None and not path.is_file(): raise FeatureError('there is no such file', code='missing_file', where=path)
         kind,modified = (_Eager,_Exported)[self.engine=='onnx'],path and path.stat().st_mtime_ns
-        return (kind, path and str(path), modified, *((self._title(), self.layer, self.half, float(self.gem_power)) if kind is _Eager else ()))
+        return (kind, path and str(path), modified, *((self._title(), self.layer, self.half, float(self.gem_power)) if kind is _Eager else (self.threads,)))
 
     def prepare(self):
         "Find or export the net and load it"
@@ -372,10 +375,10 @@ EXTRACTORS['cnn'] = CNNFeatures
 # %% ../../nbs/33_features.cnn.ipynb #0c258a97
 class _Own(_Exported):
     "A user's file"
-    def __init__(self, path, output, mean, std, channels_last, gem_power):
+    def __init__(self, path, output, mean, std, channels_last, gem_power, threads=1):
         self.output,self.channels_last,self.gem_power = output,channels_last,gem_power
         self.mean,self.std = [255*np.asarray(values, np.float32) for values in (mean, std)]
-        super().__init__(path)
+        super().__init__(path, threads)
 
     def _look(self, path):
         def refuse(why, advice=''): raise FeatureError(why, code='bad_onnx', where=path, advice=advice)
@@ -408,6 +411,7 @@ class _Own(_Exported):
 class ONNXFeatures(_NetFeatures):
     "What a user's own net says"
     name = 'onnx'
+    machine = ('cache_dir', 'threads')
     def __init__(self,
         path:str|Path='', # The file; its input is (n, 3, height, width) or (n, height, width, 3), float or uint8
         side:int|tuple[int,...]=0, # Photo is measured at this size, pixels; 0: what the file says, or 224
@@ -418,8 +422,10 @@ class ONNXFeatures(_NetFeatures):
         mirror:bool=False, # Mean of the photo and its mirror image
         channels_last:bool=False, # Whether a map is (n, height, width, channels), as TensorFlow has it
         gem_power:float=3., # Exponent of the generalised mean
-        cache_dir:str|Path|None=None # Where a file with weights in another one is made whole; default: the user's cache
+        cache_dir:str|Path|None=None, # Where a file with weights in another one is made whole; default: the user's cache
+        threads:int=1 # Of one pass: 1 where many photos are measured at once, all cores where one person waits
     ):
+        self.threads = threads
         self.path,self.side,self.output,self.pool,self.mean,self.std,self.mirror,self.channels_last,self.gem_power = path,side,output,pool,mean,std,mirror,channels_last,gem_power
         self.cache_dir = cache_dir
 
@@ -429,7 +435,7 @@ class ONNXFeatures(_NetFeatures):
         path = self.files()['path']
         if len(self.mean)!=3 or len(self.std)!=3 or not min(self.std) > 0 or not self.gem_power > 0:
             raise FeatureError(f'mean={self.mean}, std={self.std}, gem_power={self.gem_power}: three numbers each, and std and power above 0', code='bad_setting')
-        return (_Own, str(path), path.stat().st_mtime_ns, self.output, tuple(self.mean), tuple(self.std), self.channels_last, self.gem_power)
+        return (_Own, str(path), path.stat().st_mtime_ns, self.output, tuple(self.mean), tuple(self.std), self.channels_last, self.gem_power, self.threads)
 
     def files(self) -> dict[str,Path]: # Setting -> file
         "The user's file; a copy that is whole where its weights lie in another file"

@@ -14,9 +14,9 @@ from typing import Any, Callable, Iterable, Sequence
 
 import cv2
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
 
 from ..core import FeatureError, file_digest, json_digest
+from ..estimators import BaseEstimator, TransformerMixin
 from ..images import resize_image
 
 # %% ../../nbs/30_features.core.ipynb #8858cedb
@@ -67,6 +67,7 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
     name = '' # Key in `EXTRACTORS`
     version = 1 # Raised when the same settings give other numbers
     machine:tuple[str,...] = ('cache_dir',) # Settings that speak of a machine, not of numbers
+    packages:tuple[str,...] = () # That it needs beside numpy, OpenCV and onnxruntime, as pip knows them
 
     def measure(self, photo:Photo) -> np.ndarray: # (n_features,)
         "What an extractor writes: the numbers of one photo"

@@ -15,10 +15,9 @@ from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ..core import Config, ConfigError, FeatureError, ImageError, MissingExtraError, progress
 from ..engines import ENGINES, spread
@@ -26,6 +25,8 @@ from . import classical, cnn, keypoints # noqa: F401 (they register their blocks
 from .cache import FeatureCache, block_key
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo, make_extractor, parse_block
 from ..images import LIMITS, ImageLimits, read_image
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/35_features.hybrid.ipynb #4dd2f61e
 _NETS = ('cnn:mobilenet_v2', 'cnn:mobilenet_v2@max', 'cnn:mobilenet_v2@texture')
@@ -264,14 +265,14 @@ class HybridFeatureExtractor:
         return self._gather(images, None)
 
     def extract_manifest(self,
-        manifest:pd.DataFrame, # Columns path and sha256; usable rows only
+        manifest:'pd.DataFrame', # Columns path and sha256; usable rows only
         root:str|Path # Where the paths begin
     ) -> dict[str,np.ndarray]: # Block name -> (n_photos, n_features) float32, rows in manifest order
         "All blocks of all photos, from the cache where they are known"
         return self._gather([Path(root)/p for p in manifest['path']], manifest['sha256'].tolist())
 
     def extract_mirrored(self,
-        manifest:pd.DataFrame, # Columns path and sha256; usable rows only
+        manifest:'pd.DataFrame', # Columns path and sha256; usable rows only
         root:str|Path, # Where the paths begin
         blocks:dict[str,np.ndarray] # What `extract_manifest` gave
     ) -> dict[str,np.ndarray]: # The same names and shapes
@@ -295,5 +296,6 @@ def _looks_at(extractor):
     return max(side) if isinstance(side, tuple) else int(side)
 
 def _gpu():
-    import onnxruntime
+    try: import onnxruntime
+    except ImportError: return False # there is no net then
     return 'CUDAExecutionProvider' in onnxruntime.get_available_providers()

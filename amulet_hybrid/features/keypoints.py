@@ -13,11 +13,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted
-from threadpoolctl import threadpool_limits
 
 from ..core import FeatureError, derive_seed, require
+from ..estimators import BaseEstimator, TransformerMixin, check_is_fitted, one_blas_thread
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo
 
 # %% ../../nbs/32_features.keypoints.ipynb #2280b698
@@ -174,6 +172,7 @@ class ORBFeatures(KeypointExtractor):
 class SURFFeatures(KeypointExtractor):
     "Sums of Haar responses at blobs (Bay, 2008), by mahotas: OpenCV's wheels leave SURF out"
     name = 'surf'
+    packages = ('mahotas',)
     size = 66
     def __init__(self,
         side:int=160, # Photo is measured at this size, pixels
@@ -224,7 +223,7 @@ class KeypointEncoder(TransformerMixin, BaseEstimator):
         patches = unpack(rows[rng.permutation(len(rows))[:5000]], self.size)[0]
         patches = patches[rng.permutation(len(patches))[:self.sample]]
         if not len(patches): patches = np.zeros((1, self.size), np.uint8)
-        with threadpool_limits(1):
+        with one_blas_thread():
             X = self._numbers(patches)
             self.mean_ = X.mean(0)
             axes = np.linalg.eigh((X-self.mean_).T@(X-self.mean_))[1][:,::-1][:,:self.components]
@@ -273,7 +272,7 @@ class KeypointEncoder(TransformerMixin, BaseEstimator):
         check_is_fitted(self, 'words_')
         rows = self._checked(rows, int(self.n_features_in_))
         out = np.zeros((len(rows), self.width()), np.float32)
-        with threadpool_limits(1):
+        with one_blas_thread():
             for i in np.flatnonzero(rows[:,0]):
                 row = self._encode(self._project(unpack(rows[i:i+1], self.size)[0]))
                 out[i] = row/max(np.linalg.norm(row), 1e-9)
