@@ -20,7 +20,7 @@ import numpy as np
 from .core import Config, ConfigError
 from .preprocessing import _check_rgb
 
-# %% ../nbs/21_augmentation.ipynb #dedf87c3
+# %% ../nbs/21_augmentation.ipynb #90430d50
 def turn(degrees:float) -> np.ndarray: # (3, 3)
     "Turn about the middle, against the clock"
     c,s = math.cos(math.radians(degrees)),math.sin(math.radians(degrees))
@@ -50,6 +50,12 @@ def mirror() -> np.ndarray: # (3, 3)
 
 _MIRROR = mirror()
 
+def _beyond(rgb):
+    "How the photo goes on beyond its edge: drawn out if that is plain, else mirrored"
+    ring = np.concatenate([rgb[0,::8], rgb[-1,::8], rgb[::8,0], rgb[::8,-1]]).astype(np.int16)
+    odd = np.abs(ring-ring.mean(0).astype(np.int16)).max(1) > 40
+    return cv2.BORDER_REPLICATE if odd.sum() < .1*len(odd) else cv2.BORDER_REFLECT_101
+
 def warp(
     rgb:np.ndarray, # (height, width, 3) uint8
     matrix:np.ndarray # (3, 3) on coordinates from -1 to 1; products of the above
@@ -60,10 +66,10 @@ def warp(
     half = np.array([[(w-1)/2,0,(w-1)/2], [0,(h-1)/2,(h-1)/2], [0,0,1]])
     square = np.diag([h/max(h, w), w/max(h, w), 1.]) # turns must not shear a photo that is not square
     pixels = half@square@matrix@np.linalg.inv(half@square)
-    if not pixels[2,:2].any(): return cv2.warpAffine(rgb, pixels[:2], (w, h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-    return cv2.warpPerspective(rgb, pixels, (w, h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    if not pixels[2,:2].any(): return cv2.warpAffine(rgb, pixels[:2], (w, h), flags=cv2.INTER_LINEAR, borderMode=_beyond(rgb))
+    return cv2.warpPerspective(rgb, pixels, (w, h), flags=cv2.INTER_LINEAR, borderMode=_beyond(rgb))
 
-# %% ../nbs/21_augmentation.ipynb #abaa8f51
+# %% ../nbs/21_augmentation.ipynb #24c4c9bf
 def tone(
     rgb:np.ndarray, # (height, width, 3) uint8
     gain:float, # Slope
@@ -74,13 +80,16 @@ def tone(
 
 _GREY = np.array([.299, .587, .114])
 
+def _is_grey(rgb): return int(np.ptp(rgb[::16,::16].astype(np.int16), axis=2).max()) <= 3
+
 def recolour(
     rgb:np.ndarray, # (height, width, 3) uint8
     hue:float=0., # Turn of the colour wheel, degrees
     saturation:float=1., # 0: grey, 1: as it is
     warmth:float=0. # Above 0 more red and less blue, about -0.3..0.3
 ) -> np.ndarray: # Same shape, uint8
-    "Turn, strengthen and warm colours; greys stay grey but for the warmth"
+    "Turn, strengthen and warm colours; a grey photo stays as it is, since its camera knows no colours"
+    if _is_grey(rgb): return rgb
     c,s = math.cos(math.radians(hue)),math.sin(math.radians(hue))
     along = np.full((3,3), (1-c)/3)+c*np.eye(3)+s/math.sqrt(3)*np.array([[0,-1,1], [1,0,-1], [-1,1,0]]) # about the grey axis
     mixed = saturation*np.eye(3)+(1-saturation)*np.tile(_GREY, (3,1))
@@ -114,7 +123,7 @@ def shadow(
     mask = cv2.GaussianBlur(mask, (0,0), max(.4, 16*soft))
     return cv2.multiply(rgb, cv2.resize(cv2.merge([mask]*3), rgb.shape[1::-1], interpolation=cv2.INTER_LINEAR), scale=1/255)
 
-# %% ../nbs/21_augmentation.ipynb #d04ec5d9
+# %% ../nbs/21_augmentation.ipynb #2d8e1243
 @lru_cache(1)
 def _noise_table(): return np.clip(np.rint(np.random.default_rng(0).standard_normal(2**21, np.float32)*32+128), 0, 255).astype(np.uint8)
 
@@ -123,7 +132,11 @@ def add_noise(
     sigma:float, # Standard deviation, grey levels, 0..40
     start:int=0 # Where the table is entered: another number, other noise
 ) -> np.ndarray: # Same shape, uint8
-    "Noise of a dim room, each channel by itself"
+    "Noise of a dim room, each channel by itself; in a grey photo all the same"
+    if _is_grey(rgb): return cv2.merge([_noisy(np.ascontiguousarray(rgb[...,0]), sigma, start)]*3)
+    return _noisy(rgb, sigma, start)
+
+def _noisy(rgb, sigma, start):
     table = _noise_table()
     start %= len(table)
     noise = table[start:start+rgb.size] if start+rgb.size <= len(table) else np.resize(np.roll(table, -start), rgb.size)
