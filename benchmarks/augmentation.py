@@ -243,7 +243,8 @@ def fidelity(args):
         rows = []
         for name,(a,b) in sets.items():
             n = min(len(a), len(b))
-            ours = {'torch-fidelity FID': compute_fid(a, b), 'clean-fid FID': compute_fid(a, b), 'torch-fidelity KID': compute_kid(a, b, 20, n//2), 'clean-fid KID': compute_kid(a[:n], b[:n])}
+            fid = compute_fid(a, b)
+            ours = {'torch-fidelity FID': fid, 'clean-fid FID': fid, 'torch-fidelity KID': compute_kid(a, b, 20, n//2), 'clean-fid KID': compute_kid(a[:n], b[:n])}
             rows += [{'set': name, 'figure': k, 'theirs': theirs[name][k], 'ours': v, 'relative difference': abs(v/theirs[name][k]-1)} for k,v in ours.items()]
         table = pd.DataFrame(rows)
         print(table.to_string(index=False, float_format=lambda v: f'{v:.9g}'))
