@@ -24,7 +24,7 @@ from .images import read_image
 from .models import BlockScaler, make_model
 from .split import folds
 
-# %% ../nbs/83_augmentation_checks.ipynb #0487069a
+# %% ../nbs/83_augmentation_checks.ipynb #149ec642
 def with_digests(
     manifest:pd.DataFrame, # Column path
     root:str|Path # Where the paths begin
@@ -59,7 +59,7 @@ class FeatureProbe:
         "Learn from rows that are measured already"
         sizes = tuple(self.extractor.widths().values())
         self.pipeline_ = make_pipeline(BlockScaler(sizes, dimensions=256), make_model(self.model, self.seed)).fit(X, np.asarray(labels))
-        self.classes:list[str] = [str(c) for c in self.pipeline_.classes_]
+        self.classes:Sequence[str] = [str(c) for c in self.pipeline_.classes_]
         self.name = json_digest([self.model, self.seed, self.extractor.block_keys(), np.asarray(X, np.float64).sum(0).round(2).tolist(), list(map(str, labels))])[:16]
         return self
 

@@ -8,7 +8,7 @@ __all__ = ['STRATEGIES', 'TORCH_PRESETS', 'BalancedSampler', 'create_balanced_sa
 
 # %% ../nbs/24_torch_augmentation.ipynb #0304b8ad
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
