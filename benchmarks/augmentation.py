@@ -235,7 +235,8 @@ def fidelity(args):
     y,rng = manifest['label'].to_numpy(),np.random.default_rng(0)
     mixed = (X-X.mean(0))@rng.normal(size=(X.shape[1], 64))/8
     sets = {'noise, 64 numbers, 500 and 400 rows': (rng.normal(size=(500,64)), rng.normal(.1, 1.1, (400,64))),
-            'coins, 64 mixed numbers': (mixed[:1400], mixed[1400:]), 'coins, 5c and 10c, 1280 numbers': (X[y=='5c'], X[y=='10c']), 'coins, halves': (X[::2], X[1::2])}
+            'coins, 64 mixed numbers': (mixed[:1400], mixed[1400:]), 'coins, 2c and 5c, 64 mixed numbers': (mixed[y=='2c'], mixed[y=='5c']),
+            'coins, halves, 256 numbers': (X[::2,:256], X[1::2,:256])}
     if args.fidelity_python:
         with tempfile.TemporaryDirectory() as folder:
             np.savez(file := Path(folder)/'sets.npz', **{f'{k}|{s}': v for k,ab in sets.items() for s,v in zip('ab', ab)})
