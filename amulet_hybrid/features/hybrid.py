@@ -25,6 +25,7 @@ from . import classical, cnn, keypoints # noqa: F401 (they register their blocks
 from .cache import FeatureCache, block_key
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo, make_extractor, parse_block
 from ..images import LIMITS, ImageLimits, read_image
+from ..preprocessing import Preprocessor
 
 # %% ../../nbs/35_features.hybrid.ipynb #4dd2f61e
 _NETS = ('cnn:mobilenet_v2', 'cnn:mobilenet_v2@max', 'cnn:mobilenet_v2@texture')
@@ -59,9 +60,11 @@ class FeatureConfig(Config):
     cnn_side:int=0 # Size at which CNN blocks see a photo unless their name says another, pixels; 0: the net's own, 320 for torchvision's
     mode:str='stretch' # How photos are made square: 'stretch', 'fit' or 'fill'
     decode_at:int=0 # Short side at which a JPEG may be decoded, pixels; 0: the largest that a block looks at
+    preprocessing:dict|None=None # What is done to a photo first: settings of `PreprocessConfig`; None: nothing
 
     def __post_init__(self):
         if self.preset not in PRESETS: raise ConfigError(f'no preset is called {self.preset!r}', code='unknown_preset', advice=f'Known: {", ".join(PRESETS)}')
+        self.preprocessor()
         if not self.names: raise ConfigError('no block is left', advice=f'Known: {", ".join(sorted(EXTRACTORS))}')
         for block in self.names:
             try: make_extractor(block)
@@ -77,6 +80,11 @@ class FeatureConfig(Config):
             if wanted and not there: names = (*names, _PLAIN.get(kind, kind))
             elif not wanted: names = tuple(n for n in names if n not in there)
         return tuple(dict.fromkeys(names))
+
+    def preprocessor(self) -> Preprocessor|None: # None where nothing is done
+        "What is done to a photo before any block sees it"
+        found = Preprocessor.from_dict(self.preprocessing) if self.preprocessing else None
+        return None if found is None or found.config.idle else found
 
     def only(self,
         blocks:Iterable[str] # Block names
@@ -102,11 +110,13 @@ class _Task:
 
 class _Work:
     "What a thread, or another machine, does with a task"
-    def __init__(self, extractors, mode, decode_at, limits): self.extractors,self.mode,self.decode_at,self.limits = extractors,mode,decode_at,limits
+    def __init__(self, extractors, mode, decode_at, limits, prepare=None):
+        self.extractors,self.mode,self.decode_at,self.limits,self.prepare = extractors,mode,decode_at,limits,prepare
 
     def read(self, source):
         if isinstance(source, Photo): return source
-        return Photo(source if isinstance(source, np.ndarray) else read_image(source, self.limits, at_least=self.decode_at), self.mode, self.decode_at)
+        rgb = source if isinstance(source, np.ndarray) else read_image(source, self.limits, at_least=self.decode_at)
+        return Photo(self.prepare(rgb) if self.prepare else rgb, self.mode, self.decode_at)
 
     def _photo(self, source, wanted):
         try: return self.read(source) if wanted else None
@@ -142,6 +152,7 @@ class HybridFeatureExtractor:
         self.cache = FeatureCache(cache_dir) if cache_dir else None
         self.extractors:dict[str,BaseFeatureExtractor] = extractors if extractors is not None else dict(self._make(config, cache_dir))
         self.config = config if config.decode_at else config.replace(decode_at=max(map(_looks_at, self.extractors.values()), default=320))
+        self.preprocessor = config.preprocessor()
         self.batch_size = batch_size or (32 if _gpu() else 1)
         self.milliseconds:dict[str,float] = {} # Mean a photo of each stage, of the last extraction
 
@@ -167,7 +178,7 @@ class HybridFeatureExtractor:
         "What the trainer must fit for raw blocks"
         return {name: encoder for name,e in self.extractors.items() if (encoder := e.encoder()) is not None}
 
-    def _work(self, limits=None): return _Work(self.extractors, self.config.mode, self.config.decode_at, limits or self.limits)
+    def _work(self, limits=None): return _Work(self.extractors, self.config.mode, self.config.decode_at, limits or self.limits, self.preprocessor)
 
     def read(self,
         source:Any, # Path, bytes of a file, RGB array (height, width, 3) uint8, or `Photo`
@@ -196,7 +207,8 @@ class HybridFeatureExtractor:
 
     def block_keys(self) -> dict[str,str]: # Block name -> what its rows are kept under
         "Extractor and all that was done to a photo before"
-        return {name: block_key(e.fingerprint(), views=2, mode=self.config.mode, decode_at=self.config.decode_at) for name,e in self.extractors.items()}
+        first = {'preprocessing': self.preprocessor.fingerprint()} if self.preprocessor else {}
+        return {name: block_key(e.fingerprint(), views=2, mode=self.config.mode, decode_at=self.config.decode_at, **first) for name,e in self.extractors.items()}
 
     def extract_stream(self,
         photos:Iterable, # Paths, bytes, RGB arrays or `Photo`s; taken as they are needed, so they may be endless
