@@ -20,7 +20,7 @@ import numpy as np
 from .core import Config, ConfigError
 from .preprocessing import _check_rgb
 
-# %% ../nbs/21_augmentation.ipynb #90430d50
+# %% ../nbs/21_augmentation.ipynb #52e6f6f7
 def turn(degrees:float) -> np.ndarray: # (3, 3)
     "Turn about the middle, against the clock"
     c,s = math.cos(math.radians(degrees)),math.sin(math.radians(degrees))
@@ -46,9 +46,16 @@ def tilt(
 
 def mirror() -> np.ndarray: # (3, 3)
     "Left and right changed; not harmless where letters or hands are seen"
-    return np.diag([-1., 1, 1])
+    return _MIRROR
 
-_MIRROR = mirror()
+_MIRROR = np.diag([-1., 1, 1])
+_MIRROR.setflags(write=False)
+
+@lru_cache(64)
+def _frame(h, w):
+    "From coordinates to pixels, and back; turns must not shear a photo that is not square"
+    to = np.array([[(w-1)/2,0,(w-1)/2], [0,(h-1)/2,(h-1)/2], [0,0,1]])@np.diag([h/max(h, w), w/max(h, w), 1.])
+    return to,np.linalg.inv(to)
 
 def _beyond(rgb):
     "How the photo goes on beyond its edge: drawn out if that is plain, else mirrored"
@@ -61,15 +68,14 @@ def warp(
     matrix:np.ndarray # (3, 3) on coordinates from -1 to 1; products of the above
 ) -> np.ndarray: # Same shape, uint8
     "Move pixels, once"
-    if (matrix==_MIRROR).all(): return cv2.flip(rgb, 1)
+    if matrix is _MIRROR: return cv2.flip(rgb, 1)
     h,w = rgb.shape[:2]
-    half = np.array([[(w-1)/2,0,(w-1)/2], [0,(h-1)/2,(h-1)/2], [0,0,1]])
-    square = np.diag([h/max(h, w), w/max(h, w), 1.]) # turns must not shear a photo that is not square
-    pixels = half@square@matrix@np.linalg.inv(half@square)
+    to,back = _frame(h, w)
+    pixels = to@matrix@back
     if not pixels[2,:2].any(): return cv2.warpAffine(rgb, pixels[:2], (w, h), flags=cv2.INTER_LINEAR, borderMode=_beyond(rgb))
     return cv2.warpPerspective(rgb, pixels, (w, h), flags=cv2.INTER_LINEAR, borderMode=_beyond(rgb))
 
-# %% ../nbs/21_augmentation.ipynb #24c4c9bf
+# %% ../nbs/21_augmentation.ipynb #cf1f9342
 def tone(
     rgb:np.ndarray, # (height, width, 3) uint8
     gain:float, # Slope
@@ -80,7 +86,9 @@ def tone(
 
 _GREY = np.array([.299, .587, .114])
 
-def _is_grey(rgb): return int(np.ptp(rgb[::16,::16].astype(np.int16), axis=2).max()) <= 3
+def _is_grey(rgb):
+    some = rgb[::16,::16].astype(np.int16)
+    return int((some.max(2)-some.min(2)).max()) <= 3
 
 def recolour(
     rgb:np.ndarray, # (height, width, 3) uint8
@@ -246,7 +254,7 @@ OPERATIONS:dict[str,Operation] = {
     'jpeg':        Operation('pixels', lambda rng, s: {'quality': int(rng.integers(90-round(60*s), 92))}, save_as_jpeg),
 }
 
-# %% ../nbs/21_augmentation.ipynb #de74f168
+# %% ../nbs/21_augmentation.ipynb #8e35ef6a
 Step = tuple[str,dict[str,Any]] # Name of an operation and its parameters
 
 def apply_steps(
@@ -274,7 +282,7 @@ def apply_steps(
 def _join(line, rgb, gain, about):
     "A line after another; `about` is the grey that stays, None: the photo's mean"
     a,b = line or (1., 0.)
-    if about is None: about = min(max(a*sum(cv2.mean(rgb)[:3])/3+b, 0), 255)
+    if about is None: about = min(max(a*float(rgb[::8,::8].mean())+b, 0), 255) # every eighth pixel will do
     return gain*a,gain*b+about*(1-gain)
 
 # %% ../nbs/21_augmentation.ipynb #f6fea2fb

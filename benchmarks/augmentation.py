@@ -224,7 +224,7 @@ with np.load(sys.argv[1]) as sets:
         kid = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=20, kid_subset_size=n//2, rng_seed=2020, verbose=False,
                                      kid_kernel='poly', kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1)
         out[name] = {'torch-fidelity FID': fid_statistics_to_metric(s, t, False)['frechet_inception_distance'], 'torch-fidelity KID': kid['kernel_inception_distance_mean'],
-                     'clean-fid FID': float(frechet_distance(s['mu'], s['sigma'], t['mu'], t['sigma'])), 'clean-fid KID': kernel_distance(a[:n], b[:n], 1)}
+                     'clean-fid FID': float(frechet_distance(s['mu'], s['sigma'], t['mu'], t['sigma'])), 'clean-fid KID': kernel_distance(a[:n], b[:n], 1, n)}
 print(json.dumps(out))
 '''
 
