@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Data', 'Output', 'Groups', 'GroupBy', 'Blocks', 'Preset', 'Weights', 'TestSize', 'Folds', 'Quick', 'Search',
            'Trials', 'TimeBudget', 'Coverage', 'Track', 'Mirror', 'MinGroups', 'Seed', 'Jobs', 'Model', 'PublicKey',
-           'Verbose', 'bundles', 'main', 'samples', 'inspect', 'split', 'extract', 'train', 'run', 'evaluate',
-           'predict', 'serve', 'version', 'keys', 'sign', 'verify']
+           'Verbose', 'bundles', 'main', 'samples', 'inspect', 'split', 'augment', 'extract', 'train', 'run',
+           'evaluate', 'predict', 'serve', 'version', 'keys', 'sign', 'verify']
 
 # %% ../nbs/90_cli.ipynb #78dbcb99
 import json
@@ -133,6 +133,37 @@ def split(data_dir:Data, output_dir:Output=Path('runs/split'), groups:Groups=Non
     typer.echo(run.split().to_string())
     _notes(n for n in run.notes if n[0]=='warning')
     typer.echo(f'Written: {run.output/"manifest.csv"}')
+
+# %% ../nbs/90_cli.ipynb #d0a748d6
+@app.command(epilog='Example: amulet augment --input-dir photos --output-dir more --groups groups.csv --target-samples 100\n\n'
+                    'The made photos are for training: amulet train --data-dir more/photos.csv tests on the ones that were put aside')
+def augment(input_dir:Annotated[Path, typer.Option('--input-dir', exists=True, help='Folder of class folders, or of train/val/test folders, or a CSV with columns path and label')],
+            output_dir:Annotated[Path, typer.Option('--output-dir', help='New folder for real and made photos; an interrupted run goes on there')],
+            target_samples:Annotated[int, typer.Option('--target-samples', min=0, help='Photos wanted in each class; 0: as many as the largest class has')]=0,
+            augmentation_factor:Annotated[float, typer.Option('--augmentation-factor', min=0, help='Instead: each class so many times as large')]=0.,
+            quality_threshold:Annotated[float, typer.Option('--quality-threshold', min=0, max=100, help='Least quality of a made photo')]=25.,
+            preset:Annotated[str, typer.Option('--preset', help="'minimal', 'light', 'medium', 'heavy', or 'auto': by the number of photos, with --prove by what helps")]='auto',
+            without:Annotated[str, typer.Option('--without', help='Operations that are switched off, joined by +, e.g. flip+colour')]='',
+            groups:Groups=None, group_by:GroupBy='',
+            test_size:Annotated[float, typer.Option('--test-size', min=0, max=.9, help='Share put aside first where the folder brings no split; 0: none')]=.2,
+            max_repeats:Annotated[int, typer.Option('--max-repeats', min=1, help='Copies of one photo at most')]=20,
+            probe:Annotated[bool, typer.Option(help='Let quick models say what is safe and whether a made photo still shows its class')]=True,
+            prove:Annotated[bool, typer.Option('--prove', help='Ask first, in grouped folds, whether it helps')]=False,
+            originals:Annotated[bool, typer.Option(help='Copy the real photos too')]=True,
+            weights:Weights='auto', seed:Seed=42, jobs:Jobs=0, verbose:Verbose=False):
+    "Make more training photos, most where there are fewest; each checked, none of a photo that judges"
+    _verbose(verbose)
+    from amulet_hybrid.augmentation_run import AugmentRunConfig, run_augmentation
+    run = run_augmentation(AugmentRunConfig(str(input_dir), str(output_dir), str(groups or ''), group_by, test_size, target_samples, augmentation_factor, quality_threshold, preset,
+                                            without=tuple(w for w in without.split('+') if w), max_repeats=max_repeats, probe=probe, weights=weights, prove=prove,
+                                            originals=originals, seed=seed, jobs=jobs))
+    if run.study: typer.echo(f'{run.study.shown().to_string()}\n')
+    if run.folder: typer.echo(f'{run.folder}\n\n{run.folder.table.to_string()}\n')
+    if verbose and run.fidelity: typer.echo(f'{run.fidelity.table.to_string()}\n')
+    _notes(('info', n) for n in run.notes)
+    if run.folder:
+        typer.echo(f'\nReport     {output_dir/"report.html"}\nPhotos     {output_dir/"manifest.csv"}')
+        if originals: typer.echo(f'Train      amulet train --data-dir {output_dir/"photos.csv"}')
 
 # %% ../nbs/90_cli.ipynb #4baf3606
 def _how_to_look(track, output):

@@ -25,6 +25,7 @@ from . import classical, cnn, keypoints # noqa: F401 (they register their blocks
 from .cache import FeatureCache, block_key
 from .core import EXTRACTORS, BaseFeatureExtractor, Photo, make_extractor, parse_block
 from ..images import LIMITS, ImageLimits, read_image
+from ..preprocessing import Preprocessor
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -61,9 +62,11 @@ class FeatureConfig(Config):
     cnn_side:int=0 # Size at which CNN blocks see a photo unless their name says another, pixels; 0: the net's own, 320 for torchvision's
     mode:str='stretch' # How photos are made square: 'stretch', 'fit' or 'fill'
     decode_at:int=0 # Short side at which a JPEG may be decoded, pixels; 0: the largest that a block looks at
+    preprocessing:dict|None=None # What is done to a photo first: settings of `PreprocessConfig`; None: nothing
 
     def __post_init__(self):
         if self.preset not in PRESETS: raise ConfigError(f'no preset is called {self.preset!r}', code='unknown_preset', advice=f'Known: {", ".join(PRESETS)}')
+        self.preprocessor()
         if not self.names: raise ConfigError('no block is left', advice=f'Known: {", ".join(sorted(EXTRACTORS))}')
         for block in self.names:
             try: make_extractor(block)
@@ -79,6 +82,11 @@ class FeatureConfig(Config):
             if wanted and not there: names = (*names, _PLAIN.get(kind, kind))
             elif not wanted: names = tuple(n for n in names if n not in there)
         return tuple(dict.fromkeys(names))
+
+    def preprocessor(self) -> Preprocessor|None: # None where nothing is done
+        "What is done to a photo before any block sees it"
+        found = Preprocessor.from_dict(self.preprocessing) if self.preprocessing else None
+        return None if found is None or found.config.idle else found
 
     def only(self,
         blocks:Iterable[str] # Block names
@@ -104,13 +112,14 @@ class _Task:
 
 class _Work:
     "What a thread, or another machine, does with a task"
-    def __init__(self, extractors, mode, decode_at, limits, mirrored=False):
-        self.extractors,self.mode,self.decode_at,self.limits,self.mirrored = extractors,mode,decode_at,limits,mirrored
+    def __init__(self, extractors, mode, decode_at, limits, prepare=None, mirrored=False):
+        self.extractors,self.mode,self.decode_at,self.limits,self.prepare,self.mirrored = extractors,mode,decode_at,limits,prepare,mirrored
 
     def read(self, source):
         if isinstance(source, Photo) and not self.mirrored: return source
         rgb = source if isinstance(source, np.ndarray) else source.rgb if isinstance(source, Photo) else read_image(source, self.limits, at_least=self.decode_at)
-        return Photo(np.ascontiguousarray(rgb[:,::-1]) if self.mirrored else rgb, self.mode, self.decode_at)
+        if self.mirrored: rgb = np.ascontiguousarray(rgb[:,::-1])
+        return Photo(self.prepare(rgb) if self.prepare and not isinstance(source, Photo) else rgb, self.mode, self.decode_at)
 
     def _photo(self, source, wanted):
         try: return self.read(source) if wanted else None
@@ -146,7 +155,8 @@ class HybridFeatureExtractor:
         self.cache = FeatureCache(cache_dir) if cache_dir else None
         self.extractors:dict[str,BaseFeatureExtractor] = extractors if extractors is not None else dict(self._make(config, cache_dir))
         self.config = config if config.decode_at else config.replace(decode_at=max(map(_looks_at, self.extractors.values()), default=320))
-        self.batch_size,self.mirrored = batch_size or (32 if _gpu() else 1),False
+        self.preprocessor,self.mirrored = config.preprocessor(),False
+        self.batch_size = batch_size or (32 if _gpu() else 1)
         self.milliseconds:dict[str,float] = {} # Mean a photo of each stage, of the last extraction
 
     def _make(self, config, cache_dir):
@@ -171,7 +181,7 @@ class HybridFeatureExtractor:
         "What the trainer must fit for raw blocks"
         return {name: encoder for name,e in self.extractors.items() if (encoder := e.encoder()) is not None}
 
-    def _work(self, limits=None): return _Work(self.extractors, self.config.mode, self.config.decode_at, limits or self.limits, self.mirrored)
+    def _work(self, limits=None): return _Work(self.extractors, self.config.mode, self.config.decode_at, limits or self.limits, self.preprocessor, self.mirrored)
 
     def read(self,
         source:Any, # Path, bytes of a file, RGB array (height, width, 3) uint8, or `Photo`
@@ -200,8 +210,9 @@ class HybridFeatureExtractor:
 
     def block_keys(self) -> dict[str,str]: # Block name -> what its rows are kept under
         "Extractor and all that was done to a photo before"
-        seen = {'views': 2, 'mode': self.config.mode, 'decode_at': self.config.decode_at, **({'mirrored': True} if self.mirrored else {})}
-        return {name: block_key(e.fingerprint(), **seen) for name,e in self.extractors.items()}
+        first:dict[str,Any] = {'preprocessing': self.preprocessor.fingerprint()} if self.preprocessor else {}
+        if self.mirrored: first['mirrored'] = True
+        return {name: block_key(e.fingerprint(), views=2, mode=self.config.mode, decode_at=self.config.decode_at, **first) for name,e in self.extractors.items()}
 
     def extract_stream(self,
         photos:Iterable, # Paths, bytes, RGB arrays or `Photo`s; taken as they are needed, so they may be endless
