@@ -14,7 +14,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
 
 from .core import Config, ConfigError, ImageError, json_digest
 from .estimators import BaseEstimator, TransformerMixin
