@@ -223,7 +223,7 @@ def _first_voices(oof, y, group, errors):
     if not joins: return [min(oof, key=lambda c: selection_loss(oof[c], y))]
     def voices(some): return [Candidate(join, START[0]) for join in some] + [c for join in some[:1] if (c := Candidate(join, START[1])) in oof]
     few,many = [photo_losses(np.mean([oof[c] for c in voices(some)], axis=0), y) for some in (joins[:1], joins)]
-    return voices(joins if _surely(few-many, group, errors) else joins[:1])
+    return voices(joins if _surely(few-many, group, errors/2) else joins[:1]) # one question, so half the doubt of picks among many
 
 def select_ensemble(
     oof:dict[Candidate,np.ndarray], # Out-of-fold probabilities, (n, n_classes) each
