@@ -83,9 +83,9 @@ def try_int8(
     y = np.array([bundle.classes.index(label) for label in labels])
     with tempfile.TemporaryDirectory() as place:
         swap = {}
-        for file in sorted({Path(bundle.extractor.extractors[n].onnx).name for n in nets}): # type: ignore[attr-defined]
-            users = [bundle.extractor.extractors[n] for n in nets if Path(bundle.extractor.extractors[n].onnx).name==file] # type: ignore[attr-defined]
-            sides = sorted({s for e in users for s in e._net()[2]}) # type: ignore[attr-defined]
+        for file in sorted({Path(bundle.extractor.extractors[n].onnx).name for n in nets}):
+            users = [bundle.extractor.extractors[n] for n in nets if Path(bundle.extractor.extractors[n].onnx).name==file]
+            sides = sorted({s for e in users for s in e._net()[2]})
             swap[file] = Path(place)/file
             _quantize(Path(folder)/file, [bundle.extractor.read(p) for p in list(photos)[:calibration]], sides, swap[file])
         small = _with_net(bundle, swap)
