@@ -329,7 +329,15 @@ def load_bundle(
         except BundleError as error: raise BundleError(error.message, code=error.code, where=folder/file, advice=error.advice) from error
         if lacking := [b for b in model.blocks if b not in extractors]: _refuse(f'no block {lacking[0]!r} is there for it', 'bad_model', folder/file)
         tiers.append(Tier(t['name'], model, float(t['threshold']), dict(manifest['measured'].get('tiers', {}).get(t['name'], {})), str(t.get('rules', ''))))
-    return Bundle(folder, manifest, tiers, HybridFeatureExtractor(settings, extractors=extractors), list(about.get('cascade', [])), list(about.get('notes', [])))
+    return Bundle(folder, manifest, tiers, HybridFeatureExtractor(settings, extractors=extractors), list(about.get('cascade', [])),
+                  [*about.get('notes', []), *_savings(tiers)])
+
+def _savings(tiers):
+    "Whether a cascade pays, by what was measured when the bundle was made; no part of its digest"
+    alone = {t.name: t.milliseconds.get('alone_cpu') for t in tiers}
+    if not alone.get('neural') or not alone['ensemble']: return []
+    times = alone['ensemble']/alone['neural']
+    return [f'The ensemble costs {times:.1f} times what the neural tier costs'+('.' if times >= 3 else ': there is little to save.')]
 
 def _unknown(folder, error):
     return BundleError(f'it needs a block that is not known here: {error.message}', code='unknown_block', where=folder,

@@ -180,7 +180,7 @@ class TrainingRun:
         trainer = HybridTrainer(c.training(), checkpoint_dir=Path(c.cache_dir or self.output/'cache')/'training')
         milliseconds = self._block_milliseconds()
         self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders(), milliseconds, self.turned)
-        self.cascade = fit_cascade(trainer, blocks, table['group'], milliseconds, self.extractor.extractors) if milliseconds else None
+        self.cascade = fit_cascade(trainer, blocks, table['group'], self.extractor.extractors) if milliseconds else None
         self.notes = self.trainer.notes_+self.notes
         self.model = self.trainer.model_
         return self.trainer.candidates_

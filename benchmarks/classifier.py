@@ -82,7 +82,7 @@ def build(name: str, args, preset: str, out: Path):
     seen, held = {b: X[~test] for b, X in blocks.items()}, {b: X[test] for b, X in blocks.items()}
     config = TrainingConfig(models=MODELS, jobs=args.jobs, novelty=not args.no_novelty)
     trainer = HybridTrainer(config, checkpoint_dir=args.cache/'training').fit(seen, manifest['label'][~test], groups[~test], extractor.encoders(), cost)
-    cascade = fit_cascade(trainer, seen, groups[~test], cost, extractor.extractors)
+    cascade = fit_cascade(trainer, seen, groups[~test], extractor.extractors)
     paths = [root/p for p in manifest['path'][test]]
     save_bundle(out, trainer.model_, extractor, cascade=cascade, held_out=HeldOut(held, paths))
     return load_bundle(out), held, np.searchsorted(trainer.classes_, manifest['label'][test].to_numpy(str)), paths
@@ -176,6 +176,7 @@ def many_threads(bundle, seconds, threads=60, photos=40):
     workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
     for w in workers: w.start()
     time.sleep(seconds/4)
+    sizes.append(resident_mb())
     while any(w.is_alive() for w in workers): sizes.append(resident_mb()); time.sleep(min(1, seconds/20))
     return {'threads': threads, 'seconds': seconds, 'answers': count[0], 'errors': len(errors), 'answers that differ': len(differ),
             'growth MB, last quarter over second': sizes[-1]-sizes[0]}

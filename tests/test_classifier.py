@@ -35,7 +35,7 @@ def trained():
     features = extractor.extract_batch(photos)
     def fit():
         trainer = HybridTrainer(TrainingConfig(cv_folds=3, models=('logistic_balanced', 'svm', 'extra_trees'), jobs=1)).fit(features, labels, groups)
-        return trainer,fit_cascade(trainer, features, groups, {'colour': 1., 'lbp': 3., 'cnn:squeezenet1_1': 6.}, extractor.extractors)
+        return trainer,fit_cascade(trainer, features, groups, extractor.extractors)
     return photos,features,extractor,fit
 
 @pytest.fixture(scope='module')

@@ -37,7 +37,7 @@ def bundle(tmp_path_factory):
     features = extractor.extract_batch(photos)
     models = ('logistic_balanced', 'lda_balanced', 'svm', 'cosine_knn', 'extra_trees')
     trainer = HybridTrainer(TrainingConfig(cv_folds=3, models=models, jobs=1)).fit(features, labels, groups, extractor.encoders())
-    cascade = fit_cascade(trainer, features, groups, {'colour': 1., 'lbp': 3., 'dense_sift': 8., 'cnn:squeezenet1_1': 6.}, extractor.extractors)
+    cascade = fit_cascade(trainer, features, groups, extractor.extractors)
     save_bundle(folder/'bundle', trainer.model_, extractor, cascade=cascade, held_out=HeldOut(features, photos))
     make_keys(folder/'key.pem')
     sign_bundle(folder/'bundle', folder/'key.pem')
