@@ -254,7 +254,7 @@ OPERATIONS:dict[str,Operation] = {
     'jpeg':        Operation('pixels', lambda rng, s: {'quality': int(rng.integers(90-round(60*s), 92))}, save_as_jpeg),
 }
 
-# %% ../nbs/21_augmentation.ipynb #8e35ef6a
+# %% ../nbs/21_augmentation.ipynb #8700c005
 Step = tuple[str,dict[str,Any]] # Name of an operation and its parameters
 
 def apply_steps(
@@ -282,7 +282,7 @@ def apply_steps(
 def _join(line, rgb, gain, about):
     "A line after another; `about` is the grey that stays, None: the photo's mean"
     a,b = line or (1., 0.)
-    if about is None: about = min(max(a*float(rgb[::8,::8].mean())+b, 0), 255) # every eighth pixel will do
+    if about is None: about = min(max(a*float(rgb[::16,::16].mean())+b, 0), 255) # every sixteenth pixel will do
     return gain*a,gain*b+about*(1-gain)
 
 # %% ../nbs/21_augmentation.ipynb #f6fea2fb
