@@ -75,13 +75,14 @@ def warp(
     if not pixels[2,:2].any(): return cv2.warpAffine(rgb, pixels[:2], (w, h), flags=cv2.INTER_LINEAR, borderMode=_beyond(rgb))
     return cv2.warpPerspective(rgb, pixels, (w, h), flags=cv2.INTER_LINEAR, borderMode=_beyond(rgb))
 
-# %% ../nbs/21_augmentation.ipynb #cf1f9342
+# %% ../nbs/21_augmentation.ipynb #44cb5de2
 def tone(
     rgb:np.ndarray, # (height, width, 3) uint8
-    gain:float, # Slope
+    gain:float, # Slope, 0 or more
     offset:float=0. # Grey levels added
 ) -> np.ndarray: # Same shape, uint8
     "A straight line through the grey levels"
+    if offset >= 0: return cv2.convertScaleAbs(rgb, alpha=gain, beta=offset) # faster, and nothing below 0 that it would turn over
     return cv2.addWeighted(rgb, gain, rgb, 0, offset)
 
 _GREY = np.array([.299, .587, .114])
@@ -254,7 +255,7 @@ OPERATIONS:dict[str,Operation] = {
     'jpeg':        Operation('pixels', lambda rng, s: {'quality': int(rng.integers(90-round(60*s), 92))}, save_as_jpeg),
 }
 
-# %% ../nbs/21_augmentation.ipynb #8700c005
+# %% ../nbs/21_augmentation.ipynb #f244f156
 Step = tuple[str,dict[str,Any]] # Name of an operation and its parameters
 
 def apply_steps(
@@ -282,7 +283,7 @@ def apply_steps(
 def _join(line, rgb, gain, about):
     "A line after another; `about` is the grey that stays, None: the photo's mean"
     a,b = line or (1., 0.)
-    if about is None: about = min(max(a*float(rgb[::16,::16].mean())+b, 0), 255) # every sixteenth pixel will do
+    if about is None: about = min(max(a*int((some := rgb[::16,::16]).sum())/some.size+b, 0), 255) # every sixteenth pixel will do
     return gain*a,gain*b+about*(1-gain)
 
 # %% ../nbs/21_augmentation.ipynb #f6fea2fb
