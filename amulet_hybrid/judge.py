@@ -25,6 +25,7 @@ from .features.hybrid import HybridFeatureExtractor
 from .images import read_image
 from .inspection import DatasetInspector, InspectionConfig
 from .labels import find_label_issues
+from .models import MODELS, Candidate
 from .pipeline import speed_profile
 from .table_run import MOST_COLUMNS, MOST_PAIRS, column_importance, row_speed, table_block, table_manifest
 from .tables import TableExtractor, hide_password, read_rows
@@ -200,10 +201,10 @@ def doubt_section(
 
 # %% ../nbs/86_judge.ipynb #c2dcc865
 def _curve_section(bundle, case, seed):
-    "What more photos would give, from the training photos and the heaviest member"
-    classes,known = bundle.classes,case.known
-    if set(known['label'])!=set(classes): return []
-    best = max(bundle.model.members, key=lambda m: m.weight).candidate
+    "What more photos would give, from the training photos and the model of the heaviest voice with its usual hyperparameters"
+    classes,known,voice = bundle.classes,case.known,max(bundle.model.voices, key=lambda v: v.weight)
+    best = Candidate(voice.blocks, voice.title.partition('(')[0])
+    if set(known['label'])!=set(classes) or best.model not in MODELS: return []
     y,encoders = np.searchsorted(classes, known['label'].to_numpy(str)),bundle.extractor.encoders()
     def fit_predict(some, others): return fit_candidate(case.known_blocks, y, best, some, others, {b: encoders[b] for b in best.blocks if b in encoders}, seed)
     return [learning_curve(fit_predict, y, known['group'].to_numpy(), cv_folds=3, seed=seed).section()]
