@@ -19,6 +19,7 @@ from amulet_hybrid.tables import TableEncoder
 from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
 
 NO_MATRIX = { # Estimators that take something else than any matrix of numbers, and what
+    'Preprocessor': 'photos',
     'BaseFeatureExtractor': 'photos', 'KeypointEncoder': 'rows of packed descriptors, whose width says how many bytes each has',
     'HybridTrainer': 'blocks by name, with labels and groups',
     'ConformalPredictor': 'rows of probabilities that sum to 1, with labels that are indices into them',
