@@ -80,6 +80,7 @@ def try_int8(
     if not nets: raise BundleError('it has no net that could be quantised', code='no_net', where=folder)
     if not len(photos) or len(photos)!=len(labels): raise BundleError(f'{len(photos)} photos and {len(labels)} labels: a label for each of one photo or more is needed',
                                                             code='bad_labels', where=folder)
+    if bundle.manifest['data'].get('int8'): raise BundleError('its nets are of bytes already', code='already_int8', where=folder, advice='Save the bundle anew to try again')
     y = np.array([bundle.classes.index(label) for label in labels])
     with tempfile.TemporaryDirectory() as place:
         swap = {}
