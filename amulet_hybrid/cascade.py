@@ -77,7 +77,7 @@ def _judged(trainer, blocks, candidate):
     "Out-of-fold probabilities of a candidate, and its temperature"
     if candidate in trainer.oof_: return trainer.oof_[candidate],trainer.temperatures_[candidate]
     logits = out_of_fold(blocks, trainer.y_, trainer.fold_, [candidate], trainer.config.seed, desc='', encoders=trainer.encoders_,
-                         mirrored=trainer.mirrored_)[candidate]
+                         lessons=trainer.lessons_)[candidate]
     return softmax(logits),1.
 
 # %% ../nbs/62_cascade.ipynb #d937cded

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Data', 'Output', 'Groups', 'GroupBy', 'Blocks', 'Preset', 'Weights', 'TestSize', 'Folds', 'Quick', 'Search',
-           'Trials', 'TimeBudget', 'Coverage', 'Track', 'Mirror', 'MinGroups', 'Seed', 'Jobs', 'Model', 'PublicKey',
-           'Verbose', 'bundles', 'main', 'samples', 'inspect', 'split', 'augment', 'extract', 'train', 'run',
-           'evaluate', 'predict', 'serve', 'version', 'keys', 'sign', 'verify']
+           'Trials', 'TimeBudget', 'Coverage', 'Track', 'Mirror', 'Preprocessing', 'MinGroups', 'Seed', 'Jobs', 'Model',
+           'PublicKey', 'Verbose', 'bundles', 'main', 'samples', 'inspect', 'split', 'augment', 'extract', 'train',
+           'run', 'evaluate', 'predict', 'serve', 'version', 'keys', 'sign', 'verify']
 
 # %% ../nbs/90_cli.ipynb #78dbcb99
 import json
@@ -39,6 +39,8 @@ TimeBudget = Annotated[float, typer.Option('--time-budget', min=0, help='Minutes
 Coverage = Annotated[float, typer.Option('--coverage', min=.5, max=.999, help='Share of photos whose prediction set shall hold the truth')]
 Track = Annotated[str, typer.Option('--track', help="Where the run is recorded: 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', 'wandb:PROJECT', 'auto'; empty: nowhere")]
 Mirror = Annotated[str, typer.Option('--mirror', help="Learn from mirror images of the training photos too: 'auto' (if it helps out of fold), 'always' or 'never'")]
+Preprocessing = Annotated[str, typer.Option('--preprocessing', help="What is done to every photo first, here and when served: 'basic' (even light), "
+                                            "'artifact' (relief in clay and metal), 'crop' (cut to the object on plain ground), 'artifact+crop', or a JSON file of settings")]
 MinGroups = Annotated[int, typer.Option('--min-groups', min=0, help='Leave out classes with fewer groups instead of stopping')]
 Seed = Annotated[int, typer.Option('--seed', help='Same photos, settings and seed: same figures')]
 Jobs = Annotated[int, typer.Option('--jobs', min=0, help='Threads and processes; 0: one a core')]
@@ -117,10 +119,12 @@ def _fix(found, output_dir, list_only):
         typer.echo(f'Clean copy {output_dir/"clean"} (with {LOG}; {PHOTOS} is its groups file, or a table to train from)')
     for action,n in plan['action'].value_counts().items(): typer.echo(f'             {n} {str(action).replace("_", " ")}')
 
-def _run_config(data_dir, output_dir, groups, group_by, blocks, preset, weights, test_size, cv_folds, quick, search, trials, time_budget, coverage, mirror, min_groups, seed, jobs):
+def _run_config(data_dir, output_dir, groups, group_by, blocks, preset, weights, test_size, cv_folds, quick, search, trials, time_budget, coverage, mirror, preprocessing,
+                min_groups, seed, jobs):
     "Settings as JSON would hold them: also the parameters of the notebook"
     values = {'data_dir': str(data_dir), 'output_dir': str(output_dir), 'groups': str(groups or ''), 'group_by': group_by, 'preset': preset, 'weights': weights,
               'test_size': test_size, 'cv_folds': cv_folds, 'quick': quick, 'search': search, 'trials': trials, 'time_budget': time_budget, 'coverage': coverage, 'mirror': mirror,
+              'preprocessing': str(Path(preprocessing).resolve()) if preprocessing.endswith('.json') else preprocessing,
               'min_groups': min_groups, 'seed': seed, 'jobs': jobs}
     return values | ({'blocks': blocks.split('+')} if blocks else {})
 
@@ -223,16 +227,16 @@ def train(data_dir:Annotated[Path|None, typer.Option('--data-dir', exists=True, 
           query:Annotated[str, typer.Option('--query', help='With --table and a database: name of a table, or a query')]='',
           output_dir:Output=Path('runs/train'), groups:Groups=None, group_by:GroupBy='', blocks:Blocks='', preset:Preset='balanced', weights:Weights='auto',
           test_size:TestSize=.2, cv_folds:Folds=5, quick:Quick=False, search:Search='', trials:Trials=40, time_budget:TimeBudget=0., coverage:Coverage=.9,
-          mirror:Mirror='auto', track:Track='', min_groups:MinGroups=0, seed:Seed=42, jobs:Jobs=0, verbose:Verbose=False):
+          mirror:Mirror='auto', preprocessing:Preprocessing='', track:Track='', min_groups:MinGroups=0, seed:Seed=42, jobs:Jobs=0, verbose:Verbose=False):
     "Train on photos or on a table, judge on what was held out, and write report and bundle"
     _verbose(verbose)
     if bool(table)==bool(data_dir): raise typer.BadParameter('name either photos (--data-dir) or a table (--table)', param_hint='--data-dir')
-    photos = {'--groups': groups, '--group-by': group_by, '--blocks': blocks, '--mirror': mirror!='auto'}
+    photos = {'--groups': groups, '--group-by': group_by, '--blocks': blocks, '--mirror': mirror!='auto', '--preprocessing': preprocessing}
     rows = {'--target': target, '--group': group, '--columns': columns, '--query': query}
     for name,value in (photos if table else rows).items():
         if value: raise typer.BadParameter(f'goes with {"--data-dir" if table else "--table"} only', param_hint=name)
     values = _run_config(table or data_dir, output_dir, groups, group_by, blocks, preset, weights, test_size, cv_folds, quick, search, trials, time_budget, coverage,
-                         mirror, min_groups, seed, jobs)
+                         mirror, preprocessing, min_groups, seed, jobs)
     if table:
         from amulet_hybrid.table_run import TableConfig, TableRun
         more = {'target': target, 'group': group, 'columns': tuple(c.strip() for c in columns.split(',') if c.strip()), 'query': query, 'track': track}
@@ -275,12 +279,12 @@ def _execute(notebook, parameters, output):
 @app.command(epilog='Example: amulet run --data-dir photos --groups groups.csv --output-dir runs/photos --weights weights')
 def run(data_dir:Data, output_dir:Output=Path('runs/local'), groups:Groups=None, group_by:GroupBy='', blocks:Blocks='', preset:Preset='balanced', weights:Weights='auto',
         test_size:TestSize=.2, cv_folds:Folds=5, quick:Quick=False, search:Search='', trials:Trials=40, time_budget:TimeBudget=0., coverage:Coverage=.9,
-        mirror:Mirror='auto', track:Track='', min_groups:MinGroups=0, seed:Seed=42, jobs:Jobs=0):
+        mirror:Mirror='auto', preprocessing:Preprocessing='', track:Track='', min_groups:MinGroups=0, seed:Seed=42, jobs:Jobs=0):
     "The main job as a notebook: train.ipynb, executed by papermill, with report and bundle"
     output = output_dir.resolve()
     weights = str(Path(weights).resolve()) if Path(weights).exists() else weights
     parameters = _run_config(data_dir.resolve(), output, groups.resolve() if groups else '', group_by, blocks, preset, weights, test_size, cv_folds, quick,
-                             search, trials, time_budget, coverage, mirror, min_groups, seed, jobs)
+                             search, trials, time_budget, coverage, mirror, preprocessing, min_groups, seed, jobs)
     from amulet_hybrid.tracking import make_tracker, run_parameters, track_output
     with make_tracker(track, output.parent).run(output.name, run_parameters(parameters)) as record: # outside of the notebook: it is whole only when it ended
         typer.echo(f'Executing train.ipynb on {data_dir}')

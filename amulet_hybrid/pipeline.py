@@ -30,9 +30,10 @@ from .images import read_image
 from .inspection import DatasetInspector, Inspection, InspectionConfig, write_manifest
 from .labels import find_label_issues
 from .metrics import paired_difference
+from .preprocessing import find_preprocessor
 from .split import check_groups, check_splittable, groups_per_class, holdout, leakage
 from .tracking import make_tracker, run_parameters, track_output
-from .trainer import NOT_WORSE, HybridTrainer, TrainingConfig, encode_blocks, fit_candidate
+from .trainer import NOT_WORSE, HybridTrainer, Lessons, TrainingConfig, encode_blocks, fit_candidate
 
 # %% ../nbs/80_pipeline.ipynb #60779496
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class RunConfig(Config):
     time_budget:float=0. # Minutes after which training begins no further candidate; 0: none
     coverage:float=.9 # Of prediction sets
     mirror:str='auto' # Learn from mirror images of the training photos too: 'auto' (if it helps out of fold), 'always' or 'never'
+    preprocessing:str='' # What is done to every photo first: 'basic', 'artifact', 'crop', 'artifact+crop', or a JSON file of `PreprocessConfig`; '': nothing
     track:str='' # Where runs are recorded: '', 'auto', 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', 'wandb:PROJECT'
     min_groups:int=0 # Classes with fewer groups are left out; 0: such a class is an error
     cache_dir:str='' # Where features are kept; default: output_dir/cache
@@ -61,12 +63,17 @@ class RunConfig(Config):
 
     def __post_init__(self):
         if not 0 < self.test_size < 1: raise ConfigError(f'`test_size` must be between 0 and 1, got {self.test_size}')
-        self.training(); FeatureConfig(blocks=self.blocks, preset=self.preset)
+        self.training(); self.features()
 
     def training(self) -> TrainingConfig:
         "The part that the trainer takes"
         return TrainingConfig(cv_folds=self.cv_folds, quick=self.quick, search=self.search, trials=self.trials, time_budget=self.time_budget, coverage=self.coverage,
                               mirror=self.mirror, jobs=self.jobs, seed=self.seed)
+
+    def features(self) -> FeatureConfig:
+        "The part that the extractor takes"
+        prepare = find_preprocessor(self.preprocessing)
+        return FeatureConfig(blocks=self.blocks, preset=self.preset, weights=self.weights, preprocessing=prepare and prepare.to_dict())
 
 BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.json'
 
@@ -114,6 +121,8 @@ def random_split_note(
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
     turned:dict[str,np.ndarray]|None=None # Blocks of the mirror images of the training photos
+    made:pd.DataFrame=pd.DataFrame() # Photos made of training photos, with the column made_from; they teach and are never judged
+    lessons:Lessons|None=None # Their blocks
     def __init__(self,
         config:RunConfig|str|Path, # Settings, or just the folder of photos
         **settings # Changes to the settings
@@ -130,6 +139,8 @@ class TrainingRun:
         self.root = self.inspection.root
         self.notes = [note for note,f in zip(self.inspection.notes, self.inspection.findings) if f.code not in ('split_leaks', 'empty_class')] # told below
         usable = self.inspection.usable
+        if 'made_from' in usable:
+            usable,self.made = (usable[rows].reset_index(drop=True) for rows in (usable['made_from']=='', usable['made_from']!=''))
         few = groups_per_class(usable['label'], usable['group'])
         if len(drop := few[few < c.min_groups]):
             usable = usable[~usable['label'].isin(drop.index)].reset_index(drop=True)
@@ -154,19 +165,28 @@ class TrainingRun:
                 self.notes.insert(0, ('warning', f'The folder comes split, but {len(parted)} groups are on both sides (for example {example}). Its split was not used.'))
             m['split'] = holdout(m['label'], m['group'], self.config.test_size, self.config.seed)
         check_groups(m['split'], m['group'])
-        everything = self.inspection.manifest.drop(columns='split').merge(m[['path', 'split']], on='path', how='left').fillna({'split': ''})
+        parts = m[['path', 'split']]
+        if len(self.made):
+            taught = self.made['made_from'].map(m.set_index('path')['split'])=='train'
+            lost = f'; {(~taught).sum()} of what cannot be a training photo, were left out' if (~taught).any() else ''
+            self.notes.append(('info', f'{int(taught.sum())} photos that were made of training photos teach too, and judge nothing{lost}.'))
+            self.made = self.made[taught].assign(split='train').reset_index(drop=True)
+            parts = pd.concat([parts, self.made[['path', 'split']]])
+        everything = self.inspection.manifest.drop(columns='split').merge(parts, on='path', how='left').fillna({'split': ''})
         write_manifest(everything, self.output)
         return m.groupby(['label', 'split']).agg(photos=('path', 'size'), groups=('group', 'nunique')).unstack(fill_value=0)
 
     def extract(self) -> pd.DataFrame: # Numbers a photo of each block
         "Feature blocks of all usable photos"
         c = self.config
-        features = FeatureConfig(blocks=c.blocks, preset=c.preset, weights=c.weights)
-        self.extractor = HybridFeatureExtractor(features, c.cache_dir or self.output/'cache', c.jobs)
+        self.extractor = HybridFeatureExtractor(c.features(), c.cache_dir or self.output/'cache', c.jobs)
         self.notes = self.extractor.notes + self.notes
         self.blocks = self.extractor.extract_manifest(self.manifest, self.root)
+        train = self.manifest['split']=='train'
+        if len(self.made):
+            row = pd.Series(np.arange(train.sum()), self.manifest.loc[train, 'path'])
+            self.lessons = Lessons(self.extractor.extract_manifest(self.made, self.root), self.made['made_from'].map(row).to_numpy())
         if c.mirror!='never':
-            train = self.manifest['split']=='train'
             self.turned = self.extractor.extract_mirrored(self.manifest[train], self.root, {k: v[train] for k,v in self.blocks.items()})
         return pd.DataFrame({'features': {k: v.shape[1] for k,v in self.blocks.items()}})
 
@@ -179,7 +199,7 @@ class TrainingRun:
         c,(blocks,table) = self.config,self._part('train')
         trainer = HybridTrainer(c.training(), checkpoint_dir=Path(c.cache_dir or self.output/'cache')/'training')
         milliseconds = self._block_milliseconds()
-        self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders(), milliseconds, self.turned)
+        self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders(), milliseconds, self.turned, self.lessons)
         self.cascade = fit_cascade(trainer, blocks, table['group'], self.extractor.extractors) if milliseconds else None
         self.notes = self.trainer.notes_+self.notes
         self.model = self.trainer.model_
@@ -230,7 +250,7 @@ class TrainingRun:
         if self.config.quick: return out
         train,groups = self._part('train')[0],self._part('train')[1]['group'].to_numpy()
         single,truth = self.trainer.best_single_,self.trainer.y_
-        def fit_predict(some, others): return fit_candidate(train, truth, single, some, others, self.trainer.encoders_, self.config.seed, self.trainer.mirrored_)
+        def fit_predict(some, others): return fit_candidate(train, truth, single, some, others, self.trainer.encoders_, self.config.seed, self.trainer.lessons_)
         return [*out, learning_curve(fit_predict, truth, groups, cv_folds=3).section()]
 
     def _sections(self):
@@ -247,7 +267,8 @@ class TrainingRun:
                         '(confident learning; Northcutt, Jiang and Chuang, 2021). Nothing was changed.', self._shown(doubts.head(12))))
         if len(found.unreadable): out.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
         if len(found.duplicates): out.append(('Duplicates', 'Photos of one cluster are the same photo; a cluster is never parted.', found.duplicates))
-        settings = [(k, str(v)) for k,v in self.config.to_dict().items() if k not in ('output_dir', 'cache_dir', 'track')]
+        values = self.config.to_dict() | {'blocks': ', '.join(self.blocks)}
+        settings = [(k, str(v)) for k,v in values.items() if k not in ('output_dir', 'cache_dir', 'track')]
         out.append(('Settings', 'With these and the same photos the run can be repeated.', pd.DataFrame(settings, columns=['setting', 'value'])))
         return out
 
@@ -266,6 +287,7 @@ class TrainingRun:
         m,c = self.manifest,self.config
         seen = m.loc[m['split']=='train', 'sha256']
         data = {'fingerprint': json_digest(m[['path', 'sha256', 'label', 'group', 'split']].to_numpy().tolist()), 'photos': len(m), 'groups': int(m['group'].nunique()),
+                **({'made': len(self.made), 'made_fingerprint': json_digest(self.made[['path', 'sha256', 'made_from']].to_numpy().tolist())} if len(self.made) else {}),
                 'classes': m['label'].value_counts().sort_index().to_dict(), 'trained_on': sorted(s[:12] for s in seen)}
         figures,metrics = self.evaluation.metrics.to_dict(),self.evaluation.metrics
         training = {k: v for k,v in c.to_dict().items() if k not in ('data_dir', 'output_dir', 'cache_dir', 'groups', 'weights', 'jobs', 'track')}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIRROR', 'QUICK_MODELS', 'CORE', 'TELLS', 'CALIBRATIONS', 'NOT_WORSE', 'TrainingConfig', 'default_joins',
-           'block_cost', 'encode_blocks', 'fit_candidate', 'Checkpoint', 'out_of_fold', 'Member', 'HybridModel',
-           'HybridTrainer']
+           'block_cost', 'encode_blocks', 'Lessons', 'fit_candidate', 'Checkpoint', 'out_of_fold', 'Member',
+           'HybridModel', 'HybridTrainer']
 
 # %% ../nbs/48_trainer.ipynb #57f43299
 import re
@@ -118,18 +118,39 @@ def encode_blocks(
     return {name: encoders[name].transform(X) if name in encoders else X for name,X in blocks.items()}
 
 # %% ../nbs/48_trainer.ipynb #a0875b94
-def _fit_join(X, y, train, candidates, seed, mirrored=None):
-    "Scaler and the fitted models of candidates on one join, by title; mirror images teach, they are never judged"
+@dataclass(frozen=True)
+class Lessons:
+    "Rows that teach wherever the photo that they were made from does, and are never judged: mirror images, made photos"
+    blocks:dict[str,np.ndarray] # Block name -> (m, n_features)
+    source:np.ndarray # (m,) row of the photo that each was made from
+
+    def __len__(self): return len(self.source)
+
+    def __add__(self, other:'Lessons|None') -> 'Lessons':
+        if other is None: return self
+        return Lessons({b: np.concatenate([X, other.blocks[b]]) for b,X in self.blocks.items()}, np.concatenate([self.source, other.source]))
+
+    def encoded(self,
+        encoders:dict[str,Any], # Block name -> fitted encoder
+        names:Iterable[str] # Blocks that are needed
+    ) -> 'Lessons': # Of these blocks
+        "The same with the raw blocks encoded"
+        return Lessons(encode_blocks({b: self.blocks[b] for b in names}, encoders), self.source)
+
+def _fit_join(X, y, train, candidates, seed, lessons=None):
+    "Scaler and the fitted models of candidates on one join, by title"
     rows,truth = join_blocks(X, X)[train],y[train]
-    if mirrored: rows,truth = np.concatenate([rows, join_blocks(mirrored, X)[train]]),np.tile(truth, 2)
+    if lessons is not None:
+        taught = train[lessons.source]
+        rows,truth = np.concatenate([rows, join_blocks(lessons.blocks, X)[taught]]),np.concatenate([truth, y[lessons.source[taught]]])
     scaler = BlockScaler(sizes=tuple(x.shape[1] for x in X.values())).fit(rows)
     Z = scaler.transform(rows)
     return scaler,{c.title: make_model(c.model, derive_seed(seed, c.model, *X), **dict(c.params)).fit(Z, truth) for c in candidates}
 
-def _fold_logits(X, y, fold, held_out, candidates, seed, n_classes, mirrored=None):
+def _fold_logits(X, y, fold, held_out, candidates, seed, n_classes, lessons=None):
     "Logits of candidates on one join for one held-out fold, by title"
     with threadpool_limits(1):
-        scaler,fitted = _fit_join(X, y, fold!=held_out, candidates, seed, mirrored)
+        scaler,fitted = _fit_join(X, y, fold!=held_out, candidates, seed, lessons)
         Z = scaler.transform(join_blocks(X, X)[fold==held_out])
         return {name: model_logits(model, Z, n_classes) for name,model in fitted.items()}
 
@@ -141,15 +162,15 @@ def fit_candidate(
     test:np.ndarray, # Rows to judge
     encoders:dict[str,Any]|None=None, # Block name -> unfitted encoder of a raw block
     seed:int=0,
-    mirrored:dict[str,np.ndarray]|None=None # The same blocks of the mirror images; None: they do not teach
+    lessons:Lessons|None=None # What teaches along with the photos
 ) -> np.ndarray: # (n_test, n_classes) probabilities, not calibrated
     "One candidate, learned from some photos and asked about others"
     learned,rows = np.zeros(len(y), bool),{b: blocks[b] for b in candidate.blocks}
     learned[train] = True
     coders,X = _encode(rows, {b: e for b,e in (encoders or {}).items() if b in rows}, learned)
-    turned = mirrored and encode_blocks({b: mirrored[b] for b in rows}, coders)
+    lessons = lessons and lessons.encoded(coders, rows)
     with threadpool_limits(1):
-        scaler,fitted = _fit_join({b: X[b] for b in rows}, y, learned, [candidate], seed, turned)
+        scaler,fitted = _fit_join({b: X[b] for b in rows}, y, learned, [candidate], seed, lessons)
         return softmax(model_logits(fitted[candidate.title], scaler.transform(join_blocks({b: v[test] for b,v in X.items()}, rows)), int(y.max())+1), axis=1)
 
 class Checkpoint:
@@ -188,25 +209,26 @@ def out_of_fold(
     only:Sequence[int]|None=None, # Folds that are wanted; None: all
     until:float=float('inf'), # `time.monotonic()` after which no further task is begun; the first join is always done
     checkpoint:Checkpoint=Checkpoint(None),
-    mirrored:dict[str,np.ndarray]|None=None # Blocks of the mirror images, which teach along with the photos; None: they do not
+    lessons:Lessons|None=None # What teaches along with the photos
 ) -> dict[Candidate,np.ndarray]: # Logits, (n, n_classes) each, NaN outside the folds wanted; without candidates for which there was no time
     "What each candidate thinks of photos that it was not trained on"
     n_classes,joins,wanted = int(y.max())+1,list(dict.fromkeys(c.blocks for c in candidates)),list(np.unique(fold) if only is None else only)
     these = {join: [c for c in candidates if c.blocks==join] for join in joins}
     titles = {join: sorted(c.title for c in some) for join,some in these.items()}
-    known = {(join, f): checkpoint.load(join, bool(mirrored), f, *titles[join]) for join in joins for f in wanted}
+    more = len(lessons) if lessons else 0
+    known = {(join, f): checkpoint.load(join, more, f, *titles[join]) for join in joins for f in wanted}
     tasks = [task for task,found in known.items() if not set(titles[task[0]]) <= set(found)]
     raw = {b: blocks[b] for b in encoders or () if any(b in join for join,_ in tasks)}
     parts = sorted({f for _,f in tasks})
     coded = dict(zip(parts, joblib.Parallel(n_jobs=jobs)(joblib.delayed(_encode)(raw, encoders, fold!=f) for f in parts))) if raw else {}
     def seen(join, f): return {b: coded[f][1][b] if b in raw else blocks[b] for b in join}
-    def turned(join, f): return mirrored and encode_blocks({b: mirrored[b] for b in join}, coded[f][0] if raw else {})
+    def taught(join, f): return lessons and lessons.encoded(coded[f][0] if raw else {}, join)
     run = joblib.Parallel(n_jobs=min(jobs, max(len(tasks), 1)), return_as='generator')(
-        joblib.delayed(_fold_logits)(seen(join, f), y, fold, f, these[join], seed, n_classes, turned(join, f)) for join,f in tasks)
+        joblib.delayed(_fold_logits)(seen(join, f), y, fold, f, these[join], seed, n_classes, taught(join, f)) for join,f in tasks)
     try:
         for (join,f),found in zip(tasks, progress(run, desc, len(tasks), 'fit') if desc else run):
             known[join, f] = found
-            checkpoint.store(found, join, bool(mirrored), f, *titles[join])
+            checkpoint.store(found, join, more, f, *titles[join])
             if time.monotonic() > until and all(known[joins[0], g] for g in wanted): break
     finally: run.close()
     logits = {c: np.full((len(y), n_classes), np.nan) for c in candidates if all(known[c.blocks, f] for f in wanted)}
@@ -274,19 +296,25 @@ class HybridTrainer(BaseEstimator):
         groups:Sequence, # (n,) photos of one group are never parted
         encoders:dict[str,Any]|None=None, # Block name -> unfitted encoder of a raw block, as its extractor names it
         milliseconds:dict[str,float]|None=None, # Of each block a photo; then the cheapest model that is not worse is chosen
-        mirrored:dict[str,np.ndarray]|None=None # Blocks of the mirror images, as `extract_mirrored` gives them; they may teach, and are never judged
+        mirrored:dict[str,np.ndarray]|None=None, # Blocks of the mirror images, as `extract_mirrored` gives them; they may teach, and are never judged
+        made:Lessons|None=None # Photos made of the training photos; they teach, and are never judged
     ):
         "Search, choose, calibrate, refit"
         started,config,groups = time.monotonic(),self.config,np.asarray(groups) # type: ignore[assignment]
         self.notes_:list[tuple[str,str]] = []
         self.left_out_:pd.DataFrame|None = None # AUROC of each detector by left-out class
         self.encoders_ = {name: e for name,e in (encoders or {}).items() if name in blocks}
-        for some in (blocks, mirrored) if mirrored else (blocks,): self._check(some, labels)
-        if mirrored and (lacking := sorted(set(blocks)-set(mirrored))): raise TrainingError(f'there is no mirror image of {", ".join(lacking)}', code='bad_blocks')
+        self._check(blocks, len(labels))
+        turned = Lessons(mirrored, np.arange(len(labels))) if mirrored and config.mirror!='never' else None
+        for lessons,words in ((turned, 'mirror image'), (made, 'made photo')):
+            if lessons is None: continue
+            self._check(lessons.blocks, len(lessons))
+            if lacking := sorted(set(blocks)-set(lessons.blocks)): raise TrainingError(f'there is no {words} of {", ".join(lacking)}', code='bad_blocks')
+            if len(lessons) and not 0 <= lessons.source.min() <= lessons.source.max() < len(labels): raise TrainingError(f'a {words} is of no row', code='bad_blocks')
         self.classes_,self.y_ = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
         self.fold_,*others = self._draw_folds(np.asarray(labels, dtype=str), groups)
         until = started+60*.7*config.time_budget if config.time_budget else float('inf') # the rest is for the final fit
-        logits = self._search(blocks, mirrored if config.mirror!='never' else None, groups, others, until)
+        logits = self._search(blocks, turned, made if made is not None and len(made) else None, groups, others, until)
         n,times = len(self.y_),1+len(others)
         self.truth_,self.names_ = np.tile(self.y_, times),np.tile(groups, times) # of each time that a photo was judged
         self.temperatures_ = {c: TemperatureScaler().fit(found, self.truth_).temperature_ for c,found in logits.items()}
@@ -306,10 +334,10 @@ class HybridTrainer(BaseEstimator):
         if config.novelty: self.model_.novelty = self._novelty(blocks, np.asarray(labels, dtype=str), groups)
         return self
 
-    def _check(self, blocks, labels):
+    def _check(self, blocks, rows):
         if not blocks: raise TrainingError('there are no feature blocks', code='no_blocks')
         for name,X in blocks.items():
-            if len(X)!=len(labels): raise TrainingError(f'the block {name} has {len(X)} rows for {len(labels)} labels', code='bad_blocks')
+            if len(X)!=rows: raise TrainingError(f'the block {name} has {len(X)} rows for {rows} labels', code='bad_blocks')
             if name not in self.encoders_ and not np.isfinite(X).all(): raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
 
     def _draw_folds(self, labels, groups):
@@ -320,14 +348,16 @@ class HybridTrainer(BaseEstimator):
         times = config.cv_repeats or (1 if config.quick or len(labels) >= 500 else 3)
         return [first, *(folds(labels, groups, k, derive_seed(config.seed, 'folds', i)) for i in range(1, times))]
 
-    def _search(self, blocks, mirrored, groups, others, until):
+    def _search(self, blocks, turned, made, groups, others, until):
         "Logits of the candidates, one draw of the folds below the other; those that are far behind after two folds are not tried on the others"
         config,y = self.config,self.y_
         candidates = _candidates(config, self.joins or default_joins(list(blocks), config.quick))
-        about = [{b: bytes_digest(np.ascontiguousarray(X).tobytes()) for b,X in some.items()} for some in (blocks, mirrored or {})] if self.checkpoint_dir else []
+        given = (blocks, turned.blocks if turned else {}, {**made.blocks, 'source': made.source} if made else {}) if self.checkpoint_dir else ()
+        about = [{b: bytes_digest(np.ascontiguousarray(X).tobytes()) for b,X in some.items()} for some in given]
         def kept(fold): return Checkpoint(self.checkpoint_dir, about, y, fold, config.seed, {b: str(e) for b,e in self.encoders_.items()})
         more = {'seed': config.seed, 'jobs': config.jobs or joblib.cpu_count(), 'encoders': self.encoders_, 'until': until, 'checkpoint': kept(self.fold_)}
-        self.mirrored_ = more['mirrored'] = mirrored if self._mirror_helps(blocks, candidates[0], mirrored, groups, more) else None
+        self.mirrored_ = self._mirror_helps(blocks, candidates[0], turned, made, groups, more)
+        self.lessons_ = more['lessons'] = turned+made if self.mirrored_ else made
         found = self._judge(blocks, candidates, more)
         if config.search: found = self._look_further(blocks, found, more, until)
         for fold in others:
@@ -335,12 +365,12 @@ class HybridTrainer(BaseEstimator):
             found = {c: np.concatenate([found[c], L]) for c,L in again.items()} # without candidates for which there was no time
         return found
 
-    def _mirror_helps(self, blocks, candidate, mirrored, groups, more):
+    def _mirror_helps(self, blocks, candidate, turned, made, groups, more):
         "Whether mirror images make the first candidate better on photos that it did not learn from"
-        if not mirrored or self.config.mirror=='always': return bool(mirrored)
+        if not turned or self.config.mirror=='always': return bool(turned)
         without,helped = [photo_losses(TemperatureScaler().fit(L, self.y_).predict_proba(L), self.y_) for L in (
-            out_of_fold(blocks, self.y_, self.fold_, [candidate], desc=words, mirrored=some, **more)[candidate]
-            for words,some in (('Training', None), ('Training with mirror images', mirrored)))]
+            out_of_fold(blocks, self.y_, self.fold_, [candidate], desc=words, lessons=some, **more)[candidate]
+            for words,some in (('Training', made), ('Training with mirror images', turned+made)))]
         gain,error = group_difference(without-helped, groups)
         words = f'{gain:+.3f} (standard error {error:.3f}) of the out-of-fold loss {without.mean():.3f}'
         self.notes_.append(('info', f'Mirror images of the training photos {"teach too" if gain > 0 else "are not used"}: they change what {candidate} gains by {words}.'))
@@ -431,7 +461,7 @@ class HybridTrainer(BaseEstimator):
         if len(set(groups))==len(groups): return None
         fold = folds(self.y_, np.arange(len(groups)), int(self.fold_.max())+1, self.config.seed)
         logits = out_of_fold(blocks, self.y_, fold, [self.best_single_], self.config.seed, self.config.jobs or joblib.cpu_count(), 'Random folds',
-                             self.encoders_, mirrored=self.mirrored_)[self.best_single_]
+                             self.encoders_, lessons=self.lessons_)[self.best_single_]
         return softmax(logits/self.temperatures_[self.best_single_], axis=1)
 
     def _refit(self, blocks, weights, calibrator, geometric=False):
@@ -439,10 +469,10 @@ class HybridTrainer(BaseEstimator):
         members,scalers,everyone = [],{},np.ones(len(self.y_), bool)
         used = {b for c in weights for b in c.blocks}
         encoders,blocks = _encode({b: blocks[b] for b in used}, {b: e for b,e in self.encoders_.items() if b in used}, everyone)
-        turned = self.mirrored_ and encode_blocks({b: self.mirrored_[b] for b in used}, encoders)
+        lessons = self.lessons_ and self.lessons_.encoded(encoders, used)
         with threadpool_limits(1):
             for join in dict.fromkeys(c.blocks for c in weights):
                 chosen = [c for c in weights if c.blocks==join]
-                scalers[join],fitted = _fit_join({b: blocks[b] for b in join}, self.y_, everyone, chosen, self.config.seed, turned)
+                scalers[join],fitted = _fit_join({b: blocks[b] for b in join}, self.y_, everyone, chosen, self.config.seed, lessons)
                 members += [Member(c, weights[c], self.temperatures_[c], fitted[c.title]) for c in chosen]
         return HybridModel(self.classes_.tolist(), sorted(members, key=lambda m: -m.weight), scalers, calibrator, encoders, geometric)
