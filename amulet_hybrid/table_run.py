@@ -123,6 +123,7 @@ MOST_PAIRS,MOST_COLUMNS = 20_000_000,100 # Beyond which neighbours of test rows 
 
 class TableRun(TrainingRun):
     "The steps of one run on a table, in order; each returns what is worth looking at"
+    asks_numbers=False # Columns have a section of their own
     def __init__(self,
         config:TableConfig|str|Path, # Settings, or just the table
         **settings # Changes to the settings
