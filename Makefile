@@ -76,9 +76,9 @@ check: dev ## Notebooks and modules agree and are clean; ruff; mypy
 
 test: check ## Everything that CI checks: the above, every notebook executed, and the tests
 	@echo "== notebooks, executed"
-	@AMULET_PROGRESS=off $(BIN)/nbdev_test --path nbs --flags slow --n_workers 0 --timing
+	@AMULET_PROGRESS=off $(BIN)/nbdev_test --path nbs --flags slow --n_workers 2 --timing
 	@echo "== tests"
-	@AMULET_PROGRESS=off $(BIN)/python -m pytest tests
+	@AMULET_PROGRESS=off $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lab: install ## Explore the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
