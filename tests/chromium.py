@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-FLAGS = ('--headless', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--disable-extensions',
-         '--disable-dev-shm-usage', '--hide-scrollbars', '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream', '--remote-debugging-pipe')
+FLAGS = ('--headless', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync',
+         '--disable-extensions', '--disable-dev-shm-usage', '--hide-scrollbars', '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream', '--remote-debugging-pipe')
 
 class Chromium:
     "One browser; commands go in by file descriptor 3 and answers come out by 4, each ends with a zero byte"
@@ -68,7 +68,8 @@ class Page:
         self.session = browser.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
         for domain in ('Page', 'Runtime', 'Log', 'Network'): self.call(f'{domain}.enable')
         self.size(width, height, touch)
-        self.call('Emulation.setEmulatedMedia', features=[{'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}, {'name': 'prefers-reduced-motion', 'value': 'reduce'}])
+        media = {'prefers-color-scheme': 'dark' if dark else 'light', 'prefers-reduced-motion': 'reduce'}
+        self.call('Emulation.setEmulatedMedia', features=[{'name': k, 'value': v} for k,v in media.items()])
         self.call('Page.navigate', url=url)
         self.wait('location.href!=="about:blank" && document.readyState==="complete"')
 
@@ -90,7 +91,9 @@ class Page:
             time.sleep(.03)
         return value
 
-    def centre(self, selector): return self.run(f'(r => ({{x: r.x+r.width/2, y: r.y+r.height/2}}))(document.querySelector({json.dumps(selector)}).getBoundingClientRect())')
+    def centre(self, selector):
+        box = f'document.querySelector({json.dumps(selector)}).getBoundingClientRect()'
+        return self.run(f'(r => ({{x: r.x+r.width/2, y: r.y+r.height/2}}))({box})')
 
     def drop(self, selector, *files):
         "Drag files from outside onto an element"
@@ -111,9 +114,12 @@ class Page:
         "What the console and the policy said against the page"
         self.run('1')
         told = [m['params'] for m in self.browser.events if m.get('sessionId')==self.session]
-        return [p['entry']['text'] for p in told if 'entry' in p and p['entry']['level'] in ('error', 'warning')] + [p['exceptionDetails']['text'] for p in told if 'exceptionDetails' in p]
+        logged = [p['entry']['text'] for p in told if 'entry' in p and p['entry']['level'] in ('error', 'warning')]
+        return logged+[p['exceptionDetails']['text'] for p in told if 'exceptionDetails' in p]
 
-    def requests(self): return [m['params']['request']['url'] for m in self.browser.events if m.get('sessionId')==self.session and m['method']=='Network.requestWillBeSent']
+    def requests(self):
+        "Addresses of all that was asked for"
+        return [m['params']['request']['url'] for m in self.browser.events if m.get('sessionId')==self.session and m['method']=='Network.requestWillBeSent']
 
     def screenshot(self, path):
         "The whole page, not only the part in view"
