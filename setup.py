@@ -9,8 +9,9 @@ parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('cnn', 'surf', 'ray', 'timm', 'search', 'sql', 'tracking', 'sign', 'redis', 'convert', 'serve', 'notebooks', 'dev')}
-extras['all'] = sorted({r for name in ('cnn', 'surf', 'search', 'sign', 'redis', 'serve', 'notebooks') for r in extras[name]})
+known = ('cnn', 'surf', 'ray', 'timm', 'search', 'sql', 'store', 'postgres', 'tracking', 'sign', 'redis', 'convert', 'serve', 'notebooks', 'dev')
+extras = {name: cfg[f'{name}_requirements'].split() for name in known}
+extras['all'] = sorted({r for name in ('cnn', 'surf', 'search', 'sign', 'redis', 'store', 'postgres', 'serve', 'notebooks') for r in extras[name]})
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],

@@ -312,7 +312,7 @@ def evaluate(model_dir:Model,
     from amulet_hybrid.judge import evaluate_bundle, evaluate_table, names_rows
     bundle = load_bundle(model_dir)
     rows = bool(table) or (not test_data_dir and names_rows(bundle))
-    from amulet_hybrid.tables import hide_password
+    from amulet_hybrid.core import hide_password
     from amulet_hybrid.tracking import make_tracker, run_parameters, track_report
     asked = {'bundle': bundle.version, 'data_dir': hide_password(table or test_data_dir or 'held out'), 'target': target, 'group': group, 'quick': quick, 'seed': seed}
     with make_tracker(track, output_dir.resolve().parent).run(output_dir.name, run_parameters(asked)) as record:
@@ -406,3 +406,8 @@ def verify(model_dir:Model, public_key:PublicKey=None):
     size = sum(f['bytes'] for f in manifest['files'].values())
     typer.echo(f'Good       {manifest["digest"][:12]}: {len(manifest["classes"])} classes, {len(manifest["files"])} files, {size/2**20:.1f} MB'+(f', signed by {public_key}'
                                                             if public_key else ', no signature asked for'))
+
+# %% ../nbs/90_cli.ipynb #570e0002
+from .store_cli import stores
+
+app.add_typer(stores, name='store')

@@ -149,8 +149,8 @@ def service_options() -> list[tuple[str,str,str]]: # Variable, what it is, defau
         out.append((f'{PREFIX}{name.upper()}', ' '.join((known.description or '').split()), shown))
     return out
 
-# %% ../nbs/72_deploy.ipynb #0fefea8d
-_EXTRAS = ('serve', 'sql', 'redis') # Ours, that a deployment needs beside the bundle
+# %% ../nbs/72_deploy.ipynb #1b348703
+_EXTRAS = ('serve', 'store', 'postgres', 'redis') # Ours, that a deployment needs beside the bundle
 _REQUIREMENT = re.compile(r'([A-Za-z0-9][\w.-]*)(\[[^\]]*\])?([^;]*)(?:;.*extra\s*==\s*["\'](\w+)["\'].*)?')
 
 def _name(line): return re.split(r'[^\w.-]', line.strip(), maxsplit=1)[0].lower().replace('_', '-')
