@@ -6,7 +6,7 @@
 __all__ = ['app', 'Data', 'Output', 'Groups', 'GroupBy', 'Blocks', 'Preset', 'Weights', 'TestSize', 'Folds', 'Quick', 'Search',
            'Trials', 'TimeBudget', 'Coverage', 'Track', 'Mirror', 'MinGroups', 'Seed', 'Jobs', 'Model', 'PublicKey',
            'Verbose', 'bundles', 'main', 'samples', 'inspect', 'split', 'augment', 'extract', 'train', 'run',
-           'evaluate', 'predict', 'serve', 'version', 'keys', 'sign', 'verify']
+           'evaluate', 'predict', 'serve', 'version', 'deploy', 'keys', 'sign', 'verify']
 
 # %% ../nbs/90_cli.ipynb #78dbcb99
 import json
@@ -381,6 +381,31 @@ def version():
     "Version of amulet_hybrid"
     from amulet_hybrid import __version__
     typer.echo(__version__)
+
+# %% ../nbs/90_cli.ipynb #5c70c2ca
+@app.command(epilog='Example: amulet deploy --type docker --model-dir runs/photos/bundle --output-dir deployment\n\n'
+                    'Example: amulet deploy --type all --settings deployment/deploy.json --output-dir deployment --replicas 5')
+def deploy(kind:Annotated[str, typer.Option('--type', help="'docker', 'systemd', 'nginx', 'kubernetes', 'render' or 'all'")]='all', output_dir:Output=Path('deployment'),
+           model_dir:Annotated[Path|None, typer.Option('--model-dir', exists=True, file_okay=False, help='Bundle that goes into the image')]=None,
+           settings:Annotated[Path|None, typer.Option('--settings', exists=True, dir_okay=False, help='deploy.json of an earlier deployment, perhaps changed')]=None,
+           replicas:Annotated[int|None, typer.Option(help='Processes behind the proxy [3]')]=None,
+           host:Annotated[str|None, typer.Option(help='Address at which the proxy listens; 0.0.0.0 lets other machines in [127.0.0.1]')]=None,
+           port:Annotated[int|None, typer.Option(help='Of the proxy [8080]')]=None,
+           domain:Annotated[str|None, typer.Option(help='Name of the site, e.g. amulets.example.org')]=None,
+           tls_dir:Annotated[str|None, typer.Option('--tls-dir', help='Folder, there, with fullchain.pem and privkey.pem')]=None,
+           image:Annotated[str|None, typer.Option(help='Name of the image, with the registry it is pushed to, without tag [amulet-hybrid]')]=None,
+           wheel:Annotated[Path|None, typer.Option(exists=True, dir_okay=False, help='Wheel of amulet_hybrid that goes into the image; default: the package index has it')]=None,
+           public_key:PublicKey=None, force:Annotated[bool, typer.Option('--force', help='Overwrite files that were edited since')]=False):
+    "Write what runs a bundle somewhere: Docker and compose, systemd, nginx, Kubernetes, Render; no secret is in any file"
+    from amulet_hybrid.deploy import DeploySettings
+    from amulet_hybrid.deploy import deploy as write
+    given = {'replicas': replicas, 'host': host, 'port': port, 'domain': domain, 'tls_dir': tls_dir, 'image': image}
+    base = DeploySettings.load(settings) if settings else DeploySettings()
+    if replicas and replicas > base.most_replicas: given['most_replicas'] = replicas
+    done = write(base.replace(**{k: v for k,v in given.items() if v is not None}), output_dir, kind, model_dir, wheel, public_key, force)
+    for path in done.changed: typer.echo(f'  {path}')
+    typer.echo(f'{len(done.files)} files in {output_dir}, {len(done.changed)} of them new or changed. How to go on: {output_dir}/README.md')
+    _notes(('info', n) for n in done.notes)
 
 # %% ../nbs/90_cli.ipynb #224d1c30
 bundles = typer.Typer(no_args_is_help=True, help='Check a bundle, and vouch for it: amulet bundle verify --model-dir runs/photos/bundle')

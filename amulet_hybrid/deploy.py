@@ -91,8 +91,8 @@ _NUMBERS = {
     **dict.fromkeys(('timeout_seconds', 'body_seconds', 'grace_seconds'), (1, 3600)),
 }
 
-# %% ../nbs/72_deploy.ipynb #2abff4c5
-def _wrong(name, value, allowed): raise ConfigError(f'`{name}` must be {allowed}, got {str(value)[:60]!r}', where=name)
+# %% ../nbs/72_deploy.ipynb #f81caec0
+def _wrong(name, value, allowed): raise ConfigError(f'`{name}` must be {allowed}, got {str(value)[:60]!r}')
 
 def _check(s):
     "Refuse what no file could hold, or what cannot be true together"

@@ -106,7 +106,8 @@ class Page:
         for kind in ('mousePressed', 'mouseReleased'): self.call('Input.dispatchMouseEvent', type=kind, button='left', clickCount=1, **at)
 
     def press(self, key, code=0, text=''):
-        for kind in ('keyDown', 'keyUp'): self.call('Input.dispatchKeyEvent', type=kind, key=key, windowsVirtualKeyCode=code, **({'text': text} if text and kind=='keyDown' else {}))
+        for kind in ('keyDown', 'keyUp'):
+            self.call('Input.dispatchKeyEvent', type=kind, key=key, windowsVirtualKeyCode=code, **({'text': text} if text and kind=='keyDown' else {}))
 
     def text(self, selector): return self.run(f'document.querySelector({json.dumps(selector)}).innerText')
 
