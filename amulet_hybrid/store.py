@@ -6,7 +6,7 @@
 __all__ = ['TABLES', 'WRITERS', 'save_prediction', 'DatasetVersion', 'load_csv_to_db', 'get_training_data', 'export_table',
            'prune', 'store_status', 'PredictionLog']
 
-# %% ../nbs/70_store.ipynb #33229cfc
+# %% ../nbs/70_store.ipynb #c6c617de
 import csv
 import hashlib
 import json
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,19 @@ from .core import StoreError, atomic_write, hide_password, log, require
 from .database import HEAD, KEYS, Database, metadata, migrate, open_database, parse_time, revision, shape_row
 from .spool import Line, Spool, as_json, read_segment, spool_status
 
-# %% ../nbs/70_store.ipynb #f8eaa919
+# %% ../nbs/70_store.ipynb #41901539
 TABLES = {'prediction': 'predictions', 'feedback': 'feedback'} # Kind of row -> table
 
 def _complete(kind, row):
     "A row with its id and its time; raises `StoreError` for what no table takes"
     if (table := TABLES.get(kind)) is None: raise StoreError(f'there is no kind {kind!r} of row', code='bad_row', advice=f'There are: {", ".join(TABLES)}')
-    if unknown := [k for k in row if k not in _columns(table)]:
-        raise StoreError(f'{table} has no column {unknown[0]!r}', code='bad_row', advice=f'There are: {", ".join(_columns(table))}')
-    return {KEYS[table]: uuid.uuid4().hex, 'created_at': datetime.now(UTC).isoformat()} | {k: v for k,v in row.items() if v is not None}
+    if unknown := row.keys()-_columns(table):
+        raise StoreError(f'{table} has no column {min(unknown)!r}', code='bad_row', advice=f'There are: {", ".join(_columns(table))}')
+    row = {k: v for k,v in row.items() if v is not None}
+    return row | {k: make() for k,make in ((KEYS[table], lambda: uuid.uuid4().hex), ('created_at', lambda: datetime.now(UTC).isoformat())) if k not in row}
 
-def _columns(table): return metadata().tables[table].columns.keys()
+@cache
+def _columns(table): return tuple(metadata().tables[table].columns.keys())
 
 def save_prediction(
     row:Mapping[str,Any], # Columns of `predictions`; `prediction_id` and `created_at` are added where missing
