@@ -208,12 +208,12 @@ def store_status(
             found |= {k: v.isoformat() if v else None for k,v in zip(('oldest', 'newest'), db.execute(sa.select(sa.func.min(time_), sa.func.max(time_))).one())}
     return found
 
-# %% ../nbs/70_store.ipynb #3cf3b110
+# %% ../nbs/70_store.ipynb #d69f1ecb
 class PredictionLog:
     "Rows of predictions and feedback: durable at once, in the database soon, there exactly once"
     def __init__(self,
         url:str='', # Of the database; '' for SQLite beside the spool
-        spool_dir:str|Path='spool', # Folder on a local disk; several processes may share it
+        spool_dir:str|Path='amulet_spool', # Folder on a local disk; several processes may share it
         batch:int=500, # Rows a transaction
         interval:float=.2, # Seconds between batches
         patience:float=10., # Seconds between two tries, at most, while the database is away
