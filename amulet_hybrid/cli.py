@@ -6,7 +6,7 @@
 __all__ = ['app', 'Data', 'Output', 'Groups', 'GroupBy', 'Blocks', 'Preset', 'Weights', 'TestSize', 'Folds', 'Quick', 'Search',
            'Trials', 'TimeBudget', 'Coverage', 'Track', 'Mirror', 'MinGroups', 'Seed', 'Jobs', 'Model', 'PublicKey',
            'Verbose', 'bundles', 'main', 'samples', 'inspect', 'split', 'augment', 'extract', 'train', 'run',
-           'evaluate', 'predict', 'serve', 'version', 'keys', 'sign', 'verify']
+           'evaluate', 'predict', 'serve', 'key', 'version', 'keys', 'sign', 'verify']
 
 # %% ../nbs/90_cli.ipynb #78dbcb99
 import json
@@ -361,20 +361,47 @@ def _predict_table(classifier, table, confidence_threshold, output):
         typer.echo(f'{len(rows)} rows in {output}')
     else: typer.echo(rows[['row', 'label', 'top', 'confidence']].to_csv(index=False, sep='\t', float_format='%.3f'), nl=False)
 
-@app.command(epilog='Example: amulet serve --model-dir runs/photos/bundle --port 8000')
-def serve(model_dir:Model, host:Annotated[str, typer.Option(help='Address to listen on; with the default only this machine can call')]='127.0.0.1',
-          port:Annotated[int, typer.Option(min=1, max=65535)]=8000, confidence_threshold:Annotated[float, typer.Option(min=0, max=1, help='Below it no label is given')]=0.,
-          cache:Annotated[str, typer.Option(help='Where answers are remembered: memory, off, or the address of a Redis server (redis://host:6379/0)')]='memory',
-          memory_threshold:Annotated[float, typer.Option('--memory-threshold', min=0, help='Megabytes beyond which remembered answers are let go; 0: none')]=0.,
-          public_key:PublicKey=None):
-    "Serve a bundle over HTTP: POST /predict, POST /predict/file, GET /health, GET /docs"
-    from amulet_hybrid.serving import serve as serve_http
-    from amulet_hybrid.classifier import HybridClassifier
-    _verbose(True)
-    classifier = HybridClassifier(model_dir, confidence_threshold, enable_caching={'memory': True, 'off': False}.get(cache, cache), memory_threshold=memory_threshold,
-                                  public_key=public_key)
-    typer.echo(f'Serving {len(classifier.classes)} classes of bundle {classifier.model_version} at http://{host}:{port} (try it: /docs)')
-    serve_http(classifier, host, port)
+@app.command(add_help_option=False, context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
+def serve(context:typer.Context):
+    "Serve a bundle over HTTP: photos in, answers out; amulet serve --help lists all settings"
+    from amulet_hybrid.settings import settings_command
+    late = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']})
+    about = ('Serve a bundle over HTTP. Each option can also be set by the variable that is named beside it, or in a file: '
+             'the command line counts more than the variable, and that more than the file.')
+    late.command(epilog='Example: amulet serve --model-dir runs/photos/bundle --port 8000', help=about)(settings_command(_serve))
+    late(context.args, prog_name='amulet serve')
+
+def _serve(settings):
+    "The port, the bundle, the records, and then requests"
+    from amulet_hybrid.core import ConfigError
+    from amulet_hybrid.listen import take_port
+    from amulet_hybrid.monitoring import start_logging
+    if settings.model_dir is None: raise ConfigError('no bundle is named', where='model_dir', advice='amulet serve --model-dir runs/photos/bundle')
+    start_logging(settings.log_format, settings.log_level)
+    with take_port(settings.host, settings.port) as sock:
+        from amulet_hybrid.classifier import HybridClassifier
+        from amulet_hybrid.serving import create_app, serve
+        def load(): return HybridClassifier(settings.model_dir, settings.confidence_threshold, enable_caching={'memory': True, 'off': False}.get(settings.cache, settings.cache),
+                                            memory_threshold=settings.memory_threshold, public_key=settings.public_key)
+        serve(create_app(load(), settings, load, _recorder(settings)), settings, sock)
+
+def _recorder(settings):
+    "Whoever writes predictions down, or None"
+    if settings.database_url=='off': return None
+    try: from amulet_hybrid.store import PredictionLog
+    except ImportError as error:
+        if settings.database_url: raise
+        from amulet_hybrid.core import log
+        log.warning('predictions are not recorded: %s', error)
+        return None
+    return PredictionLog(settings.database_url, settings.spool_dir)
+
+@app.command(epilog='Example: amulet key shop')
+def key(name:Annotated[str, typer.Argument(help='Of whoever gets the key')]):
+    "Make a key for the service: one line to give away, one for AMULET_API_KEYS"
+    from amulet_hybrid.access import make_key
+    secret,line = make_key(name)
+    typer.echo(f'Key        {secret}  (give it to {name}; it is not kept anywhere)\nService    {line}')
 
 @app.command()
 def version():
