@@ -6,7 +6,7 @@
 __all__ = ['TABLES', 'WRITERS', 'save_prediction', 'DatasetVersion', 'load_csv_to_db', 'get_training_data', 'export_table',
            'prune', 'store_status', 'PredictionLog']
 
-# %% ../nbs/70_store.ipynb #33229cfc
+# %% ../nbs/70_store.ipynb #c6c617de
 import csv
 import hashlib
 import json
@@ -18,27 +18,30 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from .core import StoreError, atomic_write, hide_password, log, require
 from .database import HEAD, KEYS, Database, metadata, migrate, open_database, parse_time, revision, shape_row
 from .spool import Line, Spool, as_json, read_segment, spool_status
 
-# %% ../nbs/70_store.ipynb #f8eaa919
+if TYPE_CHECKING: import pandas as pd # a service has none, and records all the same
+
+# %% ../nbs/70_store.ipynb #41901539
 TABLES = {'prediction': 'predictions', 'feedback': 'feedback'} # Kind of row -> table
 
 def _complete(kind, row):
     "A row with its id and its time; raises `StoreError` for what no table takes"
     if (table := TABLES.get(kind)) is None: raise StoreError(f'there is no kind {kind!r} of row', code='bad_row', advice=f'There are: {", ".join(TABLES)}')
-    if unknown := [k for k in row if k not in _columns(table)]:
-        raise StoreError(f'{table} has no column {unknown[0]!r}', code='bad_row', advice=f'There are: {", ".join(_columns(table))}')
-    return {KEYS[table]: uuid.uuid4().hex, 'created_at': datetime.now(UTC).isoformat()} | {k: v for k,v in row.items() if v is not None}
+    if unknown := row.keys()-_columns(table):
+        raise StoreError(f'{table} has no column {min(unknown)!r}', code='bad_row', advice=f'There are: {", ".join(_columns(table))}')
+    row = {k: v for k,v in row.items() if v is not None}
+    return row | {k: make() for k,make in ((KEYS[table], lambda: uuid.uuid4().hex), ('created_at', lambda: datetime.now(UTC).isoformat())) if k not in row}
 
-def _columns(table): return metadata().tables[table].columns.keys()
+@cache
+def _columns(table): return tuple(metadata().tables[table].columns.keys())
 
 def save_prediction(
     row:Mapping[str,Any], # Columns of `predictions`; `prediction_id` and `created_at` are added where missing
@@ -72,7 +75,7 @@ def _rows(table, target, group):
                'features': {str(k): v for k,v in row.items() if k not in own}}
 
 def load_csv_to_db(
-    source:str|Path|pd.DataFrame, # CSV or Parquet file, URL of a database, or a table that is there already
+    source:'str|Path|pd.DataFrame', # CSV or Parquet file, URL of a database, or a table that is there already
     name:str, # What the dataset is called
     database:str|Database='', # Address of the store, or one that is open
     target:str='label', # Column of the labels
@@ -86,7 +89,7 @@ def load_csv_to_db(
         if column not in table: raise StoreError(f'there is no column {column!r}', code='no_such_column', advice=f'There are: {", ".join(table.columns[:50])}')
     columns,digest = list(table.columns),hashlib.sha256(as_json([*table.columns, target, group]).encode())
     for row in _rows(table, target, group): digest.update(as_json(row).encode())
-    where = 'table' if isinstance(source, pd.DataFrame) else hide_password(source) if '://' in str(source) else Path(source).name
+    where = 'table' if not isinstance(source, (str, Path)) else hide_password(source) if '://' in str(source) else Path(source).name
     about = {'name': name, 'fingerprint': digest.hexdigest(), 'created_at': datetime.now(UTC), 'kind': 'photos' if 'path' in columns else 'table', 'source': where,
              'target': target, 'group': group, 'columns': columns, 'rows': len(table)}
     return _keep(open_database(database), about, _rows(table, target, group))
@@ -110,7 +113,7 @@ def get_training_data(
     name:str, # What the dataset is called
     version:int|None=None, # None: the newest
     database:str|Database='' # Address of the store, or one that is open
-) -> pd.DataFrame: # Columns as they were; labels and groups as text
+) -> 'pd.DataFrame': # Columns as they were; labels and groups as text
     "A table as it was kept"
     sa,datasets,kept = require('sqlalchemy', 'store'),metadata().tables['datasets'],metadata().tables['training_data']
     with open_database(database).read() as db:
@@ -122,6 +125,7 @@ def get_training_data(
         own = {about['target']: 'label', about['group']: 'group', 'path': 'path', 'sha256': 'sha256'}
         asked = kept.select().where(kept.c.dataset_id==about['dataset_id']).order_by(kept.c.row)
         rows = [{**r['features'], **{c: r[k] for c,k in own.items()}} for r in db.execute(asked).mappings()]
+    import pandas as pd
     return pd.DataFrame(rows, columns=about['columns'])
 
 # %% ../nbs/70_store.ipynb #3c39f980
@@ -205,12 +209,12 @@ def store_status(
             found |= {k: v.isoformat() if v else None for k,v in zip(('oldest', 'newest'), db.execute(sa.select(sa.func.min(time_), sa.func.max(time_))).one())}
     return found
 
-# %% ../nbs/70_store.ipynb #3cf3b110
+# %% ../nbs/70_store.ipynb #d69f1ecb
 class PredictionLog:
     "Rows of predictions and feedback: durable at once, in the database soon, there exactly once"
     def __init__(self,
         url:str='', # Of the database; '' for SQLite beside the spool
-        spool_dir:str|Path='spool', # Folder on a local disk; several processes may share it
+        spool_dir:str|Path='amulet_spool', # Folder on a local disk; several processes may share it
         batch:int=500, # Rows a transaction
         interval:float=.2, # Seconds between batches
         patience:float=10., # Seconds between two tries, at most, while the database is away

@@ -22,9 +22,9 @@ def _database(url, spool_dir):
     from amulet_hybrid.database import Database
     return Database('' if url=='off' else url, spool_dir.absolute().parent/'amulet.db')
 
-# %% ../nbs/89_store_cli.ipynb #0537b633
-@stores.command(epilog='Example: amulet store status --database-url sqlite:///amulet.db --spool-dir spool')
-def status(database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('spool')):
+# %% ../nbs/89_store_cli.ipynb #10229bad
+@stores.command(epilog='Example: amulet store status --database-url sqlite:///amulet.db --spool-dir amulet_spool')
+def status(database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool')):
     "What is in the database, and what waits before it"
     from amulet_hybrid.store import store_status
     found = store_status(_database(database_url, spool_dir), spool_dir)
@@ -36,7 +36,7 @@ def status(database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('spool')):
     if waiting['rejected']: typer.echo(f'  ! {waiting["rejected"]:,} rows were set aside in {spool_dir/"rejected.jsonl"}')
 
 @stores.command('migrate', epilog='Example: amulet store migrate --database-url postgresql://amulet@localhost/amulet')
-def migrate_tables(database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('spool'),
+def migrate_tables(database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool'),
                    to:Annotated[str, typer.Option('--to', help="Step, or 'base' for no tables at all")]='head',
                    yes:Annotated[bool, typer.Option('--yes', help='Go back without asking')]=False):
     "Bring the tables to this version of the software, or back to an earlier step"
@@ -46,12 +46,12 @@ def migrate_tables(database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('spool')
     before,after = migrate(database, to)
     typer.echo(f'Tables     step {before or "none"} -> {after or "none"}')
 
-# %% ../nbs/89_store_cli.ipynb #d680134b
+# %% ../nbs/89_store_cli.ipynb #d80fac9d
 @stores.command('import', epilog='Example: amulet store import wine.csv --name wine --target kind --group cask')
 def import_data(source:Annotated[str, typer.Argument(help='CSV or Parquet file, or the URL of a database')], name:Annotated[str, typer.Option(help='What the dataset is called')],
                 target:Annotated[str, typer.Option(help='Column of the labels')]='label', group:Annotated[str, typer.Option(help='Column of what must never be parted')]='',
                 query:Annotated[str, typer.Option(help='For a source that is a database: name of a table, or a query')]='',
-                database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('spool')):
+                database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool')):
     "Keep a table, or a list of photos, as the next version of a dataset"
     from amulet_hybrid.store import load_csv_to_db
     kept = load_csv_to_db(source, name, _database(database_url, spool_dir), target, group, query or None)
@@ -60,13 +60,14 @@ def import_data(source:Annotated[str, typer.Argument(help='CSV or Parquet file, 
 @stores.command(epilog='Example: amulet store export --output june.parquet --since 2026-06-01')
 def export(output:Annotated[Path, typer.Option(help='File to write: .csv, .jsonl or .parquet')],
            table:Annotated[str, typer.Option(help="'predictions', 'feedback', 'datasets' or 'training_data'")]='predictions',
-           since:Annotated[str, typer.Option(help='Only rows made at that time or later, e.g. 2026-06-01')]='', database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('spool')):
+           since:Annotated[str, typer.Option(help='Only rows made at that time or later, e.g. 2026-06-01')]='',
+           database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool')):
     "Write a table to a file, oldest row first"
     from amulet_hybrid.store import export_table
     typer.echo(f'{export_table(output, table, since, _database(database_url, spool_dir)):,} rows of {table} in {output}')
 
 @stores.command(epilog='Example: amulet store prune --older-than 90')
-def prune(older_than:Annotated[float, typer.Option('--older-than', min=0, help='Days')], database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('spool')):
+def prune(older_than:Annotated[float, typer.Option('--older-than', min=0, help='Days')], database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool')):
     "Delete predictions and feedback that are older than so many days; datasets stay"
     from amulet_hybrid.store import prune as prune_store
     for table,rows in prune_store(older_than, _database(database_url, spool_dir)).items(): typer.echo(f'{rows:10,d} rows of {table} deleted')
