@@ -177,6 +177,9 @@ def derive_seed(
     "A seed of its own for everything that needs chance"
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4], 'big')
 
+# %% ../nbs/00_core.ipynb #f081045a
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
+
 # %% ../nbs/00_core.ipynb #bf6b4b7e
 log = logging.getLogger('amulet_hybrid')
 log.addHandler(logging.NullHandler())
