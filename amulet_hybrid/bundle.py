@@ -38,7 +38,8 @@ FORMAT = 3 # Raised when an older reader would misread
 MANIFEST,MODEL,SIGNATURE,TRAINING,REQUIREMENTS = 'manifest.json','model.json','signature.json','training','requirements_production.txt'
 _UNSIGNED = ('digest', 'created', 'measured', 'training', 'checksum') # Not part of what a bundle is
 _NEEDED = ('numpy', 'opencv-python-headless', 'pillow', 'threadpoolctl', 'tqdm', 'typer') # By whoever loads a bundle; blocks name more
-_SERVING = ('fastapi', 'uvicorn', 'python-multipart', 'jinja2') # By the service
+_SERVING = ('fastapi', 'uvicorn', 'httptools', 'uvloop', 'python-multipart', 'pydantic-settings', 'prometheus-client', 'jinja2') # By the service
+_ONLY = {'uvloop': '; sys_platform != "win32"'} # Where a package is not for every system
 
 def _version(name):
     try: return importlib.metadata.version(name)
@@ -53,7 +54,7 @@ def production_requirements(
 ) -> str: # Lines for `pip install -r`
     "The few packages with which a bundle is served, as they are installed here"
     more = [p for b in blocks for p in getattr(EXTRACTORS[parse_block(b)[0]], 'packages', ())]
-    lines = [f'{p}=={v}' if (v := _version(p)) else p for p in dict.fromkeys([*_NEEDED, *more, *_SERVING])]
+    lines = [(f'{p}=={v}' if (v := _version(p)) else p)+_ONLY.get(p, '') for p in dict.fromkeys([*_NEEDED, *more, *_SERVING])]
     ours = _version('amulet_hybrid')
     return '\n'.join([f'# To serve this bundle: pip install --no-deps amulet_hybrid{"==" if ours else ""}{ours}, then pip install -r {REQUIREMENTS}', *lines])+'\n'
 

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Data', 'Output', 'Groups', 'GroupBy', 'Blocks', 'Preset', 'Weights', 'TestSize', 'Folds', 'Quick', 'Search',
            'Trials', 'TimeBudget', 'Coverage', 'Track', 'Mirror', 'Preprocessing', 'MinGroups', 'Seed', 'Jobs', 'Model',
            'PublicKey', 'Verbose', 'bundles', 'main', 'samples', 'inspect', 'split', 'augment', 'extract', 'train',
-           'run', 'evaluate', 'predict', 'serve', 'version', 'keys', 'sign', 'verify']
+           'run', 'evaluate', 'predict', 'serve', 'key', 'version', 'deploy', 'keys', 'sign', 'verify']
 
 # %% ../nbs/90_cli.ipynb #78dbcb99
 import json
@@ -316,7 +316,7 @@ def evaluate(model_dir:Model,
     from amulet_hybrid.judge import evaluate_bundle, evaluate_table, names_rows
     bundle = load_bundle(model_dir)
     rows = bool(table) or (not test_data_dir and names_rows(bundle))
-    from amulet_hybrid.tables import hide_password
+    from amulet_hybrid.core import hide_password
     from amulet_hybrid.tracking import make_tracker, run_parameters, track_report
     asked = {'bundle': bundle.version, 'data_dir': hide_password(table or test_data_dir or 'held out'), 'target': target, 'group': group, 'quick': quick, 'seed': seed}
     with make_tracker(track, output_dir.resolve().parent).run(output_dir.name, run_parameters(asked)) as record:
@@ -365,26 +365,78 @@ def _predict_table(classifier, table, confidence_threshold, output):
         typer.echo(f'{len(rows)} rows in {output}')
     else: typer.echo(rows[['row', 'label', 'top', 'confidence']].to_csv(index=False, sep='\t', float_format='%.3f'), nl=False)
 
-@app.command(epilog='Example: amulet serve --model-dir runs/photos/bundle --port 8000')
-def serve(model_dir:Model, host:Annotated[str, typer.Option(help='Address to listen on; with the default only this machine can call')]='127.0.0.1',
-          port:Annotated[int, typer.Option(min=1, max=65535)]=8000, confidence_threshold:Annotated[float, typer.Option(min=0, max=1, help='Below it no label is given')]=0.,
-          cache:Annotated[str, typer.Option(help='Where answers are remembered: memory, off, or the address of a Redis server (redis://host:6379/0)')]='memory',
-          memory_threshold:Annotated[float, typer.Option('--memory-threshold', min=0, help='Megabytes beyond which remembered answers are let go; 0: none')]=0.,
-          public_key:PublicKey=None):
-    "Serve a bundle over HTTP: POST /predict, POST /predict/file, GET /health, GET /docs"
-    from amulet_hybrid.serving import serve as serve_http
-    from amulet_hybrid.classifier import HybridClassifier
-    _verbose(True)
-    classifier = HybridClassifier(model_dir, confidence_threshold, enable_caching={'memory': True, 'off': False}.get(cache, cache), memory_threshold=memory_threshold,
-                                  public_key=public_key)
-    typer.echo(f'Serving {len(classifier.classes)} classes of bundle {classifier.model_version} at http://{host}:{port} (try it: /docs)')
-    serve_http(classifier, host, port)
+@app.command(add_help_option=False, context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
+def serve(context:typer.Context):
+    "Serve a bundle over HTTP: photos in, answers out; amulet serve --help lists all settings"
+    from amulet_hybrid.settings import settings_command
+    late = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']})
+    about = ('Serve a bundle over HTTP. Each option can also be set by the variable that is named beside it, or in a file: '
+             'the command line counts more than the variable, and that more than the file.')
+    late.command(epilog='Example: amulet serve --model-dir runs/photos/bundle --port 8000', help=about)(settings_command(_serve))
+    late(context.args, prog_name='amulet serve')
+
+def _serve(settings):
+    "The port, the bundle, the records, and then requests"
+    from amulet_hybrid.core import ConfigError
+    from amulet_hybrid.listen import take_port
+    from amulet_hybrid.monitoring import start_logging
+    if settings.model_dir is None: raise ConfigError('no bundle is named', where='model_dir', advice='amulet serve --model-dir runs/photos/bundle')
+    start_logging(settings.log_format, settings.log_level)
+    with take_port(settings.host, settings.port) as sock:
+        from amulet_hybrid.classifier import HybridClassifier
+        from amulet_hybrid.serving import create_app, serve
+        def load(): return HybridClassifier(settings.model_dir, settings.confidence_threshold, enable_caching={'memory': True, 'off': False}.get(settings.cache, settings.cache),
+                                            memory_threshold=settings.memory_threshold, public_key=settings.public_key)
+        serve(create_app(load(), settings, load, _recorder(settings)), settings, sock)
+
+def _recorder(settings):
+    "Whoever writes predictions down, or None"
+    if settings.database_url=='off': return None
+    try: from amulet_hybrid.store import PredictionLog
+    except ImportError as error:
+        if settings.database_url: raise
+        from amulet_hybrid.core import log
+        log.warning('predictions are not recorded: %s', error)
+        return None
+    return PredictionLog(settings.database_url, settings.spool_dir)
+
+@app.command(epilog='Example: amulet key shop')
+def key(name:Annotated[str, typer.Argument(help='Of whoever gets the key')]):
+    "Make a key for the service: one line to give away, one for AMULET_API_KEYS"
+    from amulet_hybrid.access import make_key
+    secret,line = make_key(name)
+    typer.echo(f'Key        {secret}  (give it to {name}; it is not kept anywhere)\nService    {line}')
 
 @app.command()
 def version():
     "Version of amulet_hybrid"
     from amulet_hybrid import __version__
     typer.echo(__version__)
+
+# %% ../nbs/90_cli.ipynb #5c70c2ca
+@app.command(epilog='Example: amulet deploy --type docker --model-dir runs/photos/bundle --output-dir deployment\n\n'
+                    'Example: amulet deploy --type all --settings deployment/deploy.json --output-dir deployment --replicas 5')
+def deploy(kind:Annotated[str, typer.Option('--type', help="'docker', 'systemd', 'nginx', 'kubernetes', 'render' or 'all'")]='all', output_dir:Output=Path('deployment'),
+           model_dir:Annotated[Path|None, typer.Option('--model-dir', exists=True, file_okay=False, help='Bundle that goes into the image')]=None,
+           settings:Annotated[Path|None, typer.Option('--settings', exists=True, dir_okay=False, help='deploy.json of an earlier deployment, perhaps changed')]=None,
+           replicas:Annotated[int|None, typer.Option(help='Processes behind the proxy [3]')]=None,
+           host:Annotated[str|None, typer.Option(help='Address at which the proxy listens; 0.0.0.0 lets other machines in [127.0.0.1]')]=None,
+           port:Annotated[int|None, typer.Option(help='Of the proxy [8080]')]=None,
+           domain:Annotated[str|None, typer.Option(help='Name of the site, e.g. amulets.example.org')]=None,
+           tls_dir:Annotated[str|None, typer.Option('--tls-dir', help='Folder, there, with fullchain.pem and privkey.pem')]=None,
+           image:Annotated[str|None, typer.Option(help='Name of the image, with the registry it is pushed to, without tag [amulet-hybrid]')]=None,
+           wheel:Annotated[Path|None, typer.Option(exists=True, dir_okay=False, help='Wheel of amulet_hybrid that goes into the image; default: the package index has it')]=None,
+           public_key:PublicKey=None, force:Annotated[bool, typer.Option('--force', help='Overwrite files that were edited since')]=False):
+    "Write what runs a bundle somewhere: Docker and compose, systemd, nginx, Kubernetes, Render; no secret is in any file"
+    from amulet_hybrid.deploy import DeploySettings
+    from amulet_hybrid.deploy import deploy as write
+    given = {'replicas': replicas, 'host': host, 'port': port, 'domain': domain, 'tls_dir': tls_dir, 'image': image}
+    base = DeploySettings.load(settings) if settings else DeploySettings()
+    if replicas and replicas > base.most_replicas: given['most_replicas'] = replicas
+    done = write(base.replace(**{k: v for k,v in given.items() if v is not None}), output_dir, kind, model_dir, wheel, public_key, force)
+    for path in done.changed: typer.echo(f'  {path}')
+    typer.echo(f'{len(done.files)} files in {output_dir}, {len(done.changed)} of them new or changed. How to go on: {output_dir}/README.md')
+    _notes(('info', n) for n in done.notes)
 
 # %% ../nbs/90_cli.ipynb #224d1c30
 bundles = typer.Typer(no_args_is_help=True, help='Check a bundle, and vouch for it: amulet bundle verify --model-dir runs/photos/bundle')
@@ -410,3 +462,8 @@ def verify(model_dir:Model, public_key:PublicKey=None):
     size = sum(f['bytes'] for f in manifest['files'].values())
     typer.echo(f'Good       {manifest["digest"][:12]}: {len(manifest["classes"])} classes, {len(manifest["files"])} files, {size/2**20:.1f} MB'+(f', signed by {public_key}'
                                                             if public_key else ', no signature asked for'))
+
+# %% ../nbs/90_cli.ipynb #570e0002
+from .store_cli import stores
+
+app.add_typer(stores, name='store')

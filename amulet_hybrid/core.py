@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'AmuletError', 'ConfigError', 'ImageError', 'DatasetError', 'SplitError', 'FeatureError', 'TrainingError',
-           'BundleError', 'MissingExtraError', 'require', 'bytes_digest', 'file_digest', 'json_digest', 'Config',
-           'atomic_write', 'derive_seed', 'progress']
+           'BundleError', 'StoreError', 'MissingExtraError', 'require', 'hide_password', 'driver_message',
+           'bytes_digest', 'file_digest', 'json_digest', 'Config', 'atomic_write', 'derive_seed', 'progress']
 
 # %% ../nbs/00_core.ipynb #cedab64f
 import dataclasses
@@ -14,12 +14,14 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterable, Iterator
+from urllib.parse import unquote
 
 # %% ../nbs/00_core.ipynb #d08f81c1
 class AmuletError(Exception):
@@ -57,6 +59,7 @@ class SplitError(AmuletError): "No honest split exists, or one was broken"; code
 class FeatureError(AmuletError): "A block that is unknown or cannot be computed"; code = 'bad_features'
 class TrainingError(AmuletError): "Training that cannot give an honest model"; code = 'bad_training'
 class BundleError(AmuletError): "A bundle that must not be loaded"; code = 'bad_bundle'
+class StoreError(AmuletError): "A database, or the spool before it, that cannot be used"; code = 'bad_store'
 class MissingExtraError(AmuletError, ImportError): "An optional package that is not installed"; code = 'missing_extra'
 
 # %% ../nbs/00_core.ipynb #bc5f15d6
@@ -73,6 +76,28 @@ def require(
         if error.name and error.name.split('.')[0] != name.split('.')[0]: raise
         raise MissingExtraError(f'this needs the package {name!r}, which is not installed',
                                 advice=f"Install it with: pip install 'amulet_hybrid[{extra}]'") from error
+
+# %% ../nbs/00_core.ipynb #c0de1a02
+def hide_password(
+    source:str|Path # File, or URL of a database
+) -> str: # The same with `***` for a password
+    "A source as it may be shown and stored"
+    text = re.sub(r'(?i)([?&](?:ssl)?password=)[^&]*', r'\1***', str(source))
+    scheme,there,rest = text.partition('://')
+    user,at,host = rest.rpartition('@')
+    return f'{scheme}://{user.split(":")[0]}:***@{host}' if there and at and ':' in user else text
+
+def driver_message(
+    error:BaseException, # What a database driver, or SQLAlchemy around it, raised
+    source:str|Path # URL that it was given
+) -> str: # One line without a password
+    "What a driver has to say, as it may be shown"
+    told = str(getattr(error, 'orig', None) or error).strip()
+    if not told: return type(error).__name__
+    told = told.splitlines()[0].replace(str(source), hide_password(source))
+    secrets = re.findall(r'://[^/@:]*:(.*)@', str(source))+re.findall(r'(?i)[?&](?:ssl)?password=([^&]+)', str(source))
+    for secret in (s for raw in secrets for s in (raw, unquote(raw)) if s): told = told.replace(secret, '***')
+    return told[:200]
 
 # %% ../nbs/00_core.ipynb #f4168c61
 def bytes_digest(data:bytes) -> str: # 64 hex digits
@@ -151,6 +176,9 @@ def derive_seed(
 ) -> int: # 0 .. 2**32-1
     "A seed of its own for everything that needs chance"
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4], 'big')
+
+# %% ../nbs/00_core.ipynb #f081045a
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
 
 # %% ../nbs/00_core.ipynb #bf6b4b7e
 log = logging.getLogger('amulet_hybrid')

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .analysis import learning_curve, nearest_training
 from .bundle import Bundle, load_bundle
-from .core import BundleError, ConfigError, DatasetError, file_digest, json_digest
+from .core import BundleError, ConfigError, DatasetError, file_digest, hide_password, json_digest
 from .evaluation import Evaluation, NoveltyTest, evaluate
 from .features.hybrid import HybridFeatureExtractor
 from .images import read_image
@@ -27,7 +27,7 @@ from .labels import find_label_issues
 from .models import MODELS, Candidate
 from .pipeline import importance_sections, speed_profile
 from .table_run import MOST_COLUMNS, MOST_PAIRS, column_importance, row_speed, table_block, table_manifest
-from .tables import TableExtractor, hide_password, read_rows
+from .tables import TableExtractor, read_rows
 from .trainer import encode_blocks, fit_candidate
 
 # %% ../nbs/86_judge.ipynb #1822bb2b

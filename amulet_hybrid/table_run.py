@@ -19,12 +19,12 @@ import pandas as pd
 
 from .analysis import block_importance, nearest_training
 from .bundle import Bundle, load_bundle
-from .core import BundleError, Config, ConfigError, DatasetError, json_digest
+from .core import BundleError, Config, ConfigError, DatasetError, hide_password, json_digest
 from .evaluation import Evaluation, NoveltyTest, evaluate
 from .features.hybrid import FeatureConfig, HybridFeatureExtractor
 from .pipeline import BUNDLE, TrainingRun, random_split_note
 from .split import groups_per_class
-from .tables import TableData, TableExtractor, hide_password, read_source, read_table
+from .tables import TableData, TableExtractor, read_source, read_table
 from .trainer import TrainingConfig, encode_blocks
 
 # %% ../nbs/82_table_run.ipynb #b8d2a7ac

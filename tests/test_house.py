@@ -28,8 +28,9 @@ def floors():
     return out
 
 def modules():
-    "Module name -> file, of all that is exported"
-    return {'.'.join(p.relative_to(PACKAGE).with_suffix('').parts): p for p in sorted(PACKAGE.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')}
+    "Module name -> file, of all that is exported; steps from one version of the tables to the next are files of Alembic"
+    files = (p.relative_to(PACKAGE) for p in sorted(PACKAGE.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py'))
+    return {'.'.join(p.with_suffix('').parts): PACKAGE/p for p in files if p.parts[0]!='migrations'}
 
 def imports(path, name):
     "(module, star) of every import of a file, the relative ones made absolute"

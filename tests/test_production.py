@@ -2,65 +2,25 @@
 import base64
 import json
 import os
-import shutil
 import socket
 import subprocess
-import sys
 import time
-import venv
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 
-from amulet_hybrid.bundle import REQUIREMENTS, HeldOut, save_bundle, sign_bundle
-from amulet_hybrid.cascade import fit_cascade
 from amulet_hybrid.classifier import HybridClassifier
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.samples import LOGOS, draw_logo
-from amulet_hybrid.signatures import make_keys
-from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-SKIP = shutil.ignore_patterns('.*', '*.egg-info', '__pycache__', 'build', 'dist', '_proc', '_docs', 'samples', 'runs')
 HEAVY = ('torch', 'sklearn', 'scipy', 'pandas', 'matplotlib', 'joblib')
 
-@pytest.fixture(scope='module')
-def bundle(tmp_path_factory):
-    "Folder of a signed bundle with three tiers, and a photo"
-    folder = tmp_path_factory.mktemp('trained')
-    photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10) for view in range(2)]
-    labels,groups = np.repeat(list(LOGOS), 20),np.repeat(np.arange(10*len(LOGOS)), 2)
-    extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'lbp', 'dense_sift', 'cnn:squeezenet1_1'), weights='random', cnn_side=64), folder/'cache')
-    features = extractor.extract_batch(photos)
-    models = ('logistic_balanced', 'lda_balanced', 'svm', 'cosine_knn', 'extra_trees')
-    trainer = HybridTrainer(TrainingConfig(cv_folds=3, models=models, jobs=1)).fit(features, labels, groups, extractor.encoders())
-    cascade = fit_cascade(trainer, features, groups, extractor.extractors)
-    save_bundle(folder/'bundle', trainer.model_, extractor, cascade=cascade, held_out=HeldOut(features, photos))
-    make_keys(folder/'key.pem')
-    sign_bundle(folder/'bundle', folder/'key.pem')
-    Image.fromarray(photos[3]).save(folder/'photo.png')
-    return folder
+@pytest.fixture
+def bundle(trained): return trained
 
-@pytest.fixture(scope='module')
-def python(bundle, tmp_path_factory):
-    "Python of an environment with the wheel (--no-deps) and what the bundle asks for"
-    tree,env = tmp_path_factory.mktemp('tree')/'amulet_hybrid',tmp_path_factory.mktemp('production')/'venv'
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=lambda folder, names: SKIP(folder, names) if Path(folder)==ROOT else set())
-    done = subprocess.run([sys.executable, '-m', 'build', '--wheel', '--outdir', tree/'dist', tree], capture_output=True, text=True)
-    assert done.returncode==0, done.stdout[-2000:]+done.stderr[-2000:]
-    venv.create(env, with_pip=True)
-    python = env/('Scripts' if os.name=='nt' else 'bin')/'python'
-    pip = [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check']
-    done = subprocess.run([*pip, '--no-deps', next((tree/'dist').glob('*.whl'))], capture_output=True, text=True)
-    assert done.returncode==0, done.stderr[-2000:]
-    done = subprocess.run([*pip, '-r', bundle/'bundle'/REQUIREMENTS], capture_output=True, text=True)
-    if done.returncode and any(words in done.stderr for words in ('Connection', 'Temporary failure', 'No matching distribution', 'Network is unreachable')):
-        pytest.skip(f'no packages can be had here: {done.stderr.splitlines()[-1][:200]}')
-    assert done.returncode==0, done.stderr[-2000:]
-    return python
+@pytest.fixture
+def python(image):
+    "Of the image that `amulet deploy` describes: the wheel (--no-deps) and what the bundle and its service ask for"
+    return image.python
 
 def run(python, code, *args):
     env = {k: v for k,v in os.environ.items() if k!='PYTHONPATH'}

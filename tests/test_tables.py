@@ -9,9 +9,9 @@ import pytest
 from sklearn.datasets import load_breast_cancer, load_iris, load_wine
 
 from amulet_hybrid.bundle import load_bundle, verify_bundle
-from amulet_hybrid.core import BundleError, ConfigError, DatasetError, FeatureError, SplitError
+from amulet_hybrid.core import BundleError, ConfigError, DatasetError, FeatureError, SplitError, hide_password
 from amulet_hybrid.table_run import TableConfig, TableRun, predict_table, table_block
-from amulet_hybrid.tables import TableEncoder, TableExtractor, hide_password, read_table
+from amulet_hybrid.tables import TableEncoder, TableExtractor, read_table
 
 
 def holes(load, share=.05, seed=0):
