@@ -120,7 +120,7 @@ def read_options(
 ) -> Options:
     "Options from a form or an address"
     def value(text): return {'true': True, 'false': False}.get(text, float(text) if _NUMBER.fullmatch(text) else text)
-    try: return Options.model_validate({k: value(v) for k,v in texts.items() if v!=''})
+    try: return Options.model_validate({k: value(v) for k,v in texts.items()})
     except ValidationError as error: raise say(error) from None
 
 # %% ../nbs/69_api.ipynb #9895dea7

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SAFE', 'Cors', 'Door']
 
-# %% ../nbs/70_door.ipynb #542de4b3
+# %% ../nbs/70_door.ipynb #277e16f8
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 from .access import Keys, RateLimit, request_id, sent_key
 from .api import REFUSALS, Visit, refuse
@@ -16,6 +16,9 @@ from .limits import Body, ClientGone, Held
 from .monitoring import Metrics, access_log
 from .queueing import Busy
 from .settings import Settings
+
+# %% ../nbs/70_door.ipynb #1691dad8
+from starlette.requests import Request
 
 # %% ../nbs/70_door.ipynb #b56f09d3
 SAFE = ((b'x-content-type-options', b'nosniff'), (b'x-frame-options', b'DENY'), (b'referrer-policy', b'no-referrer'), (b'cross-origin-resource-policy', b'same-origin'))
@@ -46,10 +49,12 @@ class Door:
     def __init__(self, app, settings:Settings, keys:Keys, limit:RateLimit, metrics:Metrics, held:Held,
         guarded:Collection[str], # Paths that need a key where there are keys
         counted:Collection[str], # Paths that count for rates and for room
-        admin:Collection[str] # Paths for the administrator
+        admin:Collection[str], # Paths for the administrator
+        direct:Mapping[tuple[str,str],Callable]|None=None # (method, path) -> what answers; others go to the app
     ):
         self.app,self.settings,self.keys,self.limit,self.metrics,self.held = app,settings,keys,limit,metrics,held
         self.guarded,self.counted,self.admin,self.cors,self.inside = frozenset(guarded),frozenset(counted),frozenset(admin),Cors(settings.cors_origins),0
+        self.direct = {} if direct is None else direct
 
     async def __call__(self, scope, receive, send):
         if scope['type']!='http': return await self.app(scope, receive, send)
@@ -72,7 +77,8 @@ class Door:
             if counts := visit.path in self.counted:
                 if self.inside >= self.settings.max_requests: counts = False; raise Busy(1)
                 self.inside += 1
-            await self.app(scope, visit.body.receive, send)
+            if answers := self.direct.get((visit.method, visit.path)): await (await answers(Request(scope, visit.body.receive)))(scope, visit.body.receive, send)
+            else: await self.app(scope, visit.body.receive, send)
         except ClientGone: visit.status,visit.refused = 499,'client_gone'
         except Exception as error:
             response,visit.refused = refuse(error, visit.request_id, f'{visit.method} {visit.path[:100]}')
