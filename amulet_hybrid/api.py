@@ -76,7 +76,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True)
     confidence_threshold:float|None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="Below it `predicted_class` is null; left out: the model's own")
     return_probabilities:bool = Field(default=True, description='Whether to list the probability of every class')
-    time_budget_ms:float|None = Field(default=None, gt=0, le=60_000, allow_inf_nan=False, description='Milliseconds the model may take; it then asks only the parts that fit')
+    time_budget_ms:float|None = Field(default=None, ge=.1, le=60_000, allow_inf_nan=False, description='Milliseconds the model may take; it then asks only the parts that fit')
     coverage:float|None = Field(default=None, ge=.5, le=.999, allow_inf_nan=False, description=_SHARE)
 
 class PredictRequest(Options):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_json', 'read_form', 'create_app', 'serve']
 
-# %% ../nbs/71_serving.ipynb #110062a6
+# %% ../nbs/71_serving.ipynb #e6aed070
 import asyncio
 import secrets
 import signal
@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from . import __version__
-from .access import Keys, check_digest
+from .access import Keys
 from .answering import Answers, aside, digest_of
 from .api import (ANY, BODY, PHOTO, REFUSALS, ROW, BatchRequest, BatchResponse, Classifier, FeedbackRequest, FeedbackResponse, Health, Info, Options,
                                PredictRequest, PredictResponse, Probe, Recorder, Reloaded, failure, read_options, reply, responses, say)
@@ -110,18 +110,14 @@ def _small(photo, settings):
     if len(photo) > settings.max_bytes: raise AmuletError(f'larger than {settings.max_bytes:,} bytes', code='image_too_large', advice='Save it smaller')
     return photo
 
-# %% ../nbs/71_serving.ipynb #744ca64a
-def _resident_mb():
-    from amulet_hybrid.classifier import resident_mb
-    return round(resident_mb(), 1)
-
+# %% ../nbs/71_serving.ipynb #cde0dff2
 def _add_state(app, service, settings):
     "`/health`, `/info`, `/metrics`, `/admin/reload`"
     @app.get('/health', responses=responses('internal_error'), response_model=Health)
     async def health(request:Request) -> Response:
         "Whether the service is well, and how it has been"
         return reply({'status': 'degraded' if service.failing else 'ok', 'model_loaded': True, 'version': __version__, 'model_version': service.model.version,
-                      'uptime_seconds': round(time.monotonic()-service.started, 3), 'memory_usage_mb': _resident_mb(), 'cpu_usage_percent': service.usage.percent(),
+                      'uptime_seconds': round(time.monotonic()-service.started, 3), 'memory_usage_mb': service.metrics.memory_mb(), 'cpu_usage_percent': service.usage.percent(),
                       'predictions_count': service.count, 'average_response_time_ms': round(service.total_ms/max(service.count, 1), 3), 'queue_depth': len(service.line),
                       'records': service.records()})
 
@@ -249,7 +245,6 @@ def create_app(
     settings = settings or Settings()
     service,keys = Answers(classifier, settings, load, recorder),Keys.load(settings.api_keys, settings.api_keys_file)
     if keys: service.guarded = frozenset(_GUARDED)-({'/metrics'} if settings.metrics_open else set())
-    if settings.admin_key: check_digest(settings.admin_key, '`admin_key`')
     app = FastAPI(title='amulet_hybrid', version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=_life(service),
                   description='Names a photo, and says so when it is unsure. Every failure has `success: false`, a code, a message, an advice and the id of the request. '
                               'Every address is there under /v1, too.')

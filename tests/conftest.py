@@ -1,0 +1,71 @@
+"What several tests stand on, made once a session: a trained bundle, a wheel, the image in which both are served"
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIP = shutil.ignore_patterns('.*', '*.egg-info', '__pycache__', 'build', 'dist', '_proc', '_docs')
+
+@pytest.fixture(scope='session')
+def built(tmp_path_factory):
+    "Folder with an sdist and the wheel that was built from it, of a clean copy"
+    tree = tmp_path_factory.mktemp('tree')/'amulet_hybrid'
+    left_out = {str(ROOT/'samples'), str(ROOT/'runs')}
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=lambda folder, names: SKIP(folder, names) | {n for n in names if os.path.join(folder, n) in left_out})
+    done = subprocess.run([sys.executable, '-m', 'build', '--outdir', tree/'dist', tree], capture_output=True, text=True)
+    assert done.returncode==0, done.stdout[-2000:]+done.stderr[-2000:]
+    return tree/'dist'
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    "Folder of a signed bundle with three tiers, its keys, and a photo"
+    from PIL import Image
+
+    from amulet_hybrid.bundle import HeldOut, save_bundle, sign_bundle
+    from amulet_hybrid.cascade import fit_cascade
+    from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
+    from amulet_hybrid.samples import LOGOS, draw_logo
+    from amulet_hybrid.signatures import make_keys
+    from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
+    folder = tmp_path_factory.mktemp('trained')
+    photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10) for view in range(2)]
+    labels,groups = np.repeat(list(LOGOS), 20),np.repeat(np.arange(10*len(LOGOS)), 2)
+    extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'lbp', 'dense_sift', 'cnn:squeezenet1_1'), weights='random', cnn_side=64), folder/'cache')
+    features = extractor.extract_batch(photos)
+    models = ('logistic_balanced', 'lda_balanced', 'svm', 'cosine_knn', 'extra_trees')
+    trainer = HybridTrainer(TrainingConfig(cv_folds=3, models=models, jobs=1)).fit(features, labels, groups, extractor.encoders())
+    cascade = fit_cascade(trainer, features, groups, extractor.extractors)
+    save_bundle(folder/'bundle', trainer.model_, extractor, cascade=cascade, held_out=HeldOut(features, photos))
+    make_keys(folder/'key.pem')
+    sign_bundle(folder/'bundle', folder/'key.pem')
+    Image.fromarray(photos[3]).save(folder/'photo.png')
+    return folder
+
+def free_ports(number):
+    "So many ports in a row that nobody has"
+    for first in range(20_000+os.getpid()%10_000, 60_000, number):
+        try:
+            socks = [socket.create_server(('127.0.0.1', first+i)) for i in range(number)]
+            for sock in socks: sock.close()
+            return first
+        except OSError: continue
+    raise RuntimeError('no free ports')
+
+@pytest.fixture(scope='session')
+def image(built, trained, tmp_path_factory):
+    "The image of `amulet deploy`, with the signed bundle and the wheel"
+    from dockerfile import Image
+
+    from amulet_hybrid.deploy import DeploySettings, deploy
+    folder = tmp_path_factory.mktemp('deployment')
+    settings = DeploySettings(service_port=free_ports(1))
+    deploy(settings, folder, 'docker', trained/'bundle', next(built.glob('*.whl')), trained/'key.pem.pub')
+    made = Image(folder/'docker', settings.install_dir, settings.data_dir)
+    yield made
+    made.remove()
