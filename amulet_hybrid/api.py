@@ -246,6 +246,7 @@ REFUSALS:dict[str,tuple[int,str]] = {
     'rate_limited': (429, 'More photos than this caller is allowed; see Retry-After'),
     'internal_error': (500, 'The fault is ours; the log of the service tells more'),
     'busy': (503, 'Too many requests at once; see Retry-After'),
+    'database_down': (503, 'The database does not answer, and it alone knows; see Retry-After'),
     'timed_out': (504, 'There was no answer in time'),
 }
 ANY = ('no_key', 'rate_limited', 'internal_error', 'busy')

@@ -8,6 +8,7 @@ __all__ = ['Busy', 'Line', 'unless_gone']
 # %% ../nbs/67_queueing.ipynb #01b3e38c
 import asyncio
 import os
+import statistics
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -25,6 +26,8 @@ class Busy(AmuletError):
         self.seconds = max(1, int(-(-seconds//1)))
         super().__init__('too many requests at once', advice=f'Try again in {self.seconds} s')
 
+_EARLY = 8 # Measurements before a wait is foretold: the first ones of a process are slow
+
 class Line:
     "A bounded line before a pool of threads"
     def __init__(self,
@@ -33,7 +36,7 @@ class Line:
         seconds:float=10. # Longest wait
     ):
         self.workers,self.places,self.seconds = workers or os.cpu_count() or 1,places,seconds
-        self.running,self.mean,self._waiting = 0,0.,deque()
+        self.running,self.mean,self._waiting,self._early = 0,0.,deque(),[]
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix='amulet-predict')
 
     def __len__(self): return len(self._waiting)
@@ -74,7 +77,10 @@ class Line:
             raise
 
     def _free(self, took):
-        self.mean = .9*self.mean+.1*took if self.mean else took
+        if self.mean: self.mean = .9*self.mean+.1*took
+        else:
+            self._early.append(took)
+            if len(self._early)==_EARLY: self.mean = statistics.median(self._early)
         self._next()
 
     def _next(self):

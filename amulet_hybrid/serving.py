@@ -101,7 +101,7 @@ def _add_predictions(app, service, settings):
         if len(photos) > 1: service.limit.take(visit.caller, len(photos)-1, owed=True)
         return reply(await unless_gone(visit.body.receive, service.batch(visit, photos, options), settings.timeout_seconds+1))
 
-    @app.post('/feedback', responses=responses(*ANY, *BODY, 'unknown_prediction'), response_model=FeedbackResponse, openapi_extra=_json_body('FeedbackRequest'))
+    @app.post('/feedback', responses=responses(*ANY, *BODY, 'unknown_prediction', 'database_down'), response_model=FeedbackResponse, openapi_extra=_json_body('FeedbackRequest'))
     async def feedback(request:Request) -> Response:
         "Say what the photo of an earlier answer really showed"
         return reply(await service.feedback(request.scope['visit'], await read_json(request, FeedbackRequest, 2**16, settings)))
