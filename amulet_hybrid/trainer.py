@@ -10,6 +10,7 @@ __all__ = ['MIRROR', 'MANY', 'QUICK_MODELS', 'CORE', 'TELLS', 'CALIBRATIONS', 'N
 # %% ../nbs/48_trainer.ipynb #57f43299
 import re
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,7 +233,10 @@ def out_of_fold(
             known[join, f] = found
             checkpoint.store(found, join, more, f, *titles[join])
             if time.monotonic() > until and all(known[joins[0], g] for g in wanted): break
-    finally: run.close()
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='.*tasks have been successfully executed') # that is what running out of time means
+            run.close()
     logits = {c: np.full((len(y), n_classes), np.nan) for c in candidates if all(known[c.blocks, f] for f in wanted)}
     for c,values in logits.items():
         for f in wanted: values[fold==f] = known[c.blocks, f][c.title]
