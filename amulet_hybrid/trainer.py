@@ -228,15 +228,14 @@ def out_of_fold(
     def taught(join, f): return lessons and lessons.encoded(coded[f][0] if raw else {}, join)
     run = joblib.Parallel(n_jobs=min(jobs, max(len(tasks), 1)), return_as='generator')(
         joblib.delayed(_fold_logits)(seen(join, f), y, fold, f, these[join], seed, n_classes, taught(join, f)) for join,f in tasks)
-    try:
-        for (join,f),found in zip(tasks, progress(run, desc, len(tasks), 'fit') if desc else run):
-            known[join, f] = found
-            checkpoint.store(found, join, more, f, *titles[join])
-            if time.monotonic() > until and all(known[joins[0], g] for g in wanted): break
-    finally:
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='.*tasks have been successfully executed') # that is what running out of time means
-            run.close()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message=r'\d+ tasks') # joblib's word for running out of time
+        try:
+            for (join,f),found in zip(tasks, progress(run, desc, len(tasks), 'fit') if desc else run):
+                known[join, f] = found
+                checkpoint.store(found, join, more, f, *titles[join])
+                if time.monotonic() > until and all(known[joins[0], g] for g in wanted): break
+        finally: run.close()
     logits = {c: np.full((len(y), n_classes), np.nan) for c in candidates if all(known[c.blocks, f] for f in wanted)}
     for c,values in logits.items():
         for f in wanted: values[fold==f] = known[c.blocks, f][c.title]
