@@ -76,7 +76,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True)
     confidence_threshold:float|None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="Below it `predicted_class` is null; left out: the model's own")
     return_probabilities:bool = Field(default=True, description='Whether to list the probability of every class')
-    time_budget_ms:float|None = Field(default=None, gt=0, le=60_000, allow_inf_nan=False, description='Milliseconds the model may take; it then asks only the parts that fit')
+    time_budget_ms:float|None = Field(default=None, ge=.1, le=60_000, allow_inf_nan=False, description='Milliseconds the model may take; it then asks only the parts that fit')
     coverage:float|None = Field(default=None, ge=.5, le=.999, allow_inf_nan=False, description=_SHARE)
 
 class PredictRequest(Options):
@@ -120,7 +120,7 @@ def read_options(
 ) -> Options:
     "Options from a form or an address"
     def value(text): return {'true': True, 'false': False}.get(text, float(text) if _NUMBER.fullmatch(text) else text)
-    try: return Options.model_validate({k: value(v) for k,v in texts.items() if v!=''})
+    try: return Options.model_validate({k: value(v) for k,v in texts.items()})
     except ValidationError as error: raise say(error) from None
 
 # %% ../nbs/69_api.ipynb #9895dea7

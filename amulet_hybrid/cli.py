@@ -379,11 +379,13 @@ def _serve(settings):
     if settings.model_dir is None: raise ConfigError('no bundle is named', where='model_dir', advice='amulet serve --model-dir runs/photos/bundle')
     start_logging(settings.log_format, settings.log_level)
     with take_port(settings.host, settings.port) as sock:
+        from amulet_hybrid.answering import try_out
         from amulet_hybrid.classifier import HybridClassifier
         from amulet_hybrid.serving import create_app, serve
         def load(): return HybridClassifier(settings.model_dir, settings.confidence_threshold, enable_caching={'memory': True, 'off': False}.get(settings.cache, settings.cache),
                                             memory_threshold=settings.memory_threshold, public_key=settings.public_key)
-        serve(create_app(load(), settings, load, _recorder(settings)), settings, sock)
+        try_out(classifier := load()) # the first answer is slow, and nobody shall wait for it
+        serve(create_app(classifier, settings, load, _recorder(settings)), settings, sock)
 
 def _recorder(settings):
     "Whoever writes predictions down, or None"

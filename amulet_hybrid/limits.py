@@ -172,6 +172,7 @@ class Form:
         _,options = parse_options_header(self._head.get(b'content-disposition', b''))
         self._part = options.get(b'name', b'').decode('utf-8', 'replace')
         self._is_file = self._part in self.names
+        if self._is_file and b'filename' not in options: raise self._wrong(f'{self._part!r} is a text and no file')
         self._empty = options.get(b'filename')==b'' # a browser's form with nothing chosen
         if self._is_file and len(self.files)==self.max_files:
             raise AmuletError(f'more than {self.max_files} photos', code='too_many_photos', advice='Send them in several requests')

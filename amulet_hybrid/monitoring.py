@@ -38,7 +38,7 @@ class Metrics:
     ):
         r = self.registry = CollectorRegistry()
         self.endpoints,self.reasons,self.most,self.classes = frozenset(endpoints),frozenset(reasons),most,set()
-        ProcessCollector(registry=r)
+        self._process = ProcessCollector(registry=r)
         PlatformCollector(registry=r)
         self.predictions = Counter('predictions', 'Answers by class and by the part of the model that gave them', ['class', 'route'], registry=r)
         self.latency = Histogram('prediction_latency_seconds', 'From the bytes of a photo to its answer, waiting included', buckets=_SECONDS, registry=r)
@@ -85,6 +85,10 @@ class Metrics:
         "Somebody said what a photo really shows; None: the model had not been sure"
         self.feedback.labels('unsure' if right is None else 'right' if right else 'wrong').inc()
         if right is not None: self._right += right; self._told += 1; self.agreement.set(self._right/self._told)
+
+    def memory_mb(self) -> float: # 0 where the system does not tell
+        "What this process holds"
+        return next((round(m.samples[0].value/2**20, 1) for m in self._process.collect() if m.name=='process_resident_memory_bytes'), 0.)
 
     def page(self) -> bytes: # Prometheus' text format
         "All of it"

@@ -20,8 +20,7 @@ _PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 </style><h1>{{ api.info.title }} <small>{{ api.info.version }}</small></h1>
 <p>{{ api.info.description|ticks }} For programs: <a href="openapi.json">openapi.json</a>.</p>
 <form method="post" action="predict/file" enctype="multipart/form-data"><b>Try it</b>
- <p><label>Photos of one object <input type="file" name="files" accept="image/*" multiple required></label>
- <label>Confidence threshold <input type="number" name="confidence_threshold" min="0" max="1" step="any"></label> <button>Name it</button></p></form>
+ <p><label>Photos of one object <input type="file" name="files" accept="image/*" multiple required></label> <button>Name it</button></p></form>
 <p>From a shell:</p><pre>curl -F files=@photo.jpg {{ base }}predict/file</pre>
 {% for path, methods in api.paths.items() %}{% for method, op in methods.items() %}
 <h2><code>{{ method|upper }} {{ path }}</code></h2><p>{{ op.description|ticks }}</p>

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_json', 'read_form', 'create_app', 'serve']
 
-# %% ../nbs/71_serving.ipynb #110062a6
+# %% ../nbs/71_serving.ipynb #e6aed070
 import asyncio
 import secrets
 import signal
@@ -16,8 +16,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from . import __version__
-from .access import Keys, check_digest
-from .answering import Answers, aside
+from .access import Keys
+from .answering import Answers, aside, digest_of
 from .api import (ANY, BODY, PHOTO, REFUSALS, ROW, BatchRequest, BatchResponse, Classifier, FeedbackRequest, FeedbackResponse, Health, Info, Options,
                                PredictRequest, PredictResponse, Probe, Recorder, Reloaded, failure, read_options, reply, responses, say)
 from .core import AmuletError
@@ -28,10 +28,11 @@ from .queueing import unless_gone
 from .reference import docs_page
 from .settings import Settings
 
-# %% ../nbs/71_serving.ipynb #c71a3660
+# %% ../nbs/71_serving.ipynb #3fe01881
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -57,16 +58,19 @@ async def read_form(request:Request, settings:Settings) -> tuple[list[bytes],Opt
     if len(query)!=len(dict(query)): raise AmuletError('an option is there twice', code='bad_request', advice='See /docs for the fields')
     await request.scope['visit'].body.feed(form.write, settings.max_batch_bytes+2**16, settings.body_seconds)
     form.close()
-    return form.files,read_options({**dict(query), **{k: v for k,v in form.fields.items() if v!=''}})
+    if query and form.fields: read_options(dict(query)) # what is overruled has to be right, too
+    return form.files,read_options({**dict(query), **form.fields})
 
 def _in_base64(n): return 4*(n//3+1)
 
-# %% ../nbs/71_serving.ipynb #ce39791c
+# %% ../nbs/71_serving.ipynb #964f1a68
 def _add_predictions(app, service, settings):
     "`/predict`, `/predict/file`, `/predict-batch`, `/feedback`"
     async def one(request, asked, options):
-        visit = request.scope['visit']
-        return reply(await unless_gone(visit.body.receive, service.answer(visit, asked, options), settings.timeout_seconds))
+        visit,start = request.scope['visit'],time.perf_counter()
+        digest = await aside(digest_of, asked, sum(map(len, asked))) if isinstance(asked, list) else ''
+        if known := service.known(visit, digest, options, start): return reply(known)
+        return reply(await unless_gone(visit.body.receive, service.find_out(visit, asked, digest, options, start), settings.timeout_seconds))
 
     @app.post('/predict', responses=responses('bad_base64', *ANY, *BODY, *PHOTO, *ROW), response_model=PredictResponse, openapi_extra=_json_body('PredictRequest'))
     async def predict(request:Request) -> Response:
@@ -106,34 +110,30 @@ def _small(photo, settings):
     if len(photo) > settings.max_bytes: raise AmuletError(f'larger than {settings.max_bytes:,} bytes', code='image_too_large', advice='Save it smaller')
     return photo
 
-# %% ../nbs/71_serving.ipynb #744ca64a
-def _resident_mb():
-    from amulet_hybrid.classifier import resident_mb
-    return round(resident_mb(), 1)
-
+# %% ../nbs/71_serving.ipynb #cde0dff2
 def _add_state(app, service, settings):
     "`/health`, `/info`, `/metrics`, `/admin/reload`"
     @app.get('/health', responses=responses('internal_error'), response_model=Health)
-    async def health() -> Response:
+    async def health(request:Request) -> Response:
         "Whether the service is well, and how it has been"
         return reply({'status': 'degraded' if service.failing else 'ok', 'model_loaded': True, 'version': __version__, 'model_version': service.model.version,
-                      'uptime_seconds': round(time.monotonic()-service.started, 3), 'memory_usage_mb': _resident_mb(), 'cpu_usage_percent': service.usage.percent(),
+                      'uptime_seconds': round(time.monotonic()-service.started, 3), 'memory_usage_mb': service.metrics.memory_mb(), 'cpu_usage_percent': service.usage.percent(),
                       'predictions_count': service.count, 'average_response_time_ms': round(service.total_ms/max(service.count, 1), 3), 'queue_depth': len(service.line),
                       'records': service.records()})
 
     @app.get('/health/live', responses=responses('internal_error'), response_model=Probe)
-    async def live() -> Response:
+    async def live(request:Request) -> Response:
         "Whether the process answers at all; if not, restart it"
         return reply({'status': 'alive'})
 
     @app.get('/health/ready', responses=responses('internal_error', 'busy'), response_model=Probe)
-    async def ready() -> Response:
+    async def ready(request:Request) -> Response:
         "Whether to send requests here: not while it is being stopped"
         if service.stopping: raise AmuletError('the service is being stopped', code='busy', advice='Ask another one')
         return reply({'status': 'ready'})
 
     @app.get('/info', responses=responses('no_key', 'internal_error'), response_model=Info)
-    async def info() -> Response:
+    async def info(request:Request) -> Response:
         "What the model is, what it knows, how well it does, and what it must not be asked"
         model = service.model
         return reply({'model_version': model.version, 'version': __version__, 'classes': list(model.classifier.classes), 'columns': list(getattr(model.classifier, 'columns', ())),
@@ -141,7 +141,7 @@ def _add_state(app, service, settings):
 
     @app.get('/metrics', responses=responses('no_key', 'internal_error'), response_class=Response,
              openapi_extra={'responses': {'200': {'description': 'In the text format of Prometheus', 'content': {'text/plain': {'schema': {'type': 'string'}}}}}})
-    async def metrics() -> Response:
+    async def metrics(request:Request) -> Response:
         "Numbers for Prometheus"
         return Response(service.metrics.page(), media_type='text/plain; version=0.0.4; charset=utf-8')
 
@@ -170,22 +170,32 @@ def _either_body(one, other):
     content = {**one['requestBody']['content'], **other['requestBody']['content']}
     return {'requestBody': {'required': True, 'content': content}}
 
+def _what_it_reads(schema, columns):
+    "Photos, or rows of a table with these columns: the model that answers reads one of the two"
+    del schema['oneOf'],schema['properties']['image_data' if columns else 'features']
+    schema['required'] = ['features' if columns else 'image_data']
+    schema['properties'][schema['required'][0]].pop('default')
+    if not columns: return schema['properties']['image_data'].update(minLength=4)
+    value = schema['properties']['features'].pop('additionalProperties')
+    schema['properties']['features'] |= {'properties': {c: value for c in columns}, 'additionalProperties': False, 'minProperties': 1}
+    schema['examples'] = [{'features': {columns[0]: 1}}]
+
 def _describe(app, service):
     "The OpenAPI document"
     spec = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _,found = models_json_schema([(m, 'validation') for m in (PredictRequest, BatchRequest, FeedbackRequest)], ref_template='#/components/schemas/{model}')
     spec['components']['schemas'] |= found['$defs']
     spec['components']['schemas']['BatchRequest']['properties']['images']['maxItems'] = service.settings.max_photos
-    spec['components']['securitySchemes'] = {'bearer': {'type': 'http', 'scheme': 'bearer'}, 'header': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}
+    _what_it_reads(spec['components']['schemas']['PredictRequest'], getattr(service.model.classifier, 'columns', ()))
+    spec['components']['securitySchemes'] = {'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'The key may also come in the header X-API-Key'}}
     for path,methods in spec['paths'].items():
         for operation in methods.values():
-            if path in service.guarded or path in _ADMIN: operation['security'] = [{'bearer': []}, {'header': []}]
+            if path in service.guarded or path in _ADMIN: operation['security'] = [{'bearer': []}]
             else: operation['responses'].pop('401', None)
     return spec
 
-# %% ../nbs/71_serving.ipynb #86c9cfcb
+# %% ../nbs/71_serving.ipynb #40c93bb7
 _CSP = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-_TRY = _CSP+"; script-src 'nonce-{nonce}'; connect-src 'self'; img-src 'self' blob: data:"
 
 def _add_pages(app, base):
     "`/`, `/docs`, `/openapi.json`"
@@ -193,14 +203,14 @@ def _add_pages(app, base):
     async def docs(request:Request) -> Response: return HTMLResponse(docs_page(app.openapi(), str(request.base_url)), headers={'Content-Security-Policy': _CSP})
 
     @app.get('/openapi.json', include_in_schema=False)
-    async def document() -> Response: return reply(app.openapi())
+    async def document(request:Request) -> Response: return reply(app.openapi())
 
     @app.get('/', include_in_schema=False)
-    async def home() -> Response:
-        try: from amulet_hybrid.page import try_page
+    async def home(request:Request) -> Response:
+        try: from amulet_hybrid.page import page_policy, try_page
         except ImportError: return RedirectResponse(f'{base}/docs')
         nonce = secrets.token_urlsafe(16)
-        return HTMLResponse(try_page('amulet_hybrid').replace('{nonce}', nonce), headers={'Content-Security-Policy': _TRY.replace('{nonce}', nonce)})
+        return HTMLResponse(try_page('amulet_hybrid').replace('{nonce}', nonce), headers={'Content-Security-Policy': page_policy(nonce)})
 
 # %% ../nbs/71_serving.ipynb #f0b8d7be
 _GUARDED = ('/predict', '/predict/file', '/predict-batch', '/feedback', '/info', '/metrics')
@@ -235,15 +245,16 @@ def create_app(
     settings = settings or Settings()
     service,keys = Answers(classifier, settings, load, recorder),Keys.load(settings.api_keys, settings.api_keys_file)
     if keys: service.guarded = frozenset(_GUARDED)-({'/metrics'} if settings.metrics_open else set())
-    if settings.admin_key: check_digest(settings.admin_key, '`admin_key`')
     app = FastAPI(title='amulet_hybrid', version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=_life(service),
                   description='Names a photo, and says so when it is unsure. Every failure has `success: false`, a code, a message, an advice and the id of the request. '
                               'Every address is there under /v1, too.')
+    direct:dict[tuple[str,str],Callable] = {}
     app.state.service,app.state.settings = service,settings
     app.add_middleware(Door, settings=settings, keys=keys, limit=service.limit, metrics=service.metrics, held=service.held, guarded=service.guarded,
-                       counted=_COUNTED, admin=_ADMIN)
+                       counted=_COUNTED, admin=_ADMIN, direct=direct)
     _add_predictions(app, service, settings)
     _add_state(app, service, settings)
+    direct.update({(m, r.path): r.endpoint for r in app.routes if isinstance(r, APIRoute) for m in r.methods or ()})
     _add_pages(app, settings.root_path)
 
     @app.exception_handler(HTTPException)
@@ -253,10 +264,11 @@ def create_app(
         visit.refused = code
         return reply(failure(AmuletError(REFUSALS[code][1], code=code, advice='See /docs'), visit.request_id), error.status_code, error.headers)
 
-    document = []
+    documents:dict[Any,dict] = {}
     def openapi():
-        if not document: document.append(_describe(app, service))
-        return document[0]
+        reads = tuple(getattr(service.model.classifier, 'columns', ()))
+        if reads not in documents: documents.clear(); documents[reads] = _describe(app, service)
+        return documents[reads]
     app.openapi = openapi # type: ignore[method-assign]
     return app
 

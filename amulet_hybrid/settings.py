@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREFIX', 'Settings', 'is_loopback', 'read_settings_file', 'load_settings', 'settings_command']
 
-# %% ../nbs/68_settings.ipynb #4354fad6
+# %% ../nbs/68_settings.ipynb #26abd705
 import difflib
 import inspect
 import ipaddress
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from .access import Cors, Keys, check_digest
 from .core import ConfigError, require
 
 # %% ../nbs/68_settings.ipynb #40e6fcdc
@@ -73,6 +74,9 @@ class Settings(BaseSettings):
     def _guarded(self):
         if not (self.no_auth or self.api_keys or self.api_keys_file or is_loopback(self.host)):
             raise ValueError(f'other machines can reach {self.host}, and no keys are set: set api_keys or api_keys_file (amulet key NAME makes one), or waive it with no_auth')
+        Keys.load(self.api_keys, self.api_keys_file)
+        if self.admin_key: check_digest(self.admin_key, '`admin_key`')
+        Cors(self.cors_origins)
         return self
 
 def is_loopback(

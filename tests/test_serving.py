@@ -1,107 +1,327 @@
 "The service on a real port: what a test client inside the process cannot show"
+import base64
 import io
+import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
 
+from amulet_hybrid.access import make_key
+from amulet_hybrid.bundle import MANIFEST, _write_manifest
+from amulet_hybrid.classifier import HybridClassifier
+from amulet_hybrid.samples import draw_logo
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
 SERVER = '''
-import sys, time
+import os, time
 from types import SimpleNamespace
 from amulet_hybrid.images import read_image
+from amulet_hybrid.monitoring import start_logging
 from amulet_hybrid.serving import create_app, serve
 
 class Slow:
     classes,model_version = ['clay', 'gold'],'slow-1'
     def classify(self, photo, confidence_threshold=None):
-        time.sleep(1)
         gold = float(read_image(photo).mean()/255)
+        time.sleep(float(os.environ['NAP']))
         return SimpleNamespace(label='gold', top='gold', confidence=gold, probabilities={'clay': 1-gold, 'gold': gold}, reason='', prediction_set=[], coverage=None, novelty=None,
                                timings={})
 
-serve(create_app(Slow(), max_bytes=2**20), port=int(sys.argv[1]))
+start_logging()
+serve(create_app(Slow()))
 '''
 
-def photo():
+def photo(grey=230, side=16):
     out = io.BytesIO()
-    Image.new('L', (16,16), 230).save(out, 'PNG')
+    Image.new('L', (side,side), grey).save(out, 'PNG')
     return out.getvalue()
 
-@pytest.fixture
-def server():
-    with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, '-c', SERVER, str(port)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    url = f'http://127.0.0.1:{port}'
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as free: return free.getsockname()[1]
+
+def clean(**env):
+    "An environment with these settings and no others"
+    kept = {k: v for k,v in os.environ.items() if not k.startswith('AMULET_')}
+    return {**kept, 'PYTHONPATH': str(ROOT), 'AMULET_PROGRESS': 'off', **{k: str(v) for k,v in env.items()}}
+
+@contextmanager
+def running(command, log, **env):
+    "A server and its address; its log is left in a file"
+    port = free_port()
+    given = clean(AMULET_PORT=port, **env)
+    with open(log, 'w') as told:
+        process = subprocess.Popen(command, stderr=told, stdout=subprocess.DEVNULL, env=given, cwd=log.parent)
+    process.url,process.port,process.log = f'http://127.0.0.1:{port}',port,log
     try:
-        for _ in range(300):
-            try: httpx.get(f'{url}/health'); break
-            except httpx.ConnectError:
-                assert process.poll() is None, process.stderr.read()
+        for _ in range(600):
+            try: httpx.get(f'{process.url}/health/live'); break
+            except httpx.TransportError:
+                assert process.poll() is None, log.read_text()
                 time.sleep(.1)
-        yield process,url
+        yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+
+@contextmanager
+def slow(folder, nap=1., **settings):
+    "The stand-in, which takes its time"
+    with running([sys.executable, '-c', SERVER], folder/'log', NAP=nap, **{f'AMULET_{k.upper()}': v for k,v in settings.items()}) as process: yield process
+
+@contextmanager
+def real(folder, bundle, **settings):
+    "`amulet serve` with a trained bundle"
+    command = [BIN/'amulet', 'serve', '--model-dir', bundle, '--database-url', 'off']
+    with running(command, folder/'log', **{f'AMULET_{k.upper()}': v for k,v in settings.items()}) as process: yield process
+
+@pytest.fixture
+def server(tmp_path):
+    with slow(tmp_path, max_bytes=2**20, max_batch_bytes=2**20) as process: yield process
 
 def ask(url):
     "A prediction under way: the thread that waits for it, and where the answer will be"
     answers = []
-    worker = threading.Thread(target=lambda: answers.append(httpx.post(f'{url}/predict/file', files={'file': photo()}, timeout=30)))
+    def work():
+        answers.append(httpx.post(f'{url}/predict/file', files={'files': photo()}, timeout=30))
+    worker = threading.Thread(target=work)
     worker.start()
     return worker,answers
 
+def raw(port, *pieces, pause=0., wait=10.):
+    "Status and body of what comes back for these bytes"
+    with closing(socket.create_connection(('127.0.0.1', port), timeout=wait)) as line:
+        out = b''
+        try:
+            for piece in pieces:
+                line.sendall(piece)
+                time.sleep(pause)
+            while got := line.recv(2**16): out += got
+        except OSError: pass
+    heads = re.findall(rb'HTTP/1\.1 (\d\d\d)', out)
+    return [int(h) for h in heads],out.rpartition(b'\r\n\r\n')[2]
+
+def until(check, seconds=10.):
+    "Wait for something to become true"
+    end = time.monotonic()+seconds
+    while not check():
+        assert time.monotonic() < end
+        time.sleep(.02)
+
 def test_event_loop_stays_free(server):
     "`/health` answers while a prediction is under way"
-    _,url = server
-    worker,answers = ask(url)
-    time.sleep(.3)
+    worker,answers = ask(server.url)
+    until(lambda: 'predictions_running 1.0' in httpx.get(f'{server.url}/metrics').text)
     start = time.perf_counter()
-    assert httpx.get(f'{url}/health').json()['predictions_count']==0
-    took = time.perf_counter()-start
+    assert httpx.get(f'{server.url}/health').json()['predictions_count']==0
+    assert time.perf_counter()-start < .8
     worker.join()
-    assert took < .5
     assert answers[0].json()['predicted_class']=='gold'
 
 def test_too_large_is_told_not_cut_off(server):
     "A client that sends 60 MB at once still gets to read why it was refused, with and without a length"
-    _,url = server
     def pieces():
-        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+        yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         for _ in range(60): yield b'x'*2**20
-    for request in (dict(files={'file': b'x'*60*2**20}), dict(content=pieces(), headers={'content-type': 'multipart/form-data; boundary=x'})):
-        r = httpx.post(f'{url}/predict/file', timeout=60, **request)
+    for request in (dict(files={'files': b'x'*60*2**20}), dict(content=pieces(), headers={'content-type': 'multipart/form-data; boundary=x'})):
+        r = httpx.post(f'{server.url}/predict/file', timeout=60, **request)
         assert (r.status_code, r.json()['error_code'])==(413, 'image_too_large')
 
 @pytest.mark.skipif(sys.platform!='linux', reason='reads /proc')
 def test_refused_bodies_take_no_memory(server):
-    process,url = server
-    def resident(): return int(open(f'/proc/{process.pid}/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')
-    httpx.post(f'{url}/predict/file', files={'file': b'x'*2**21}, timeout=60)
+    def resident(): return int(open(f'/proc/{server.pid}/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')
+    httpx.post(f'{server.url}/predict/file', files={'files': b'x'*2**21}, timeout=60)
     before = resident()
-    for _ in range(3): httpx.post(f'{url}/predict/file', files={'file': b'x'*60*2**20}, timeout=60)
+    for _ in range(3): httpx.post(f'{server.url}/predict/file', files={'files': b'x'*60*2**20}, timeout=60)
     assert resident()-before < 20*2**20
 
 @pytest.mark.parametrize('stop', [signal.SIGINT, signal.SIGTERM])
 def test_stops_gracefully(server, stop):
     "What has begun is finished; then the process ends"
-    process,url = server
-    worker,answers = ask(url)
-    time.sleep(.4)
-    process.send_signal(stop)
+    worker,answers = ask(server.url)
+    until(lambda: 'predictions_running 1.0' in httpx.get(f'{server.url}/metrics').text)
+    server.send_signal(stop)
     worker.join()
     assert answers[0].json()['predicted_class']=='gold'
-    _,told = process.communicate(timeout=20)
-    assert process.returncode==(0 if stop==signal.SIGINT else -signal.SIGTERM)
+    assert server.wait(timeout=20)==(0 if stop==signal.SIGINT else -signal.SIGTERM)
+    told = server.log.read_text()
     assert 'Application shutdown complete' in told and 'Traceback' not in told
 
-def test_port_in_use(server):
-    _,url = server
-    again = subprocess.run([sys.executable, '-c', SERVER, url.split(':')[-1]], capture_output=True, text=True, timeout=60)
+def test_port_in_use(server, tmp_path):
+    again = subprocess.run([sys.executable, '-c', SERVER], capture_output=True, text=True, timeout=60, env=clean(AMULET_PORT=server.port))
     assert again.returncode==1 and '[port_in_use]' in again.stderr
+
+def test_a_full_line_says_so_at_once(tmp_path):
+    "One at work, two in the line, the others are told to come back; in a batch every photo has its turn"
+    with slow(tmp_path, .6, workers=1, queue_size=2, cache='off') as server:
+        asked = [ask(server.url) for _ in range(10)]
+        for worker,_ in asked: worker.join()
+        got = [a[0] for _,a in asked]
+        refused = [r for r in got if r.status_code==503]
+        assert sorted(r.status_code for r in got)==[200]*3+[503]*7
+        assert all(r.json()['error_code']=='busy' and int(r.headers['retry-after']) >= 1 for r in refused)
+        assert [line['ms'] < 100 for line in map(json.loads, server.log.read_text().splitlines()) if line.get('code')=='busy']==[True]*7
+        batch = httpx.post(f'{server.url}/predict-batch', files=[('files', photo(g)) for g in (1, 2)]+[('files', b'no photo')], timeout=30).json()
+        assert (batch['answered'], batch['failed'], batch['results'][2]['error_code'])==(2, 1, 'unsupported_format')
+        assert 'rejects_total{reason="busy"} 7.0' in httpx.get(f'{server.url}/metrics').text
+
+def test_who_hangs_up_leaves_the_line(tmp_path):
+    with slow(tmp_path, .5, workers=1, cache='off') as server:
+        worker,answers = ask(server.url)
+        body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'+photo()+b'\r\n--x--\r\n'
+        lines = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(8)]
+        head = b'POST /predict/file HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: %d\r\n\r\n' % len(body)
+        for line in lines: line.sendall(head+body)
+        until(lambda: httpx.get(f'{server.url}/health').json()['queue_depth'] >= 7)
+        for line in lines: line.close()
+        until(lambda: httpx.get(f'{server.url}/health').json()['queue_depth']==0, 1.)
+        worker.join()
+        assert answers[0].status_code==200
+
+def test_time_is_up(tmp_path):
+    with slow(tmp_path, 2., timeout_seconds=.3) as server:
+        r = httpx.post(f'{server.url}/predict/file', files={'files': photo()}, timeout=30)
+        assert (r.status_code, r.json()['error_code'])==(504, 'timed_out')
+
+def test_slow_and_wrong_senders(tmp_path):
+    "Heads and bodies that drop in, lengths that lie: an answer in bounded time, and the service goes on"
+    with slow(tmp_path, 0., body_seconds=.5, header_seconds=.5, max_bytes=10_000, max_batch_bytes=10_000) as server:
+        head = b'POST /predict/file HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n'
+        start = time.monotonic()
+        assert raw(server.port, head+b'Content-Length: 500\r\n\r\n', b'--x\r\n', *[b'A']*8, pause=.1)[0]==[408]
+        assert raw(server.port, head[:20])[0]==[408]
+        assert raw(server.port, head, *[b'a: b\r\n']*8, pause=.1)[0]==[408]
+        assert raw(server.port, head+b'Content-Length: 100000\r\n\r\n')[0]==[413]
+        assert raw(server.port, head+b'Transfer-Encoding: chunked\r\n\r\n', *[b'1000\r\n'+b'x'*4096+b'\r\n']*40)[0]==[413]
+        assert time.monotonic()-start < 40
+        for lie in (b'Content-Length: -1', b'Content-Length: 1e3', b'Content-Length: 5\r\nContent-Length: 6', b'Content-Length: 5\r\nTransfer-Encoding: chunked',
+                    b'Content-Length: 99999999999999999999999'):
+            status,body = raw(server.port, head+lie+b'\r\n\r\nabcde')
+            assert status[0] in (400, 413) and json.loads(body)['error_code'], lie
+        assert raw(server.port, b'GET / HTTP/1.1\r\n'+b'a: '+b'x'*200_000+b'\r\n', wait=3)[0]==[431]
+        assert raw(server.port, b'\x16\x03\x01\x02\x00\x01\x00\x01\xfc')[0]==[400]
+        short = socket.create_connection(('127.0.0.1', server.port))
+        short.sendall(head+b'Content-Length: 5000\r\n\r\n--x')
+        short.close()
+        assert httpx.post(f'{server.url}/predict/file', files={'files': photo()}).status_code==200
+        assert 'Traceback' not in server.log.read_text()
+
+def test_60_clients(trained, tmp_path):
+    "Known photos and new ones from 60 threads: all answers are those of the classifier"
+    photos = []
+    for seed in range(6):
+        out = io.BytesIO()
+        Image.fromarray(draw_logo('text', seed=900+seed, side=96)).save(out, 'PNG')
+        photos.append(out.getvalue())
+    here = HybridClassifier(trained/'bundle', enable_caching=False)
+    want = [here.classify(p).top for p in photos]
+    with real(tmp_path, trained/'bundle', queue_seconds=60) as server, httpx.Client(limits=httpx.Limits(max_connections=60), timeout=60) as client:
+        def one(i):
+            p = i%len(photos)
+            if i%3: r = client.post(f'{server.url}/v1/predict/file', files={'files': photos[p]}, headers={'x-request-id': f'request-{i:04d}'})
+            else: r = client.post(f'{server.url}/predict', json={'image_data': base64.b64encode(photos[p]).decode()}, headers={'x-request-id': f'request-{i:04d}'})
+            return r.status_code,r.json().get('top_class')==want[p],r.headers['x-request-id']==f'request-{i:04d}'
+        with ThreadPoolExecutor(60) as pool: assert set(pool.map(one, range(300)))=={(200, True, True)}
+        several = client.post(f'{server.url}/predict/file', files=[('files', p) for p in photos[:3]], data={'coverage': '0.8', 'time_budget_ms': '5000'}).json()
+        assert several['coverage']==.8 and several['prediction_id']
+        told = client.post(f'{server.url}/feedback', json={'prediction_id': several['prediction_id'], 'true_label': several['top_class']}).json()
+        assert told['success'] and told['right'] in (True, None)
+        info = client.get(f'{server.url}/info').json()
+        assert info['classes']==here.classes and '# ' in info['card']
+        health = client.get(f'{server.url}/health').json()
+        assert health['predictions_count']==301 and health['memory_usage_mb'] > 30
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    asked = [line for line in lines if line['message']=='request' and line['path']=='/predict']
+    assert len(asked)==100 and all(line['status']==200 and line['ms'] > 0 and line['request_id'].startswith('request-') for line in asked)
+    assert max(map(len, server.log.read_text().splitlines())) < 1000 # no photo in it
+
+def changed_bundle(source, target, note):
+    "The same bundle with another digest"
+    if target.exists(): shutil.rmtree(target)
+    shutil.copytree(source, target)
+    manifest = json.loads((target/MANIFEST).read_text())
+    (target/'signature.json').unlink(missing_ok=True)
+    return _write_manifest(target, {**manifest, 'data': {**manifest['data'], 'note': note}})[:12]
+
+def test_reload_loses_no_request(trained, tmp_path):
+    "By signal and by address, under load; what cannot be used changes nothing"
+    place = tmp_path/'current'
+    versions = [changed_bundle(trained/'bundle', tmp_path/n, n) for n in 'ab']
+    def point_to(name):
+        (tmp_path/'next').symlink_to(tmp_path/name)
+        os.replace(tmp_path/'next', place)
+    point_to('a')
+    admin,line = make_key('admin')
+    data,stop,seen = (trained/'photo.png').read_bytes(),threading.Event(),[]
+    with real(tmp_path, place, admin_key=line.split(':')[1]) as server:
+        def version(): return httpx.get(f'{server.url}/health').json()['model_version']
+        def keep_asking():
+            with httpx.Client(timeout=60) as client:
+                while not stop.is_set():
+                    r = client.post(f'{server.url}/predict/file', files={'files': data})
+                    seen.append((r.status_code, r.json().get('model_version')))
+        threads = [threading.Thread(target=keep_asking) for _ in range(4)]
+        for t in threads: t.start()
+        try:
+            assert version()==versions[0]
+            point_to('b')
+            server.send_signal(signal.SIGHUP)
+            until(lambda: version()==versions[1], 60)
+            (tmp_path/'b'/'model.json').write_text('{}')
+            r = httpx.post(f'{server.url}/v1/admin/reload', headers={'authorization': f'Bearer {admin}'}, timeout=60)
+            assert (r.status_code, r.json()['error_code'])==(409, 'reload_failed') and 'changed_file' in r.json()['error_message'] and version()==versions[1]
+            point_to('a')
+            r = httpx.post(f'{server.url}/admin/reload', headers={'authorization': f'Bearer {admin}'}, timeout=60)
+            assert r.json()['previous_version']==versions[1] and version()==versions[0]
+            assert httpx.post(f'{server.url}/admin/reload', headers={'x-api-key': 'amk_wrong'}).status_code==403
+        finally:
+            stop.set()
+            for t in threads: t.join()
+        assert {s for s,_ in seen}=={200} and {v for _,v in seen}==set(versions)
+
+def test_keys_and_rates(trained, tmp_path):
+    key,line = make_key('shop')
+    (tmp_path/'keys').write_text(f'# who may\n{line}\n')
+    (tmp_path/'service.toml').write_text(f'api_keys_file = "{tmp_path/"keys"}"\nrate_limit = 0.001\nrate_burst = 3\n')
+    with real(tmp_path, trained/'bundle', settings=tmp_path/'service.toml') as server:
+        def post(**headers): return httpx.post(f'{server.url}/predict/file', files={'files': photo()}, headers=headers)
+        mine = {'x-api-key': key}
+        assert [post(**h).status_code for h in ({}, {'x-api-key': 'amk_no'}, mine, {'authorization': f'Bearer {key}'}, mine, mine)]==[401, 401, 200, 200, 200, 429]
+        assert int(post(**{'x-api-key': key}).headers['retry-after']) > 100
+        assert [httpx.get(f'{server.url}{p}').status_code for p in ('/health', '/docs', '/metrics', '/info')]==[200, 200, 401, 401]
+        told = server.log.read_text()
+        assert '"caller": "shop"' in told and key not in told
+
+@pytest.mark.parametrize('wrong,told', [({'AMULET_PORT': 'http'}, 'AMULET_PORT'), ({'AMULET_QUEUE_SIZE': '-1'}, 'AMULET_QUEUE_SIZE'),
+                                        ({'AMULET_HOST': '0.0.0.0'}, 'no keys are set'),
+                                        ({'AMULET_SETTINGS': '/no/such/file.toml'}, 'No such file'), ({'AMULET_QUEUE_SISE': '3'}, "Did you mean 'queue_size'"),
+                                        ({'AMULET_API_KEYS': 'shop:sesam'}, 'no sha256'), ({'AMULET_CACHE': 'redis:/sesam'}, 'AMULET_CACHE'),
+                                        ({'AMULET_CORS_ORIGINS': '*'}, 'no web site')])
+def test_a_wrong_setting_stops_the_start(trained, tmp_path, wrong, told):
+    command = [BIN/'amulet', 'serve', '--model-dir', trained/'bundle', '--database-url', 'off']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean(**{'AMULET_PORT': 0, **wrong}), cwd=tmp_path)
+    error = [line for line in done.stderr.splitlines() if line.startswith('error')]
+    assert done.returncode==1 and len(error)==1 and told in error[0] and 'sesam' not in done.stderr and 'Traceback' not in done.stderr
+
+def test_schemathesis_finds_nothing(trained, tmp_path):
+    "What the document says is what the service does, for a minute of requests that were made up from it"
+    key,line = make_key('tester')
+    with real(tmp_path, trained/'bundle', api_keys=line, log_level='warning') as server:
+        env = {**os.environ, 'SCHEMATHESIS_HOOKS': 'schemathesis_hooks', 'PYTHONPATH': str(ROOT/'tests')}
+        command = [BIN/'schemathesis', 'run', f'{server.url}/openapi.json', '-H', f'Authorization: Bearer {key}', '--max-time', '30', '--checks', 'all', '--no-color']
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+        assert done.returncode==0, done.stdout[-6000:]
+        assert 'Traceback' not in server.log.read_text()
