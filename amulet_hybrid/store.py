@@ -209,7 +209,7 @@ def store_status(
             found |= {k: v.isoformat() if v else None for k,v in zip(('oldest', 'newest'), db.execute(sa.select(sa.func.min(time_), sa.func.max(time_))).one())}
     return found
 
-# %% ../nbs/70_store.ipynb #d69f1ecb
+# %% ../nbs/70_store.ipynb #edd427cf
 class PredictionLog:
     "Rows of predictions and feedback: durable at once, in the database soon, there exactly once"
     def __init__(self,
@@ -227,7 +227,7 @@ class PredictionLog:
         self.batch,self.interval,self.patience,self.written,self.state,self._ready,self._failures = batch,interval,patience,0,'down',False,0
         self._sent:dict[Path,tuple[int,int]] = {} # where the next line of a segment begins, and how many went before
         self._due:dict[str,float] = {}
-        self._stop,self._until = threading.Event(),float('inf')
+        self._stop,self._tried,self._until = threading.Event(),threading.Event(),float('inf')
         self._adopt()
         self._thread = threading.Thread(target=self._run, name='amulet-store', daemon=True)
         self._thread.start()
@@ -245,6 +245,7 @@ class PredictionLog:
         prediction_id:str
     ) -> Mapping[str,Any]|None: # A row of `predictions`; None: there is none
         "An earlier prediction, wherever it is by now; raises `StoreError` 'database_down' if nobody can say"
+        self._tried.wait(5) # just started: whether the database is there is not known yet
         kept = f'"kind":"prediction","id":{json.dumps(prediction_id)},'.encode()
         for look in (self._ask, lambda _: self.spool.find(kept), self._ask): # it may move from the one to the other between two looks
             if (found := look(prediction_id)) is not None: return shape_row('predictions', found.get('row', found))
@@ -296,6 +297,7 @@ class PredictionLog:
         while True:
             try: self._tend(closing)
             except Exception as error: self._away(error)
+            self._tried.set()
             if closing and (not self.spool.rows or time.monotonic() > self._until): return
             if closing: time.sleep(.05)
             closing = self._stop.wait(self.interval)

@@ -1,0 +1,149 @@
+"The service and its store together: processes that are killed, databases that are away, and what was answered is there once"
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+for name in ('sqlalchemy', 'alembic'): pytest.importorskip(name, reason=f"{name} is not installed; pip install 'amulet_hybrid[store]'")
+
+import sqlalchemy as sa  # noqa: E402
+from test_store import door, ids_in, schema, wait  # noqa: E402, F401
+
+from amulet_hybrid.database import Database, metadata  # noqa: E402
+from amulet_hybrid.spool import spool_status  # noqa: E402
+from amulet_hybrid.store import PredictionLog  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = '''
+import sys
+from types import SimpleNamespace
+from amulet_hybrid.images import read_image
+from amulet_hybrid.serving import create_app, serve
+from amulet_hybrid.settings import Settings
+from amulet_hybrid.store import PredictionLog
+
+class Bright:
+    classes,model_version = ['clay', 'gold'],'bright-1'
+    def classify(self, photo, confidence_threshold=None):
+        gold = float(read_image(photo).mean()/255)
+        return SimpleNamespace(label='gold', top='gold', confidence=gold, probabilities={'clay': 1-gold, 'gold': gold}, reason='', prediction_set=[], coverage=None, novelty=None,
+                               timings={})
+
+settings = Settings(port=int(sys.argv[1]), cache='off', grace_seconds=5)
+serve(create_app(Bright(), settings, None, PredictionLog(sys.argv[2], sys.argv[3])), settings)
+'''
+
+def photo(level):
+    out = io.BytesIO()
+    Image.new('L', (32, 32), level).save(out, 'PNG')
+    return out.getvalue()
+
+class Service:
+    "A server that can be killed and started again"
+    def __init__(self, url, folder):
+        with socket.create_server(('127.0.0.1', 0)) as free: self.port = free.getsockname()[1]
+        self.url,self.words = f'http://127.0.0.1:{self.port}',[str(self.port), url, str(folder/'spool')]
+
+    def start(self):
+        quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, '-c', SERVER, *self.words], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, **quiet)
+        until = time.monotonic()+60
+        while True:
+            with suppress(httpx.TransportError):
+                if httpx.get(f'{self.url}/health/ready').status_code==200: return self
+            assert self.process.poll() is None and time.monotonic() < until, 'the service did not start'
+            time.sleep(.05)
+
+    def kill(self): self.process.kill(); self.process.wait()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired): return self.process.wait(20)
+        self.kill()
+
+@contextmanager
+def asking(service, clients=4):
+    "Clients that ask as long as the block lasts; ids of what they were answered"
+    told,over = [],threading.Event()
+    def client(number):
+        with httpx.Client(timeout=10) as http:
+            n = 0
+            while not over.is_set():
+                n += 1
+                try: answer = http.post(f'{service.url}/predict/file', files={'files': photo((37*number+n)%256)})
+                except httpx.TransportError: time.sleep(.02); continue
+                if answer.status_code==200: told.append(answer.json()['prediction_id'])
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    for t in threads: t.start()
+    try: yield told
+    finally:
+        over.set()
+        for t in threads: t.join()
+
+def test_killed_under_load(tmp_path):
+    url = f'sqlite:///{tmp_path}/amulet.db'
+    service = Service(url, tmp_path).start()
+    try:
+        with asking(service) as told:
+            for _ in range(2):
+                n = len(told)
+                wait(lambda: len(told) >= n+25, 60) # noqa: B023
+                service.kill(); service.start()
+    finally: service.kill()
+    with PredictionLog(url, tmp_path/'spool') as kept: assert kept.flush(20)
+    found = ids_in(url)
+    assert len(told) >= 50 and set(told) <= set(found) and len(found)==len(set(found))
+    assert not (tmp_path/'spool'/'rejected.jsonl').exists()
+
+def test_stopped_under_load(tmp_path):
+    "A stop that is asked for leaves nothing behind"
+    url = f'sqlite:///{tmp_path}/amulet.db'
+    service = Service(url, tmp_path).start()
+    with asking(service) as told:
+        wait(lambda: len(told) > 50, 60)
+        service.stop()
+    assert set(told) <= set(ids_in(url)) and spool_status(tmp_path/'spool')['rows']==0
+
+def test_database_away_under_load(schema, door, tmp_path): # noqa: F811
+    url = door.url(schema)
+    service = Service(url, tmp_path).start() # it is away from the start
+    try:
+        with asking(service) as told:
+            wait(lambda: len(told) > 50, 60)
+            health = httpx.get(f'{service.url}/health').json()
+            assert health['records']['database']=='down' and health['records']['spooled'] > 0
+            assert httpx.post(f'{service.url}/feedback', json={'prediction_id': told[0], 'true_label': 'clay'}).status_code==200
+            door.open()
+            wait(lambda: httpx.get(f'{service.url}/health').json()['records']['database']=='up', 30)
+            door.shut()
+            n = len(told)
+            wait(lambda: len(told) > n+50, 60)
+            door.open()
+        wait(lambda: httpx.get(f'{service.url}/health').json()['records']['spooled']==0, 30)
+    finally: service.stop()
+    found = ids_in(schema)
+    assert set(told)==set(found) and len(found)==len(set(found)) and len(ids_in(schema, 'feedback', 'feedback_id'))==1
+
+def test_feedback_after_a_restart(tmp_path):
+    "The truth is told to another process than the one that answered"
+    url = f'sqlite:///{tmp_path}/amulet.db'
+    service = Service(url, tmp_path).start()
+    try:
+        key = httpx.post(f'{service.url}/predict/file', files={'files': photo(200)}).json()['prediction_id']
+        service.kill(); service.start()
+        told = httpx.post(f'{service.url}/feedback', json={'prediction_id': key, 'true_label': 'clay', 'comment': 'seen by hand'})
+        assert (told.status_code, told.json()['right'])==(200, False)
+        assert httpx.post(f'{service.url}/feedback', json={'prediction_id': '0'*32, 'true_label': 'clay'}).status_code==404
+    finally: service.stop()
+    with closing(Database(url)) as database, database.read() as db: row = db.execute(sa.select(metadata().tables['feedback'])).mappings().one()
+    assert (row['prediction_id'], row['true_label'])==(key, 'clay')
