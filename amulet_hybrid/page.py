@@ -56,7 +56,7 @@ svg{width:1.2em;height:1.2em;flex:none;fill:none;stroke:currentColor;stroke-widt
 @media (prefers-reduced-motion:reduce){*{animation:none!important;transition:none!important;scroll-behavior:auto!important}}
 '''
 
-# %% ../nbs/66_page.ipynb #32b1939d
+# %% ../nbs/66_page.ipynb #1a303d42
 _PARTS = r'''
 .ask{position:sticky;top:1rem}
 .drop{position:relative;display:flex;flex-direction:column;align-items:center;justify-content:center;gap:.35rem;text-align:center;text-wrap:balance;min-height:23rem;padding:1.5rem;
@@ -103,10 +103,10 @@ dialog{border:1px solid var(--line);border-radius:16px;background:var(--card);co
 dialog::backdrop{background:#0009}dialog.slim{max-width:min(26rem,94vw)}dialog p{margin:.4rem 0 1rem}dialog input{display:block;width:100%;margin:.25rem 0 1rem}
 video{display:block;width:100%;max-height:62vh;border-radius:10px;background:#000;margin:0 0 1rem}
 @media (max-width:52rem){.ask{position:static}.drop{min-height:15rem}.verdict{padding:.9rem}
-.tools{gap:.5rem}.tools button{flex:1 1 auto;padding:.5rem .6rem;gap:.4rem;font-size:.93rem}.verdict p.what{font-size:1.45rem}}
+.tools{gap:.5rem}.tools button{flex:1 1 0;padding:.5rem .3rem;gap:.35rem;font-size:.9rem;white-space:nowrap}.verdict p.what{font-size:1.45rem}}
 '''
 
-# %% ../nbs/66_page.ipynb #f79eb483
+# %% ../nbs/66_page.ipynb #1969bfb8
 _BODY = r'''
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">
@@ -116,7 +116,7 @@ _BODY = r'''
 {style}
 </style></head><body>
 {icons}
-<div class="page"><header><h1>{title}</h1><p>What is on the photo, and how sure that is</p><p class="state" id="state">Asking the service…</p></header>
+<div class="page"><header><h1 id="title">{title}</h1><p>What is on the photo, and how sure that is</p><p class="state" id="state">Asking the service…</p></header>
 <main id="main">
 <section class="card ask" aria-labelledby="ask"><h2 id="ask" class="sr">Your photo</h2>
  <form id="form" action="{base}predict/file" method="post" enctype="multipart/form-data"><label class="drop" id="drop"><svg aria-hidden="true"><use href="#photo"/></svg>
@@ -405,7 +405,7 @@ function again(entry) {
 }
 '''
 
-# %% ../nbs/66_page.ipynb #ea014795
+# %% ../nbs/66_page.ipynb #25481b3e
 _MODEL = r'''
 const plain = t => t.replace(/\\([\\`*_[\]<>|#])/g, '$1');
 
@@ -425,6 +425,8 @@ function card(markdown) {
     info = {classes: [], ...await ask('info')};
     const chips = () => [make('ul', {className: 'chips'}, ...info.classes.map(c => make('li', {textContent: pretty(c)})))];
     $('state').textContent = `Ready: ${info.classes.length} classes` + (info.model_version ? `, model ${info.model_version}` : ''); $('state').classList.add('up');
+    const title = info.card?.match(/^# (.+)/)?.[1]; // the maker's, if it is more than a count
+    if (title && !/^\d+ classes by /.test(title)) document.title = $('title').textContent = plain(title);
     $('card').replaceChildren(...(info.card ? card(info.card) : chips())); $('about').hidden = false;
     if (info.columns?.length) fail({code: 'no_photos', message: 'This model reads rows of a table, not photos.', advice: 'How to send one stands under "For programs", below.'});
   } catch (e) {

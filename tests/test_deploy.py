@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -172,8 +174,9 @@ def test_grafana_model(tmp_path):
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
     def less(given, got, path=''):
         "What is in the one and not in the other"
-        if isinstance(given, dict): return [x for k,v in given.items() for x in (less(v, got[k], f'{path}.{k}') if isinstance(got, dict) and k in got else [f'{path}.{k}'])]
-        if isinstance(given, list): return [x for i,v in enumerate(given) for x in less(v, got[i], f'{path}[{i}]')] if isinstance(got, list) and len(got)==len(given) else [path]
+        both = {type(given), type(got)}
+        if both=={dict}: return [x for k,v in given.items() for x in (less(v, got[k], f'{path}.{k}') if k in got else [f'{path}.{k}'])]
+        if both=={list} and len(got)==len(given): return [x for i,v in enumerate(given) for x in less(v, got[i], f'{path}[{i}]')]
         return [] if given==got else [f'{path}: {given!r} became {got!r}']
     for path in (written(DeploySettings(), tmp_path)/'docker'/'grafana'/'dashboards').glob('*.json'):
         given = json.loads(path.read_text())
@@ -188,8 +191,8 @@ def test_kubernetes(settings, tmp_path):
         for part in yaml(path.read_text()):
             if part['kind']!='Kustomization': validator.validate(part, '1.34', strict=True)
             seen.append(part['kind'])
-    assert Counter(seen)==Counter(['Namespace', 'ServiceAccount', 'ConfigMap', 'Deployment', 'Service', 'Ingress', 'HorizontalPodAutoscaler', 'PodDisruptionBudget',
-                                   'NetworkPolicy', 'Secret', 'Kustomization'])
+    assert sorted(seen)==['ConfigMap', 'Deployment', 'HorizontalPodAutoscaler', 'Ingress', 'Kustomization', 'Namespace', 'NetworkPolicy', 'PodDisruptionBudget', 'Secret', 'Service',
+                          'ServiceAccount']
     with pytest.raises(validator.ValidationError): # it does look
         pod = yaml((tmp_path/'kubernetes'/'deployment.yaml').read_text())[0]
         pod['spec']['template']['spec']['containers'][0]['livenessProbes'] = {}
@@ -257,7 +260,7 @@ def test_image_serves(image, trained):
     "Started by its own command, found well by its own health check, asked with a key, stopped as Docker stops it"
     import hashlib
     body,headers = form((trained/'photo.png').read_bytes())
-    process = image.start(AMULET_API_KEYS=f'me:{hashlib.sha256(b"secret").hexdigest()}', AMULET_DATABASE_URL='off')
+    process = image.start(AMULET_API_KEYS=f'me:{hashlib.sha256(b"secret").hexdigest()}')
     try:
         until(lambda: get(image.port)[0]==200, process)
         assert image.run(*image.health)[0]==0
@@ -269,6 +272,8 @@ def test_image_serves(image, trained):
     finally: process.kill(); process.wait()
     assert process.returncode in (0, -signal.SIGTERM, 128+signal.SIGTERM), ''.join(process.said)
     assert image.run(*image.health)[0]!=0
+    with closing(sqlite3.connect(f'file:{image.at("/var/lib/amulet")}/amulet.db?mode=ro', uri=True)) as db: # it was recorded, without pandas
+        assert db.execute('select count(*) from predictions').fetchone()==(1,)
 
 def test_image_needs_keys(image):
     "It listens to all, as a container must; without a key it does not start"
@@ -281,9 +286,10 @@ class Stand:
     "An upstream that does as it is told, and counts"
     def __init__(self, port, status=200, dies=False):
         stand = self
-        self.asked = 0
+        self.asked,self.open = 0,[]
         class Handler(BaseHTTPRequestHandler):
             protocol_version = 'HTTP/1.1'
+            def setup(self): super().setup(); stand.open.append(self.connection)
             def do_POST(self):
                 self.rfile.read(int(self.headers.get('Content-Length', 0)))
                 stand.asked += 1
@@ -300,7 +306,12 @@ class Stand:
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, kwargs={'poll_interval': .02}, daemon=True).start()
 
-    def close(self): self.server.shutdown(); self.server.server_close()
+    def close(self):
+        "Go, and break off what is open, as a process that ends does"
+        self.server.shutdown()
+        self.server.server_close()
+        for connection in self.open:
+            with suppress(OSError): connection.shutdown(socket.SHUT_RDWR)
 
 @pytest.fixture
 def nginx():

@@ -42,6 +42,15 @@ print(json.dumps({{r: c.classify(sys.argv[2], route=r).probabilities for r in ('
         assert list(proba)==list(want)
         np.testing.assert_allclose(list(proba.values()), list(want.values()), atol=1e-4)
 
+def test_nothing_is_reported_to_anybody(bundle, python, tmp_path):
+    "onnxruntime keeps an identifier and a file of events in the user's cache, and sends them off, unless it is told not to"
+    code = f'''import json, os, sys
+os.environ['HOME'] = {str(tmp_path)!r}
+from amulet_hybrid.classifier import HybridClassifier
+HybridClassifier(sys.argv[1]).classify(sys.argv[2])
+print(json.dumps([os.path.join(place, f) for place,_,files in os.walk({str(tmp_path)!r}) for f in files]))'''
+    assert run(python, code, bundle/'bundle', bundle/'photo.png')==[]
+
 def test_it_is_small(bundle, python):
     "Memory, and processor time from the folder to a classifier that is ready"
     code = '''import json, sys, time
