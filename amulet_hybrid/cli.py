@@ -389,7 +389,10 @@ def _serve(settings):
         def load(): return HybridClassifier(settings.model_dir, settings.confidence_threshold, enable_caching={'memory': True, 'off': False}.get(settings.cache, settings.cache),
                                             memory_threshold=settings.memory_threshold, public_key=settings.public_key)
         try_out(classifier := load()) # the first answer is slow, and nobody shall wait for it
-        serve(create_app(classifier, settings, load, _recorder(settings)), settings, sock)
+        app = create_app(classifier, settings, load, _recorder(settings))
+        where = f'[{settings.host}]' if ':' in settings.host else settings.host
+        typer.echo(f'Serving {len(classifier.classes)} classes of bundle {classifier.model_version} at http://{where}:{sock.getsockname()[1]}{settings.root_path} (try it: /)')
+        serve(app, settings, sock)
 
 def _recorder(settings):
     "Whoever writes predictions down, or None"

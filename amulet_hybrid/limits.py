@@ -91,13 +91,14 @@ class Body:
 
     async def drain(self,
         most:int=64*2**20, # Bytes that are read and thrown away
-        seconds:float=5. # For all of them
+        seconds:float=5., # For all of them
+        pause:float=1. # Seconds of silence after which nothing more is expected
     ):
         "Let a sender finish, who would otherwise never read why it was refused"
         try:
             async with asyncio.timeout(seconds):
                 while not self.ended and most > 0:
-                    message = await self.receive()
+                    async with asyncio.timeout(pause): message = await self.receive()
                     if message['type']=='http.disconnect': return
                     self.ended = not message.get('more_body', False)
                     most -= len(message.get('body', b''))

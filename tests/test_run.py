@@ -108,7 +108,8 @@ def test_service_answers_as_python_does(done, photos):
     url,classifier = f'http://127.0.0.1:{port}',HybridClassifier(output/'bundle')
     held_out = pd.read_csv(output/'manifest.csv', keep_default_na=False).query('split=="test"').path[:100]
     assert len(held_out) >= 15
-    process = subprocess.Popen([AMULET, 'serve', '--model-dir', output/'bundle', '--port', str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [AMULET, 'serve', '--model-dir', output/'bundle', '--port', str(port), '--spool-dir', output/'served'/'spool', '--log-level', 'warning']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(300):
             try: health = httpx.get(f'{url}/health').json(); break

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -105,12 +105,12 @@ def raw(port, *pieces, pause=0., wait=10.):
     "Status and body of what comes back for these bytes"
     with closing(socket.create_connection(('127.0.0.1', port), timeout=wait)) as line:
         out = b''
-        try:
+        with suppress(OSError): # the other side has had enough
             for piece in pieces:
                 line.sendall(piece)
                 time.sleep(pause)
+        with suppress(OSError):
             while got := line.recv(2**16): out += got
-        except OSError: pass
     heads = re.findall(rb'HTTP/1\.1 (\d\d\d)', out)
     return [int(h) for h in heads],out.rpartition(b'\r\n\r\n')[2]
 
@@ -200,12 +200,13 @@ def test_slow_and_wrong_senders(tmp_path):
     "Heads and bodies that drop in, lengths that lie: an answer in bounded time, and the service goes on"
     with slow(tmp_path, 0., body_seconds=.5, header_seconds=.5, max_bytes=10_000, max_batch_bytes=10_000) as server:
         head = b'POST /predict/file HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n'
+        part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         start = time.monotonic()
         assert raw(server.port, head+b'Content-Length: 500\r\n\r\n', b'--x\r\n', *[b'A']*8, pause=.1)[0]==[408]
         assert raw(server.port, head[:20])[0]==[408]
         assert raw(server.port, head, *[b'a: b\r\n']*8, pause=.1)[0]==[408]
         assert raw(server.port, head+b'Content-Length: 100000\r\n\r\n')[0]==[413]
-        assert raw(server.port, head+b'Transfer-Encoding: chunked\r\n\r\n', *[b'1000\r\n'+b'x'*4096+b'\r\n']*40)[0]==[413]
+        assert raw(server.port, head+b'Transfer-Encoding: chunked\r\n\r\n', b'%x\r\n' % len(part)+part+b'\r\n', *[b'1000\r\n'+b'x'*4096+b'\r\n']*40)[0]==[413]
         assert time.monotonic()-start < 40
         for lie in (b'Content-Length: -1', b'Content-Length: 1e3', b'Content-Length: 5\r\nContent-Length: 6', b'Content-Length: 5\r\nTransfer-Encoding: chunked',
                     b'Content-Length: 99999999999999999999999'):
@@ -310,8 +311,9 @@ def test_keys_and_rates(trained, tmp_path):
                                         ({'AMULET_SETTINGS': '/no/such/file.toml'}, 'No such file'), ({'AMULET_QUEUE_SISE': '3'}, "Did you mean 'queue_size'"),
                                         ({'AMULET_API_KEYS': 'shop:sesam'}, 'no sha256'), ({'AMULET_CACHE': 'redis:/sesam'}, 'AMULET_CACHE'),
                                         ({'AMULET_CORS_ORIGINS': '*'}, 'no web site')])
-def test_a_wrong_setting_stops_the_start(trained, tmp_path, wrong, told):
-    command = [BIN/'amulet', 'serve', '--model-dir', trained/'bundle', '--database-url', 'off']
+def test_a_wrong_setting_stops_the_start(tmp_path, wrong, told):
+    "Before anything is loaded, in one line, and without a secret in it"
+    command = [BIN/'amulet', 'serve', '--model-dir', tmp_path, '--database-url', 'off']
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean(**{'AMULET_PORT': 0, **wrong}), cwd=tmp_path)
     error = [line for line in done.stderr.splitlines() if line.startswith('error')]
     assert done.returncode==1 and len(error)==1 and told in error[0] and 'sesam' not in done.stderr and 'Traceback' not in done.stderr
