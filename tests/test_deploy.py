@@ -191,8 +191,8 @@ def test_kubernetes(settings, tmp_path):
         for part in yaml(path.read_text()):
             if part['kind']!='Kustomization': validator.validate(part, '1.34', strict=True)
             seen.append(part['kind'])
-    assert sorted(seen)==['ConfigMap', 'Deployment', 'HorizontalPodAutoscaler', 'Ingress', 'Kustomization', 'Namespace', 'NetworkPolicy', 'PodDisruptionBudget', 'Secret', 'Service',
-                          'ServiceAccount']
+    assert sorted(seen)==['ConfigMap', 'Deployment', 'HorizontalPodAutoscaler', 'Ingress', 'Kustomization', 'Namespace', 'NetworkPolicy', 'PodDisruptionBudget', 'Secret',
+                          'Service', 'ServiceAccount']
     with pytest.raises(validator.ValidationError): # it does look
         pod = yaml((tmp_path/'kubernetes'/'deployment.yaml').read_text())[0]
         pod['spec']['template']['spec']['containers'][0]['livenessProbes'] = {}
