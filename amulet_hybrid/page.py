@@ -19,7 +19,7 @@ def page_policy(
     return (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' blob: data:; connect-src 'self'; form-action 'self'; "
             "base-uri 'none'; frame-ancestors 'none'")
 
-# %% ../nbs/66_page.ipynb #d31dccf6
+# %% ../nbs/66_page.ipynb #b3231bb8
 _FRAME = r'''
 :root{color-scheme:light dark;--bg:#f7f6f3;--card:#fff;--ink:#1f2a33;--soft:#5a6771;--line:#dfe3e6;--track:#e9edf0;--accent:#235f8c;--on:#fff;--tint:#e8f1f8;
 --good:#1f6f4a;--goodbg:#e6f3ec;--warn:#865300;--warnbg:#fcf1dd;--new:#5f3fa3;--newbg:#f0ebfa;--bad:#a62f27;--badbg:#fbe9e7;--shade:0 1px 2px #1f2a3312,0 8px 28px #1f2a330d}
@@ -50,13 +50,14 @@ button.main{background:var(--accent);border-color:var(--accent);color:var(--on)}
 button.plain{border:0;background:none;padding:.25rem .1rem;min-height:2rem;color:var(--accent);text-decoration:underline;text-underline-offset:.2em;font-weight:400}
 :focus-visible,.drop:focus-within{outline:3px solid var(--accent);outline-offset:2px}.drop.over:focus-within,.drop input:focus{outline:0}
 svg{width:1.2em;height:1.2em;flex:none;fill:none;stroke:currentColor;stroke-width:1.8;stroke-linecap:round;stroke-linejoin:round}
-.row{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center}.touch{display:none}@media (pointer:coarse){.touch{display:inline}.mouse{display:none}}
+.row{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center}.row select{flex:1 1 9rem;min-width:0;max-width:24rem}
+.touch{display:none}@media (pointer:coarse){.touch{display:inline}.mouse{display:none}}
 @media (max-width:52rem){.page{padding:1rem .85rem 2rem}main{grid-template-columns:minmax(0,1fr);gap:.9rem}
 .card{padding:1rem;border-radius:14px}.state{margin-left:0!important;flex-basis:100%}h1{font-size:1.35rem}header{margin-bottom:1rem}}
 @media (prefers-reduced-motion:reduce){*{animation:none!important;transition:none!important;scroll-behavior:auto!important}}
 '''
 
-# %% ../nbs/66_page.ipynb #1a303d42
+# %% ../nbs/66_page.ipynb #330ce998
 _PARTS = r'''
 .ask{position:sticky;top:1rem}
 .drop{position:relative;display:flex;flex-direction:column;align-items:center;justify-content:center;gap:.35rem;text-align:center;text-wrap:balance;min-height:23rem;padding:1.5rem;
@@ -103,7 +104,7 @@ dialog{border:1px solid var(--line);border-radius:16px;background:var(--card);co
 dialog::backdrop{background:#0009}dialog.slim{max-width:min(26rem,94vw)}dialog p{margin:.4rem 0 1rem}dialog input{display:block;width:100%;margin:.25rem 0 1rem}
 video{display:block;width:100%;max-height:62vh;border-radius:10px;background:#000;margin:0 0 1rem}
 @media (max-width:52rem){.ask{position:static}.drop{min-height:15rem}.verdict{padding:.9rem}
-.tools{gap:.5rem}.tools button{flex:1 1 0;padding:.5rem .3rem;gap:.35rem;font-size:.9rem;white-space:nowrap}.verdict p.what{font-size:1.45rem}}
+.tools{gap:.5rem}.tools button{flex:1 1 0;padding:.5rem .3rem;font-size:.9rem;white-space:nowrap}.tools svg{display:none}.verdict p.what{font-size:1.45rem}}
 '''
 
 # %% ../nbs/66_page.ipynb #1969bfb8
