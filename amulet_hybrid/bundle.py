@@ -38,7 +38,8 @@ FORMAT = 3 # Raised when an older reader would misread
 MANIFEST,MODEL,SIGNATURE,TRAINING,REQUIREMENTS = 'manifest.json','model.json','signature.json','training','requirements_production.txt'
 _UNSIGNED = ('digest', 'created', 'measured', 'training', 'checksum') # Not part of what a bundle is
 _NEEDED = ('numpy', 'opencv-python-headless', 'pillow', 'threadpoolctl', 'tqdm', 'typer') # By whoever loads a bundle; blocks name more
-_SERVING = ('fastapi', 'uvicorn', 'httptools', 'uvloop', 'python-multipart', 'pydantic-settings', 'prometheus-client', 'jinja2') # By the service
+_SERVING = ('fastapi', 'uvicorn', 'httptools', 'uvloop', 'python-multipart', 'pydantic-settings', 'prometheus-client', 'jinja2',
+            'sqlalchemy', 'alembic') # By the service, and by its memory
 _ONLY = {'uvloop': '; sys_platform != "win32"'} # Where a package is not for every system
 
 def _version(name):
