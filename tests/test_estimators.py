@@ -30,6 +30,7 @@ def estimators():
     "Every estimator class of ours by name"
     out = {}
     for module in pkgutil.walk_packages(amulet_hybrid.__path__, 'amulet_hybrid.'):
+        if '.migrations' in module.name: continue # Alembic runs these
         for thing in vars(importlib.import_module(module.name)).values():
             if isinstance(thing, type) and issubclass(thing, BaseEstimator) and thing.__module__.startswith('amulet_hybrid'): out[thing.__name__] = thing
     return out
