@@ -9,10 +9,13 @@ __all__ = ['Busy', 'Line', 'unless_gone']
 import asyncio
 import os
 import statistics
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from .core import AmuletError
@@ -28,6 +31,11 @@ class Busy(AmuletError):
 
 _EARLY = 8 # Measurements before a wait is foretold: the first ones of a process are slow
 
+def _yield_to_loop():
+    "Whoever works gives way to whoever answers: on Linux a thread has a niceness of its own"
+    if sys.platform=='linux':
+        with suppress(OSError): os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+
 class Line:
     "A bounded line before a pool of threads"
     def __init__(self,
@@ -37,7 +45,7 @@ class Line:
     ):
         self.workers,self.places,self.seconds = workers or os.cpu_count() or 1,places,seconds
         self.running,self.mean,self._waiting,self._early = 0,0.,deque(),[]
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix='amulet-predict')
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix='amulet-predict', initializer=_yield_to_loop)
 
     def __len__(self): return len(self._waiting)
 

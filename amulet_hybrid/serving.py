@@ -75,6 +75,7 @@ def _add_predictions(app, service, settings):
     @app.post('/predict', responses=responses('bad_base64', *ANY, *BODY, *PHOTO, *ROW), response_model=PredictResponse, openapi_extra=_json_body('PredictRequest'))
     async def predict(request:Request) -> Response:
         "Name a photo sent as base64 inside JSON, or a row of a table sent as `features`"
+        service.line.check()
         asked = await read_json(request, PredictRequest, _in_base64(settings.max_bytes)+2**16, settings)
         if 'features' in asked.model_fields_set: return await one(request, asked.features, asked)
         photo = await aside(decode_image_data, asked.image_data, len(asked.image_data))
@@ -84,6 +85,7 @@ def _add_predictions(app, service, settings):
               openapi_extra=_form_body('Photos of one object, seen from several sides', settings))
     async def predict_file(request:Request) -> Response:
         "Name one object from one or several photos, sent as a form's `files`, as browsers and `curl -F` do. The options may stand in the form or in the address"
+        service.line.check() # before the photo is read: who is told at once costs next to nothing
         photos,options = await read_form(request, settings)
         return await one(request, photos, options)
 
