@@ -76,7 +76,7 @@ check: dev ## Notebooks and modules agree and are clean; ruff; mypy
 
 test: check ## Everything that CI checks: the above, every notebook executed, and the tests
 	@echo "== notebooks, executed"
-	@AMULET_PROGRESS=off $(BIN)/nbdev_test --path nbs --flags slow --n_workers 2 --timing
+	@find nbs -name '[!_]*.ipynb' -not -path '*/.*' | sort | AMULET_PROGRESS=off xargs -P 2 -I '{}' $(BIN)/nbdev_test --path '{}' --flags slow --n_workers 0 --timing
 	@echo "== tests"
 	@AMULET_PROGRESS=off $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
