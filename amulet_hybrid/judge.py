@@ -61,6 +61,7 @@ def past_run(
     try:
         config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
         manifest = pd.read_csv(folder/'manifest.csv', keep_default_na=False, dtype=str)
+        if 'made_from' in manifest: manifest = manifest[manifest['made_from']==''] # made photos taught and judged nothing
         used = manifest[manifest['split'].isin(['train', 'test'])].reset_index(drop=True)
         print_ = json_digest(used[['path', 'sha256', 'label', 'group', 'split']].to_numpy().tolist())
         run = PastRun(folder, {**config, 'data_dir': str(config['data_dir'])}, used)

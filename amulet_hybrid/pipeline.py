@@ -204,7 +204,7 @@ class TrainingRun:
         parts = m[['path', 'split']]
         if len(self.made):
             taught = self.made['made_from'].map(m.set_index('path')['split'])=='train'
-            lost = f'; {(~taught).sum()} of what cannot be a training photo, were left out' if (~taught).any() else ''
+            lost = f'; {int((~taught).sum())} made of others were left out' if (~taught).any() else ''
             self.notes.append(('info', f'{int(taught.sum())} photos that were made of training photos teach too, and judge nothing{lost}.'))
             self.made = self.made[taught].assign(split='train').reset_index(drop=True)
             parts = pd.concat([parts, self.made[['path', 'split']]])
@@ -319,7 +319,7 @@ class TrainingRun:
     def save(self) -> dict: # Paths and headline figures
         "Write the bundle, prove that it answers as the trained model does, and sum up"
         m,c = self.manifest,self.config
-        seen = m.loc[m['split']=='train', 'sha256']
+        seen = [*m.loc[m['split']=='train', 'sha256'], *(self.made['sha256'] if len(self.made) else ())]
         data = {'fingerprint': json_digest(m[['path', 'sha256', 'label', 'group', 'split']].to_numpy().tolist()), 'photos': len(m), 'groups': int(m['group'].nunique()),
                 **({'made': len(self.made), 'made_fingerprint': json_digest(self.made[['path', 'sha256', 'made_from']].to_numpy().tolist())} if len(self.made) else {}),
                 'classes': m['label'].value_counts().sort_index().to_dict(), 'trained_on': sorted(s[:12] for s in seen)}

@@ -11,6 +11,7 @@ from amulet_hybrid.bundle import load_bundle, save_bundle
 from amulet_hybrid.core import SplitError, file_digest
 from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
 from amulet_hybrid.images import read_image
+from amulet_hybrid.judge import evaluate_bundle
 from amulet_hybrid.pipeline import TrainingRun
 from amulet_hybrid.preprocessing import create_artifact_preprocessor
 from amulet_hybrid.samples import NO_FAULTS, make_samples
@@ -37,6 +38,18 @@ def test_a_made_folder_is_trained_on_as_it_is_parted(tmp_path):
     training.inspect(); training.split()
     assert set(training.manifest.loc[training.manifest['split']=='test', 'path'])==set(judges)
     assert not any('was not used' in text for _,text in training.notes)
+
+def test_made_photos_teach_and_judge_nothing(tmp_path):
+    "From the folder of made photos to a bundle that can be judged again; what is preprocessed in training is so when judged"
+    make_samples(tmp_path/'photos', photos=60, classes=2, side=96, faults=NO_FAULTS)
+    run_augmentation(AugmentRunConfig(str(tmp_path/'photos'), str(tmp_path/'more'), str(tmp_path/'photos'/'groups.csv'), augmentation_factor=2, preset='light', probe=False, jobs=2))
+    training = TrainingRun(tmp_path/'more', output_dir=str(tmp_path/'train'), blocks=('colour', 'lbp'), preprocessing='artifact', quick=True, jobs=1)
+    result = training.run()
+    about = load_bundle(result['bundle']).manifest['data']
+    assert about['made']==len(training.lessons)==len(training.made) > 10 and not set(training.manifest['path']) & set(training.made['path'])
+    assert len(training.trainer.y_)==(training.manifest['split']=='train').sum()
+    again = evaluate_bundle(load_bundle(result['bundle']), output_dir=tmp_path/'again', quick=True)
+    assert again.metrics.n==result['test_photos'] and any('as it was then' in text for _,text in again.notes)
 
 def test_a_split_that_leaks_is_refused(tmp_path):
     "Augmented first and split afterwards: a photo made of a training photo would show what a test photo shows"
