@@ -42,7 +42,8 @@ def test_a_made_folder_is_trained_on_as_it_is_parted(tmp_path):
 def test_made_photos_teach_and_judge_nothing(tmp_path):
     "From the folder of made photos to a bundle that can be judged again; what is preprocessed in training is so when judged"
     make_samples(tmp_path/'photos', photos=60, classes=2, side=96, faults=NO_FAULTS)
-    run_augmentation(AugmentRunConfig(str(tmp_path/'photos'), str(tmp_path/'more'), str(tmp_path/'photos'/'groups.csv'), augmentation_factor=2, preset='light', probe=False, jobs=2))
+    run_augmentation(AugmentRunConfig(str(tmp_path/'photos'), str(tmp_path/'more'), str(tmp_path/'photos'/'groups.csv'), augmentation_factor=2, preset='light',
+                                      probe=False, jobs=2))
     training = TrainingRun(tmp_path/'more', output_dir=str(tmp_path/'train'), blocks=('colour', 'lbp'), preprocessing='artifact', quick=True, jobs=1)
     result = training.run()
     about = load_bundle(result['bundle']).manifest['data']
