@@ -40,7 +40,9 @@ class _Plain:
 
     def __sklearn_tags__(self): raise AttributeError('there are no tags without scikit-learn')
 
-class _PlainMixin: "A mixin that mixes in nothing"
+class _PlainMixin:
+    "A mixin that mixes in nothing"
+    def __init_subclass__(cls, auto_wrap_output_keys=(), **kwargs): super().__init_subclass__(**kwargs)
 
 def _plain_check_is_fitted(estimator, attributes=None):
     "Refuse to answer before anything was learned"
