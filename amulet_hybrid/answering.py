@@ -20,7 +20,7 @@ from uuid import uuid4
 from .access import RateLimit
 from .api import PATHS, REFUSALS, Classifier, FeedbackRequest, Options, Recorder, Visit, refuse
 from .core import AmuletError, FeatureError, bytes_digest, log
-from .limits import Held, decode_image_data
+from .limits import Held, decode_image_data, refuse_polyglot
 from .monitoring import Load, Metrics
 from .queueing import Line
 from .settings import Settings
@@ -173,7 +173,9 @@ class Answers(Service):
         "The answer from the classifier, in a thread"
         model = self.model
         def work():
-            seen = model.see(asked, options)
+            seen = model.see(asked, options) # what is no photo at all is said here
+            if not isinstance(asked, Mapping):
+                for photo in asked: refuse_polyglot(photo)
             return seen,self._tell(visit, model, seen, options, digest, start, bool(getattr(seen, 'cached', False)))
         seen,body = await self.line.run(work, admitted)
         if digest: model.remember(_question(digest, options), seen)

@@ -237,7 +237,8 @@ def calibrate_model(
     methods:Sequence[str]=tuple(SCALERS), # Names in `SCALERS`; 'none' always takes part
     cv:int=5, # Folds; fewer where the rarest class has fewer groups
     seed:int=0,
-    errors:float=.25 # A simpler method is taken if it is within so many standard errors of the best
+    errors:float=.25, # A simpler method is taken if it is within so many standard errors of the best
+    sharpen:bool=False # Take a temperature below 1 without proof of its use: what is served learned from more photos than what these logits are of
 ) -> Any: # Fitted scaler with `methods_` (a table) and `cross_proba_` (its probabilities of these photos, each from folds without it)
     "The scaler that these logits deserve"
     import pandas as pd
@@ -256,6 +257,7 @@ def calibrate_model(
     excess = {name: (losses[name].mean()-losses[best].mean(), _spread(losses[name]-losses[best], codes)) for name in names}
     chosen = next(name for name in names if excess[name][0] <= errors*excess[name][1] and losses[name].mean() <= losses['none'].mean())
     scaler = _fit(chosen, logits, y, codes)
+    if sharpen and chosen=='none' and 'temperature' in names and (sharper := _fit('temperature', logits, y, codes)).temperature_ < 1: chosen,scaler = 'temperature',sharper
     scaler.methods_ = pd.DataFrame([{'method': name, 'log_loss': losses[name].mean(), 'behind_best': excess[name][0], 'standard_error': excess[name][1], 'chosen': name==chosen}
                                     for name in names])
     scaler.cross_proba_ = proba[chosen]

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 from sklearn.tree import DecisionTreeClassifier
 
-from .calibration import calibrate_model, log_proba
-from .conformal import ConformalPredictor
+from .calibration import log_proba
 from .core import ConfigError, TrainingError, derive_seed
 from .estimators import softmax
 from .heads import convert_model
 from .models import Candidate, selection_loss
 from .novelty import novelty_candidates, select_detector
 from .served import THRESHOLDS, Cascade, ServedModel, Tier, Voice
-from .trainer import CALIBRATIONS, HybridTrainer, out_of_fold
+from .trainer import HybridTrainer
 
 # %% ../nbs/62_cascade.ipynb #5efa39fc
 def _grow(X, y, depth, seed): return DecisionTreeClassifier(max_depth=depth, min_samples_leaf=max(3, len(y)//100), random_state=seed).fit(X, y)
@@ -73,12 +72,7 @@ def _look_candidate(trainer, blocks):
     if found: return min(found, key=lambda c: selection_loss(trainer.oof_[c], trainer.y_))
     return Candidate(tuple(b for b in blocks if _net(b)==used[0]), 'logistic_balanced')
 
-def _judged(trainer, blocks, candidate):
-    "Out-of-fold probabilities of a candidate, and its temperature"
-    if candidate in trainer.oof_: return trainer.oof_[candidate],trainer.temperatures_[candidate]
-    logits = out_of_fold(blocks, trainer.y_, trainer.fold_, [candidate], trainer.config.seed, desc='', encoders=trainer.encoders_,
-                         lessons=trainer.lessons_)[candidate]
-    return softmax(logits),1.
+
 
 # %% ../nbs/62_cascade.ipynb #d937cded
 NEVER = 1.01 # A threshold that no confidence reaches
@@ -125,12 +119,6 @@ def fit_thresholds(
     return tuple(thresholds)
 
 # %% ../nbs/62_cascade.ipynb #776373eb
-def _sure(trainer, proba, groups):
-    "Calibrator, its probabilities of photos that did not teach it, and prediction sets"
-    calibrator = calibrate_model(log_proba(proba), trainer.y_, groups, CALIBRATIONS, seed=trainer.config.seed)
-    sets = ConformalPredictor(coverage=trainer.config.coverage, seed=trainer.config.seed).fit(calibrator.cross_proba_, trainer.y_, groups)
-    return calibrator,calibrator.cross_proba_,sets
-
 def _stranger(trainer, blocks, names, groups):
     "The standing detector on a tier's blocks; None where the ensemble has none"
     if trainer.model_.novelty is None: return None
@@ -153,7 +141,7 @@ def _rules_tier(trainer, blocks, groups, extractors, depth):
     if not judged: return None
     best = min(judged, key=lambda b: selection_loss(judged[b], y))
     tree = _grow(blocks[best].astype(float), y, depth, seed)
-    calibrator,proba,sets = _sure(trainer, judged[best], groups)
+    calibrator,proba,sets = trainer.settle(judged[best], groups)
     names = extractors[best].get_feature_names() if extractors and best in extractors else [f'{best}_{i}' for i in range(blocks[best].shape[1])]
     voice = Voice((best,), f'tree of depth {tree.get_depth()}', 1., 1., convert_model(tree, blocks[best][:200].astype(float)), True)
     model = ServedModel(trainer.classes_.tolist(), [voice], {}, calibrator, {}, sets, _stranger(trainer, blocks, [best], groups))
@@ -163,16 +151,12 @@ def _neural_tier(trainer, blocks, groups):
     "One pass and a linear head; None where there is no net, or the ensemble is just that"
     candidate = _look_candidate(trainer, blocks)
     if candidate is None or {m.candidate for m in trainer.model_.members}=={candidate}: return None
-    judged,temperature = _judged(trainer, blocks, candidate)
-    calibrator,proba,sets = _sure(trainer, judged, groups)
-    trained = trainer._refit(blocks, {candidate: 1.}, calibrator) if candidate in trainer.temperatures_ else _fit_alone(trainer, blocks, candidate, temperature, calibrator)
+    calibrator,proba,sets = trainer.settle(trainer.judge_last(blocks, [candidate])[candidate], groups)
+    trained = trainer._refit(blocks, {candidate: 1.}, calibrator)
     trained.conformal,trained.novelty = sets,_stranger(trainer, blocks, candidate.blocks, groups)
     return Tier('neural', ServedModel.of(trained, {b: blocks[b] for b in candidate.blocks}), NEVER),proba
 
-def _fit_alone(trainer, blocks, candidate, temperature, calibrator):
-    trainer.temperatures_[candidate] = temperature
-    try: return trainer._refit(blocks, {candidate: 1.}, calibrator)
-    finally: del trainer.temperatures_[candidate]
+
 
 # %% ../nbs/62_cascade.ipynb #c4b82cb4
 def _figures(names, proba, y, thresholds):

@@ -7,6 +7,7 @@ __all__ = ['NAMES', 'HEAD', 'KEYS', 'metadata', 'parse_time', 'shape_row', 'data
            'open_database']
 
 # %% ../nbs/65_database.ipynb #47edb565
+import logging
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .core import StoreError, driver_message, hide_password, require
+from .core import StoreError, driver_message, hide_password, log, require
 
 # %% ../nbs/65_database.ipynb #1227cd7e
 @cache
@@ -218,6 +219,8 @@ class Database:
     def __repr__(self): return f'Database({self.url!r})'
 
 # %% ../nbs/65_database.ipynb #cb2db667
+logging.getLogger('alembic').setLevel(logging.WARNING) # what it says of each step is said below, in a line
+
 def _alembic(db):
     from alembic.config import Config
     config = Config()
@@ -250,6 +253,7 @@ def migrate(
             raise StoreError(f'the tables are at step {before!r}, which this version of the software does not know', code='database_too_new', where=database.url,
                              advice='Update amulet_hybrid')
         (command.upgrade if steps.index(wanted) >= steps.index(before) else command.downgrade)(config, wanted)
+    if before!=wanted: log.info('tables went from step %s to %s', before, wanted)
     return before.replace('base', ''),wanted.replace('base', '')
 
 _STEPPING = threading.Lock() # Alembic's context is one for the process

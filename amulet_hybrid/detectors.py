@@ -250,7 +250,7 @@ class GENDetector(LogitDetector):
         return (p**self.gamma*(1-p)**self.gamma).sum(1)
 
 # %% ../nbs/42_detectors.ipynb #91d007b6
-class LinearHead(TransformerMixin, BaseDetector, auto_wrap_output_keys=None):
+class LinearHead(TransformerMixin, BaseDetector, auto_wrap_output_keys=None): # type: ignore[call-arg]
     "Logistic regression that is two arrays; `transform` gives logits"
     needs_classes = True
     def __init__(self,

@@ -22,7 +22,7 @@ from .features.core import join_blocks, make_extractor
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/46_novelty.ipynb #6ce271be
-class Axes(TransformerMixin, BaseDetector, auto_wrap_output_keys=None): # as a table is not asked for: the wrapper takes longer than the projection
+class Axes(TransformerMixin, BaseDetector, auto_wrap_output_keys=None): # type: ignore[call-arg] # as a table is not asked for: the wrapper takes longer than the projection
     "Standardise columns, weigh blocks equally, project onto principal axes, bring the total variance to 1"
     def __init__(self,
         variance:float=.98, # Share of the variance that the kept axes hold

@@ -24,6 +24,7 @@ from .core import AmuletError
 from .door import Door
 from .limits import Form, check_depth, decode_image_data
 from .listen import run_server
+from .page import page_policy, try_page
 from .queueing import unless_gone
 from .reference import docs_page
 from .settings import Settings
@@ -31,7 +32,7 @@ from .settings import Settings
 # %% ../nbs/71_serving.ipynb #3fe01881
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
@@ -199,7 +200,7 @@ def _describe(app, service):
 # %% ../nbs/71_serving.ipynb #40c93bb7
 _CSP = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 
-def _add_pages(app, base):
+def _add_pages(app):
     "`/`, `/docs`, `/openapi.json`"
     @app.get('/docs', include_in_schema=False)
     async def docs(request:Request) -> Response: return HTMLResponse(docs_page(app.openapi(), str(request.base_url)), headers={'Content-Security-Policy': _CSP})
@@ -209,8 +210,6 @@ def _add_pages(app, base):
 
     @app.get('/', include_in_schema=False)
     async def home(request:Request) -> Response:
-        try: from amulet_hybrid.page import page_policy, try_page
-        except ImportError: return RedirectResponse(f'{base}/docs')
         nonce = secrets.token_urlsafe(16)
         return HTMLResponse(try_page('amulet_hybrid').replace('{nonce}', nonce), headers={'Content-Security-Policy': page_policy(nonce)})
 
@@ -257,7 +256,7 @@ def create_app(
     _add_predictions(app, service, settings)
     _add_state(app, service, settings)
     direct.update({(m, r.path): r.endpoint for r in app.routes if isinstance(r, APIRoute) for m in r.methods or ()})
-    _add_pages(app, settings.root_path)
+    _add_pages(app)
 
     @app.exception_handler(HTTPException)
     async def elsewhere(request, error):

@@ -1,9 +1,11 @@
 """Uploads that mean harm, for benchmarks/serving.py: files that are no photos, requests that lie about themselves, whole photos in odd clothes, and senders that take their time"""
 import asyncio
 import contextlib
+import io
 import socket
 import struct
 import time
+import zipfile
 import zlib
 
 
@@ -16,6 +18,13 @@ def png(width, height, data=b'', kind=2):
 def gif(width, height):
     size = struct.pack('<HH', width, height)
     return b'GIF89a'+size+b'\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0'+size+b'\0\2\2D\1\0;'
+
+
+def zipped(data):
+    "An archive with one file"
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, 'w') as archive: archive.writestr('a.exe', data)
+    return out.getvalue()
 
 
 def exif(jpeg, block): return jpeg[:2]+b'\xff\xe1'+struct.pack('>H', len(block)+8)+b'Exif\0\0'+block+jpeg[2:]
@@ -39,6 +48,9 @@ def harmful(jpeg, rng):
         'html that begins as gif': lambda: b'GIF89a/*<script>alert(1)</script>*/=1;', 'zip before a photo': lambda: b'PK\3\4'+rng.randbytes(300)+jpeg,
         'heic': lambda: b'\0\0\0\x18ftypheic'+rng.randbytes(2000), 'avif': lambda: b'\0\0\0\x18ftypavif'+rng.randbytes(2000),
         'php in png': lambda: png(5, 5, b'<?php system($_GET[0]); ?>'), 'too small': lambda: png(3, 3, zlib.compress(bytes(30))),
+        'zip behind a photo': lambda: jpeg+zipped(rng.randbytes(300)), 'script behind a photo': lambda: jpeg+b'<script>alert(1)</script>',
+        'php in a comment': lambda: jpeg[:2]+b'\xff\xfe\0\x1e<?php system($_GET[0]); ?>'.ljust(32)+jpeg[2:],
+        'pdf around a photo': lambda: jpeg[:2]+b'\xff\xfe\0\x0b%PDF-1.7\n'+jpeg[2:],
         'exif alone': lambda: exif(b'\xff\xd8\xff\xd9', b'II*\0\x08\0\0\0\xff\xff'+rng.randbytes(100)),
     }
 
@@ -46,8 +58,7 @@ def harmful(jpeg, rng):
 def clothed(jpeg, rng):
     "Kind -> a whole photo in odd clothes: the pixels may be named, nothing else of it may count"
     loop = b'II*\0\x08\0\0\0\1\0\x69\x87\4\0\1\0\0\0\x08\0\0\0\x08\0\0\0'
-    return {'zip behind a photo': lambda: jpeg+b'PK\3\4'+rng.randbytes(300), 'script behind a photo': lambda: jpeg+b'<script>alert(1)</script>',
-        'exif loop': lambda: exif(jpeg, loop),
+    return {'exif loop': lambda: exif(jpeg, loop),
             'exif orientation 9999': lambda: exif(jpeg, b'II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\x0f\x27\0\0\0\0\0\0'),
             'exif noise': lambda: exif(jpeg, b'MM\0*'+rng.randbytes(rng.randrange(60_000))),
             'zlib bomb behind the last row': lambda: png(1000, 1000, zlib.compress(bytes(100_000_000), 9)[:-8]),

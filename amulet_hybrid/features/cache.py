@@ -166,8 +166,6 @@ class CacheFile:
         elif self._db: self._db.close()
         self._db = None
 
-    def __del__(self): self.close()
-
 # %% ../../nbs/34_features.cache.ipynb #346838ec
 _READ = '''with k as materialized (select key, id, used<? as stale from known where block=?{some} order by id)
 select k.key, k.id, k.stale, v.crc, v.value from k cross join vals v on v.id=k.id'''
