@@ -214,7 +214,7 @@ class Answers(Service):
     async def batch(self, visit:Visit, photos:Sequence[Any], options:Options) -> dict: # The values of a `BatchResponse`
         "Each by itself; as many at once as there are workers, so that a batch does not fill the line"
         self.line.check()
-        start,turns = time.perf_counter(),asyncio.Semaphore(self.line.workers)
+        start,turns = time.perf_counter(),asyncio.Semaphore(2*self.line.workers)
         async def one(photo):
             async with turns:
                 try: return await self.answer(visit, [photo if isinstance(photo, bytes) else await aside(decode_image_data, photo, len(photo))], options, True)

@@ -124,6 +124,13 @@ class ConformalPredictor(BaseEstimator):
     def thresholds_(self) -> np.ndarray: # (n_classes,)
         "Score up to which each class is in the set"
         check_is_fitted(self, 'score_')
+        settings = self.coverage,self.class_conditional,self.min_class,self.vote
+        known = vars(self).get('_known') # asked for with every photo that is served
+        if known and known[0]==settings and known[1] is self.score_: return known[2]
+        self._known = settings,self.score_,self._thresholds()
+        return self._known[2]
+
+    def _thresholds(self):
         seen = np.bincount(np.unique(np.stack([self.label_, self.group_]), axis=1)[0], minlength=self.n_classes_) # groups of each class
         own = seen >= (self.min_class if self.class_conditional=='auto' else 0 if self.class_conditional else np.inf)
         out = np.full(self.n_classes_, self._limit(~own[self.label_]))

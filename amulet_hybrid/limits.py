@@ -138,7 +138,8 @@ def decode_image_data(
                          advice='Encode the whole file with the standard alphabet, padding and no line breaks (`base64 -w0 photo.jpg`)') from error
 
 # %% ../nbs/64_limits.ipynb #9c96c8a1
-_ALSO = re.compile(rb"<(?:script|\?php|html|!doctype)|Rar!\x1a\x07|7z\xbc\xaf'\x1c", re.I)
+_PAGE = re.compile(rb'<(?:script|\?php|html|!doctype)', re.I) # begins with one byte, so that most of a photo is leapt over
+_ARCHIVES = (b'Rar!\x1a\x07', b"7z\xbc\xaf'\x1c")
 _ZIP_TAIL = 22+2**16-1 # Bytes at the end among which an archive's list of contents is named
 
 def refuse_polyglot(
@@ -146,10 +147,11 @@ def refuse_polyglot(
 ):
     "Refuse a photo that is another kind of file as well: a page or script, a PDF, or a ZIP, RAR or 7z archive"
     end = photo.rfind(b'PK\5\6', max(0, len(photo)-_ZIP_TAIL))
-    archive = end >= 0 and photo.rfind(b'PK\1\2', 0, end) >= 0
-    if archive or (found := _ALSO.search(photo)) or b'%PDF-' in photo[:1024]:
-        what = 'a ZIP archive' if archive else 'a PDF' if not found else 'a web page or script' if found[0][:1]==b'<' else 'an archive'
-        raise ImageError(f'it is a photo and {what} in one', code='polyglot', advice='Open the photo in an editor and save it anew')
+    if end >= 0 and photo.rfind(b'PK\1\2', 0, end) >= 0 or any(name in photo for name in _ARCHIVES): what = 'an archive'
+    elif _PAGE.search(photo): what = 'a web page or script'
+    elif b'%PDF-' in photo[:1024]: what = 'a PDF'
+    else: return
+    raise ImageError(f'it is a photo and {what} in one', code='polyglot', advice='Open the photo in an editor and save it anew')
 
 # %% ../nbs/64_limits.ipynb #c7126e57
 logging.getLogger('python_multipart').setLevel(logging.CRITICAL) # its warnings say what a stranger sent, a line each

@@ -12,7 +12,7 @@ import statistics
 import sys
 import threading
 import time
-from collections import deque
+
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -44,19 +44,21 @@ class Line:
         seconds:float=10. # Longest wait
     ):
         self.workers,self.places,self.seconds = workers or os.cpu_count() or 1,places,seconds
-        self.running,self.mean,self._waiting,self._early = 0,0.,deque(),[]
+        self.present,self.mean,self._early = 0,0.,[] # `present`: who waits or is at work
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix='amulet-predict', initializer=_yield_to_loop)
 
-    def __len__(self): return len(self._waiting)
+    @property
+    def running(self) -> int: return min(self.present, self.workers)
+    def __len__(self): return self.present-self.running
 
     def wait_seconds(self) -> float: # By what the last ones took
         "How long the next one would wait"
-        return self.mean*(len(self)+self.running)/self.workers if self.running >= self.workers else 0.
+        return self.mean*self.present/self.workers if self.present >= self.workers else 0.
 
     def check(self):
         "Raise `Busy` unless one more may come"
         wait = self.wait_seconds()
-        if self.running >= self.workers and (len(self) >= self.places or wait > self.seconds): raise Busy(min(wait, 60))
+        if self.present >= self.workers and (len(self) >= self.places or wait > self.seconds): raise Busy(min(wait, 60))
 
     async def run(self,
         work:Callable[[],Any], # Done in a thread
@@ -64,39 +66,29 @@ class Line:
     ) -> Any: # What `work` gives
         "Wait for a thread, and for its answer"
         if not admitted: self.check()
-        if self.running >= self.workers: await self._wait(admitted)
-        else: self.running += 1
-        loop = asyncio.get_running_loop()
-        start = time.perf_counter()
-        future = loop.run_in_executor(self._pool, work)
-        future.add_done_callback(lambda done: self._free(time.perf_counter()-start))
-        return await asyncio.shield(future) # the thread goes on if nobody waits for it any more, and its place is free when it ends
-
-    async def _wait(self, admitted):
-        "Until whoever ends hands their place over"
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        took:list[float] = []
+        def timed():
+            start = time.perf_counter()
+            try: return work()
+            finally: took.append(time.perf_counter()-start)
+        task = self._pool.submit(timed) # the threads take the next one themselves: the event loop may be late
+        self.present += 1
+        future = asyncio.wrap_future(task)
+        future.add_done_callback(lambda _: self._gone(took))
         try:
-            async with asyncio.timeout(None if admitted else self.seconds): await turn
-        except (TimeoutError, asyncio.CancelledError) as error:
-            if turn in self._waiting: self._waiting.remove(turn)
-            elif turn.done() and not turn.cancelled(): self._next() # it was our turn in the moment in which we left
-            if isinstance(error, TimeoutError): raise Busy(self.wait_seconds()) from None
+            await asyncio.wait({future}, timeout=None if admitted else self.seconds)
+            if not future.done() and task.cancel(): raise Busy(self.wait_seconds())
+            return await asyncio.shield(future)
+        except asyncio.CancelledError: # whoever waits leaves the line; a thread that is at work goes on, and its place is free when it ends
+            task.cancel()
             raise
 
-    def _free(self, took):
-        if self.mean: self.mean = .9*self.mean+.1*took
-        else:
-            self._early.append(took)
+    def _gone(self, took):
+        self.present -= 1
+        if took and self.mean: self.mean = .9*self.mean+.1*took[0]
+        elif took:
+            self._early.append(took[0])
             if len(self._early)==_EARLY: self.mean = statistics.median(self._early)
-        self._next()
-
-    def _next(self):
-        "The place goes to the next in the line, or is free"
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done(): turn.set_result(None); return
-        self.running -= 1
 
     def close(self):
         "No more work"

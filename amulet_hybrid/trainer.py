@@ -358,7 +358,8 @@ class HybridTrainer(BaseEstimator):
     ) -> tuple[Any,np.ndarray,ConformalPredictor]: # Calibrator, its (n, n_classes) probabilities of photos that did not teach it, and prediction sets
         "How much is to be believed of what was said out of fold"
         times,config = len(proba)//len(self.y_),self.config
-        calibrator = calibrate_model(log_proba(proba), np.tile(self.y_, times), np.tile(groups, times), CALIBRATIONS, seed=config.seed, errors=errors, sharpen=bool(self.last_folds_))
+        truth,names = np.tile(self.y_, times),np.tile(groups, times)
+        calibrator = calibrate_model(log_proba(proba), truth, names, CALIBRATIONS, seed=config.seed, errors=errors, sharpen=bool(self.last_folds_))
         seen = calibrator.cross_proba_.reshape(times, len(self.y_), -1)
         return calibrator,seen.mean(0),ConformalPredictor(coverage=config.coverage, seed=config.seed).fit(seen[-1], self.y_, groups)
 
