@@ -21,6 +21,7 @@ from .access import RateLimit
 from .api import PATHS, REFUSALS, Classifier, FeedbackRequest, Options, Recorder, Visit, refuse
 from .core import AmuletError, FeatureError, bytes_digest, log
 from .limits import Held, decode_image_data, refuse_polyglot
+from .listen import settle_objects
 from .monitoring import Load, Metrics
 from .queueing import Line
 from .settings import Settings
@@ -128,6 +129,7 @@ class Service:
                 log.error('the new bundle cannot be used, %s goes on: %s', before, error, exc_info=not isinstance(error, AmuletError))
                 why = str(error) if isinstance(error, AmuletError) else type(error).__name__
                 raise AmuletError(f'the old bundle {before} goes on. {why}', code='reload_failed', advice='Put a whole bundle there and reload again') from error
+            await asyncio.to_thread(settle_objects)
             self.metrics.reloads.labels('done').inc()
             log.info('bundle %s answers instead of %s', self.model.version, before)
             return {'model_version': self.model.version, 'previous_version': before, 'seconds': round(time.monotonic()-start, 3)}
