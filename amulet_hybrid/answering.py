@@ -21,9 +21,8 @@ from .access import RateLimit
 from .api import PATHS, REFUSALS, Classifier, FeedbackRequest, Options, Recorder, Visit, refuse
 from .core import AmuletError, FeatureError, bytes_digest, log
 from .limits import Held, decode_image_data, refuse_polyglot
-from .listen import settle_objects
 from .monitoring import Load, Metrics
-from .queueing import Line
+from .queueing import Line, settle_objects
 from .settings import Settings
 
 # %% ../nbs/70_answering.ipynb #428661e3
