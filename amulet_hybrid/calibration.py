@@ -80,7 +80,7 @@ class TemperatureScaler(_Scaler):
     ):
         "Find the temperature of least log loss"
         logits,y = _checked(logits, y)
-        self.temperature_ = _temperature(logits, _smooth_targets(y, logits.shape[1]), self.bounds)
+        self.temperature_ = _temperature(logits, _smooth_targets(logits, y), self.bounds)
         return self
 
     def predict_proba(self,
@@ -96,12 +96,11 @@ def _temperature(logits, wanted, bounds):
     found = minimize_scalar(loss, bounds=np.log(bounds), method='bounded')
     return float(np.exp(found.x)) if found.fun <= loss(0.) else 1.
 
-def _smooth_targets(y, n_classes):
-    "Rows that put 1/(n+2) on the other classes"
-    doubt = 1/(len(y)+2)
-    targets = np.full((len(y), n_classes), doubt/max(1, n_classes-1))
-    targets[np.arange(len(y)), y] = 1-doubt if n_classes > 1 else 1
-    return targets
+def _smooth_targets(logits, y):
+    "Rows that put half a photo in n+1 on the other classes, as the logits share it"
+    doubt,truth = .5/(len(y)+1),np.eye(logits.shape[1])[y]
+    if logits.shape[1]==1: return truth
+    return (1-doubt)*truth + doubt*softmax(np.where(truth > 0, -np.inf, logits), axis=1)
 
 def log_proba(
     proba:np.ndarray, # (n, n_classes)

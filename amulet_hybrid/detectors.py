@@ -291,7 +291,7 @@ class ViMDetector(BaseDetector):
         if self.weight is None: head = LinearHead(self.C).fit(X, codes); self.weight_,self.bias_ = head.weight_,head.bias_
         else: self.weight_,self.bias_ = np.asarray(self.weight, float),np.asarray(self.bias, float)
         if self.weight_.shape!=(len(self.bias_), X.shape[1]): raise ValueError(f'`weight` {self.weight_.shape} does not fit {len(self.bias_)} biases and {X.shape[1]} columns')
-        self.origin_ = -np.linalg.pinv(self.weight_)@self.bias_
+        self.origin_ = -np.linalg.pinv(self.weight_, rcond=max(self.weight_.shape)*np.finfo(np.float32).eps)@self.bias_ # the rows of a softmax head may sum to about nothing
         values,vectors = np.linalg.eigh((X-self.origin_).T@(X-self.origin_)/len(X))
         axes = self.axes if self.axes is not None else max(1, int((values > 1e-10*values[-1]).sum())//2)
         self.rest_ = vectors[:,:max(1, X.shape[1]-axes)] if X.shape[1] > 1 else vectors

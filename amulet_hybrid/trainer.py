@@ -359,7 +359,7 @@ class HybridTrainer(BaseEstimator):
         "How much is to be believed of what was said out of fold"
         times,config = len(proba)//len(self.y_),self.config
         truth,names = np.tile(self.y_, times),np.tile(groups, times)
-        calibrator = calibrate_model(log_proba(proba), truth, names, CALIBRATIONS, seed=config.seed, errors=errors, sharpen=bool(self.last_folds_))
+        calibrator = calibrate_model(log_proba(proba), truth, names, CALIBRATIONS, seed=config.seed, errors=errors, sharpen=True)
         seen = calibrator.cross_proba_.reshape(times, len(self.y_), -1)
         return calibrator,seen.mean(0),ConformalPredictor(coverage=config.coverage, seed=config.seed).fit(seen[-1], self.y_, groups)
 

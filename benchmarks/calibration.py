@@ -23,7 +23,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from amulet_hybrid.calibration import SCALERS, NoScaler, VectorScaler, calibrate_model, evaluate_calibration, log_proba
 from amulet_hybrid.conformal import METHODS, ConformalPredictor, evaluate_sets
-from amulet_hybrid.trainer import CALIBRATIONS, FEW, HybridTrainer, TrainingConfig
+from amulet_hybrid.trainer import CALIBRATIONS, HybridTrainer, TrainingConfig
 
 warnings.filterwarnings('ignore', message='The groups parameter')
 
@@ -89,7 +89,7 @@ def scalers(args):
             best = calibrate_model(known, y[train], groups[train])
             chosen.append(best.methods_.method[best.methods_.chosen].item())
             found['calibrate_model'][test] = best.predict_proba(new)
-            as_trained = calibrate_model(known, y[train], groups[train], CALIBRATIONS, errors=0, sharpen=len(train) < FEW)
+            as_trained = calibrate_model(known, y[train], groups[train], CALIBRATIONS, errors=0, sharpen=True)
             found['calibrate_model, as the trainer asks'][test] = as_trained.predict_proba(new)
             for method, run in rivals().items(): found[method][test] = run(known, y[train], new)
         for method, p in found.items():
