@@ -20,7 +20,7 @@ from uuid import uuid4
 from .access import RateLimit
 from .api import PATHS, REFUSALS, Classifier, FeedbackRequest, Options, Recorder, Visit, refuse
 from .core import AmuletError, FeatureError, bytes_digest, log
-from .limits import Held, decode_image_data, refuse_polyglot
+from .limits import Held, decode_image_data, refuse_tricks
 from .monitoring import Load, Metrics
 from .queueing import Line, settle_objects
 from .settings import Settings
@@ -176,7 +176,7 @@ class Answers(Service):
         def work():
             seen = model.see(asked, options) # what is no photo at all is said here
             if not isinstance(asked, Mapping):
-                for photo in asked: refuse_polyglot(photo)
+                for photo in asked: refuse_tricks(photo)
             return seen,self._tell(visit, model, seen, options, digest, start, bool(getattr(seen, 'cached', False)))
         seen,body = await self.line.run(work, admitted)
         if digest: model.remember(_question(digest, options), seen)
@@ -213,7 +213,7 @@ class Answers(Service):
         if len(self._recent) > _REMEMBERED: self._recent.popitem(last=False)
 
     async def batch(self, visit:Visit, photos:Sequence[Any], options:Options) -> dict: # The values of a `BatchResponse`
-        "Each by itself; as many at once as there are workers, so that a batch does not fill the line"
+        "Each by itself; as many at once as keep the workers busy, so that a batch does not fill the line"
         self.line.check()
         start,turns = time.perf_counter(),asyncio.Semaphore(2*self.line.workers)
         async def one(photo):

@@ -236,6 +236,7 @@ REFUSALS:dict[str,tuple[int,str]] = {
     'too_small': (422, 'A side of the photo is too short'),
     'too_large': (422, 'A side of the photo is too long'),
     'decompression_bomb': (422, 'The header promises more pixels than any photo has'),
+    'bad_exif': (422, 'The EXIF data is broken, so nobody knows which way the photo is up'),
     'polyglot': (422, 'The photo is another kind of file as well: a page, a script, a PDF or an archive'),
     'too_many_photos': (422, 'More photos than one request may have'),
     'unsupported_option': (422, 'The model that is served does not take this option'),
@@ -252,8 +253,8 @@ REFUSALS:dict[str,tuple[int,str]] = {
 }
 ANY = ('no_key', 'rate_limited', 'internal_error', 'busy')
 BODY = ('too_slow', 'image_too_large', 'wrong_content_type', 'bad_request')
-PHOTO = ('unsupported_format', 'empty_file', 'corrupt_image', 'truncated', 'too_small', 'too_large', 'decompression_bomb', 'polyglot', 'too_many_photos', 'unsupported_option',
-         'needs_features', 'timed_out')
+PHOTO = ('unsupported_format', 'empty_file', 'corrupt_image', 'truncated', 'too_small', 'too_large', 'decompression_bomb', 'bad_exif', 'polyglot', 'too_many_photos',
+         'unsupported_option', 'needs_features', 'timed_out')
 ROW = ('needs_photo', 'unknown_feature', 'bad_feature', 'no_features')
 
 def failure(

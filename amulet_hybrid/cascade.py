@@ -72,8 +72,6 @@ def _look_candidate(trainer, blocks):
     if found: return min(found, key=lambda c: selection_loss(trainer.oof_[c], trainer.y_))
     return Candidate(tuple(b for b in blocks if _net(b)==used[0]), 'logistic_balanced')
 
-
-
 # %% ../nbs/62_cascade.ipynb #d937cded
 NEVER = 1.01 # A threshold that no confidence reaches
 WORTH = .1 # Share of photos that a tier must answer to be asked at all
@@ -155,8 +153,6 @@ def _neural_tier(trainer, blocks, groups):
     trained = trainer._refit(blocks, {candidate: 1.}, calibrator)
     trained.conformal,trained.novelty = sets,_stranger(trainer, blocks, candidate.blocks, groups)
     return Tier('neural', ServedModel.of(trained, {b: blocks[b] for b in candidate.blocks}), NEVER),proba
-
-
 
 # %% ../nbs/62_cascade.ipynb #c4b82cb4
 def _figures(names, proba, y, thresholds):

@@ -7,6 +7,7 @@ __all__ = ['take_port', 'open_port', 'run_server']
 
 # %% ../nbs/70_listen.ipynb #b613b9ef
 import errno
+import gc
 import json
 import logging
 import os
@@ -122,4 +123,6 @@ def run_server(
         settle_objects(True)
         open_port(sock)
         logging.getLogger('uvicorn.error').info('Serving on http://%s:%d (Ctrl-C stops it)', f'[{host}]' if ':' in host else host, sock.getsockname()[1])
-        with suppress(KeyboardInterrupt): uvicorn.Server(config).run(sockets=[sock])
+        try:
+            with suppress(KeyboardInterrupt): uvicorn.Server(config).run(sockets=[sock])
+        finally: gc.unfreeze()

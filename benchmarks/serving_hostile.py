@@ -1,4 +1,4 @@
-"""Uploads that mean harm, for benchmarks/serving.py: files that are no photos, requests that lie about themselves, whole photos in odd clothes, and senders that take their time"""
+"""Uploads that mean harm, for benchmarks/serving.py: files that are no photos, requests that lie about themselves, slow senders; and honest photos in odd wrappings"""
 import asyncio
 import contextlib
 import io
@@ -51,18 +51,19 @@ def harmful(jpeg, rng):
         'zip behind a photo': lambda: jpeg+zipped(rng.randbytes(300)), 'script behind a photo': lambda: jpeg+b'<script>alert(1)</script>',
         'php in a comment': lambda: jpeg[:2]+b'\xff\xfe\0\x1e<?php system($_GET[0]); ?>'.ljust(32)+jpeg[2:],
         'pdf around a photo': lambda: jpeg[:2]+b'\xff\xfe\0\x0b%PDF-1.7\n'+jpeg[2:],
+        'exif loop': lambda: exif(jpeg, b'II*\0\x08\0\0\0\1\0\x69\x87\4\0\1\0\0\0\x08\0\0\0\x08\0\0\0'),
+        'exif orientation 9999': lambda: exif(jpeg, b'II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\x0f\x27\0\0\0\0\0\0'),
+        'exif noise': lambda: exif(jpeg, b'MM\0*'+rng.randbytes(rng.randrange(60_000))),
+        'bomb behind the last row': lambda: png(1000, 1000, zlib.compress(bytes(100_000_000), 9)[:-8]),
         'exif alone': lambda: exif(b'\xff\xd8\xff\xd9', b'II*\0\x08\0\0\0\xff\xff'+rng.randbytes(100)),
     }
 
 
 def clothed(jpeg, rng):
-    "Kind -> a whole photo in odd clothes: the pixels may be named, nothing else of it may count"
-    loop = b'II*\0\x08\0\0\0\1\0\x69\x87\4\0\1\0\0\0\x08\0\0\0\x08\0\0\0'
-    return {'exif loop': lambda: exif(jpeg, loop),
-            'exif orientation 9999': lambda: exif(jpeg, b'II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\x0f\x27\0\0\0\0\0\0'),
-            'exif noise': lambda: exif(jpeg, b'MM\0*'+rng.randbytes(rng.randrange(60_000))),
-            'zlib bomb behind the last row': lambda: png(1000, 1000, zlib.compress(bytes(100_000_000), 9)[:-8]),
-            'long comment': lambda: jpeg[:2]+(b'\xff\xfe\xff\xff'+b'x'*65_533)*20+jpeg[2:]}
+    "Kind -> a photo as cameras and editors write them, with more around its pixels than it needs: to be named"
+    return {'long comment': lambda: jpeg[:2]+(b'\xff\xfe\xff\xff'+b'x'*65_533)*20+jpeg[2:], 'another photo behind': lambda: jpeg+jpeg,
+            'film behind': lambda: jpeg+b'\0\0\0\x18ftypmp42'+rng.randbytes(9000),
+            'odd maker notes': lambda: exif(jpeg, b'II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0'+rng.randbytes(2000))}
 
 
 def multipart(photo, name='a.jpg', field='files'):
