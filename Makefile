@@ -63,7 +63,7 @@ check: dev ## Notebooks and modules agree and are clean; ruff; mypy
 	@echo "== notebooks and modules agree"
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	cp -R settings.ini pyproject.toml _quarto.yml nbs amulet_hybrid "$$tmp"; \
-	find "$$tmp/amulet_hybrid" -name '*.py' ! -path "$$tmp/amulet_hybrid/__init__.py" ! -path "$$tmp/amulet_hybrid/migrations/*" -delete; \
+	find "$$tmp/amulet_hybrid" -name '*.py' ! -path "$$tmp/amulet_hybrid/__init__.py" ! -path "$$tmp/amulet_hybrid/store/migrations/*" -delete; \
 	bin="$$PWD/$(BIN)"; (cd "$$tmp"; "$$bin/nbdev_export"); \
 	diff -r -x __pycache__ -x runs amulet_hybrid "$$tmp/amulet_hybrid" || \
 	  { echo "The modules (<) are not what the notebooks export (>). Change the notebooks, never the modules; then: $(BIN)/nbdev_export"; exit 1; }; \

@@ -18,7 +18,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], license='MIT', license_files=['LICENSE'], url=cfg['git_url'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['amulet_hybrid*']),
-    package_data={'amulet_hybrid': ['py.typed', 'runs/*.ipynb', 'deployment/*.j2']},
+    package_data={'amulet_hybrid': ['py.typed', 'runs/*.ipynb', 'deploy/templates/*.j2']},
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Natural Language :: English',

@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from amulet_hybrid.dataset import make_manifest
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.inspection import DatasetInspector, InspectionConfig
-from amulet_hybrid.metrics import evaluate_predictions
-from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.audit.inspector import DatasetInspector, InspectionConfig
+from amulet_hybrid.data.manifest import make_manifest
+from amulet_hybrid.evaluate.metrics import evaluate_predictions
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
 
 
 def load(data: Path, name: str, weights: str, cache: Path, preset: str):

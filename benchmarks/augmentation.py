@@ -17,14 +17,14 @@ RESULTS = Path(__file__).parent/'results'
 
 def photos(data, name='amulet6', count=40):
     "Some real photos of a set, at 224 x 224"
-    from amulet_hybrid.images import read_image, resize_image
+    from amulet_hybrid.data.images import read_image, resize_image
     paths = sorted((Path(data)/name).rglob('*.jpg'))
     return [resize_image(read_image(p), SIDE, 'fit') for p in paths[::max(1, len(paths)//count)][:count]]
 
 def sheets(args):
     "A contact sheet of every operation on a real photo, and of each preset on several: to be looked at"
-    from amulet_hybrid.augmentation import OPERATIONS, PRESETS, AugmentationConfig, apply_steps, augment
-    from amulet_hybrid.samples import contact_sheet
+    from amulet_hybrid.augment.transforms import OPERATIONS, PRESETS, AugmentationConfig, apply_steps, augment
+    from amulet_hybrid.data.samples import contact_sheet
     out = Path(args.sheets or tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
     for name in ('amulet6', 'coins', 'magtile'):
@@ -40,7 +40,7 @@ def sheets(args):
 # One operation at a time, one thread; the rivals draw their own parameters, in the same ranges, as they do in a policy
 OURS = '''
 import sys, json, time, cv2, numpy as np
-from amulet_hybrid.augmentation import OPERATIONS, apply_steps
+from amulet_hybrid.augment.transforms import OPERATIONS, apply_steps
 rng = np.random.default_rng(0)
 todo = {name: (lambda p, name=name: apply_steps(p, [(name, OPERATIONS[name].draw(rng, .7))])) for name in OPERATIONS}
 '''
@@ -108,8 +108,8 @@ import sys, json, time, os
 from pathlib import Path
 from concurrent.futures import ProcessPoolExecutor
 import cv2, numpy as np
-from amulet_hybrid.augmentation import AugmentationConfig, augment
-from amulet_hybrid.images import read_image
+from amulet_hybrid.augment.transforms import AugmentationConfig, augment
+from amulet_hybrid.data.images import read_image
 out = Path(sys.argv[2])
 def work(task):
     path,n = task
@@ -182,8 +182,8 @@ if __name__=='__main__':
 
 def policy(args):
     "Photos a second of the whole medium policy, read, made and written as JPEG on 2 cores; and of our pipeline, which also checks and records each"
-    from amulet_hybrid.augment_folder import AugmentationPipeline, AugmentFolderConfig
-    from amulet_hybrid.dataset import make_manifest
+    from amulet_hybrid.augment.folder import AugmentationPipeline, AugmentFolderConfig
+    from amulet_hybrid.data.manifest import make_manifest
     found:dict[str,list] = {}
     with tempfile.TemporaryDirectory() as folder:
         def script(text): # worker processes need a file
@@ -230,16 +230,16 @@ print(json.dumps(out))
 
 def cnn_rows(args, name, blocks=('cnn:mobilenet_v2:side=224',)):
     "Features of a set's photos, and its manifest"
-    from amulet_hybrid.augmentation_checks import with_digests
-    from amulet_hybrid.dataset import make_manifest
-    from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
+    from amulet_hybrid.augment.label_safety import with_digests
+    from amulet_hybrid.data.manifest import make_manifest
+    from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
     manifest,root = make_manifest(Path(args.data)/name)
     extractor = HybridFeatureExtractor(FeatureConfig(blocks=tuple(blocks), weights=args.weights), args.cache, 2)
     return np.hstack(list(extractor.extract_manifest(with_digests(manifest, root), root).values())),manifest
 
 def fidelity(args):
     "FID and KID from the same arrays as torch-fidelity and clean-fid; real against real at n = 50; what FID of few photos is worth"
-    from amulet_hybrid.fidelity import compute_fid, compute_kid, fid_infinity, kid_test
+    from amulet_hybrid.augment.fidelity import compute_fid, compute_kid, fid_infinity, kid_test
     X,manifest = cnn_rows(args, 'coins')
     X = X.astype(np.float64)
     y,rng = manifest['label'].to_numpy(),np.random.default_rng(0)
@@ -274,9 +274,9 @@ STUDIES = {'amulet6': {'augmentation_factor': 4., 'max_repeats': 3}, 'coins': {'
 
 def study(args):
     "Grouped folds with no balancing, class weights, balanced draws and each preset; what augmenting before splitting would have pretended"
-    from amulet_hybrid.augmentation_study import StudyConfig, evaluate_augmentation
-    from amulet_hybrid.dataset import make_manifest
-    from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
+    from amulet_hybrid.augment.ablation import StudyConfig, evaluate_augmentation
+    from amulet_hybrid.data.manifest import make_manifest
+    from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
     for name in args.sets.split(','):
         groups = Path(args.data)/f'{name}_groups.csv'
         manifest,root = make_manifest(Path(args.data)/name, groups if groups.is_file() else None)
@@ -292,8 +292,8 @@ def study(args):
 KILL = '''
 import sys, json
 from pathlib import Path
-from amulet_hybrid.augment_folder import AugmentationPipeline, AugmentFolderConfig
-from amulet_hybrid.dataset import make_manifest
+from amulet_hybrid.augment.folder import AugmentationPipeline, AugmentFolderConfig
+from amulet_hybrid.data.manifest import make_manifest
 manifest,root = make_manifest(sys.argv[1])
 AugmentationPipeline(AugmentFolderConfig(preset='medium', augmentation_factor=4), jobs=2).run(manifest.assign(split='train'), root, sys.argv[2])
 print(json.dumps({}))

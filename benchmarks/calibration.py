@@ -21,9 +21,9 @@ from scipy.stats import binom
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from amulet_hybrid.calibration import SCALERS, NoScaler, VectorScaler, calibrate_model, evaluate_calibration, log_proba
-from amulet_hybrid.conformal import METHODS, ConformalPredictor, evaluate_sets
-from amulet_hybrid.trainer import CALIBRATIONS, HybridTrainer, TrainingConfig
+from amulet_hybrid.learn.calibration import SCALERS, NoScaler, VectorScaler, calibrate_model, evaluate_calibration, log_proba
+from amulet_hybrid.learn.conformal import METHODS, ConformalPredictor, evaluate_sets
+from amulet_hybrid.learn.trainer import CALIBRATIONS, HybridTrainer, TrainingConfig
 
 warnings.filterwarnings('ignore', message='The groups parameter')
 

@@ -25,15 +25,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from amulet_hybrid.bundle import MANIFEST, HeldOut, _entry, _write_manifest, load_bundle, save_bundle
-from amulet_hybrid.cascade import fit_cascade, route_of
-from amulet_hybrid.classifier import HybridClassifier, resident_mb
 from amulet_hybrid.core import BundleError, bytes_digest
-from amulet_hybrid.dataset import make_manifest
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.samples import LOGOS, draw_logo
-from amulet_hybrid.split import holdout
-from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.data.manifest import make_manifest
+from amulet_hybrid.data.samples import LOGOS, draw_logo
+from amulet_hybrid.data.split import holdout
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.model.bundle import MANIFEST, HeldOut, _entry, _write_manifest, load_bundle, save_bundle
+from amulet_hybrid.model.cascade import fit_cascade, route_of
+from amulet_hybrid.model.classifier import HybridClassifier, resident_mb
 
 MODELS = ('logistic_balanced', 'lda_balanced', 'logistic_smooth', 'svm')
 

@@ -32,15 +32,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from amulet_hybrid.audit.inspector import DatasetInspector, InspectionConfig
 from amulet_hybrid.core import AmuletError, file_digest
-from amulet_hybrid.dataset import make_manifest
+from amulet_hybrid.data.images import read_image, resize_image
+from amulet_hybrid.data.manifest import make_manifest
+from amulet_hybrid.data.split import folds
+from amulet_hybrid.evaluate.metrics import evaluate_predictions, paired_difference
 from amulet_hybrid.features import cnn, hybrid  # noqa: F401 (hybrid registers the blocks)
-from amulet_hybrid.features.core import EXTRACTORS, Photo, join_blocks, make_extractor
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.images import read_image, resize_image
-from amulet_hybrid.inspection import DatasetInspector, InspectionConfig
-from amulet_hybrid.metrics import evaluate_predictions, paired_difference
-from amulet_hybrid.split import folds
+from amulet_hybrid.features.contract import EXTRACTORS, Photo, join_blocks, make_extractor
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
 
 HERE, NET, CORES = Path(__file__).parent, 'cnn:mobilenet_v2', 2
 NETS = (NET, f'{NET}@max', f'{NET}@texture', 'cnn:squeezenet1_1')

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from amulet_hybrid.core import file_digest
+from amulet_hybrid.data.images import read_image
 from amulet_hybrid.features import classical  # noqa: F401 (it registers its blocks)
 from amulet_hybrid.features.cache import FeatureCache, block_key
-from amulet_hybrid.features.core import Photo, make_extractor
-from amulet_hybrid.images import read_image
+from amulet_hybrid.features.contract import Photo, make_extractor
 
 BLOCKS = ('colour', 'hog', 'lbp')
 

@@ -23,7 +23,7 @@ print(json.dumps({'seconds': time.perf_counter()-start, 'failed': failed}))
 '''
 OURS = '''
 import json, sys, time
-from amulet_hybrid.inspection import DatasetInspector, InspectionConfig
+from amulet_hybrid.audit.inspector import DatasetInspector, InspectionConfig
 start = time.perf_counter()
 found = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=len(sys.argv)>2, jobs=2)).inspect(sys.argv[1])
 found.manifest['phash'].duplicated().sum() # what cleanvision calls near duplicates
@@ -79,7 +79,7 @@ def second_look(data, count=10_000):
 
 def facts(data):
     "What it says about each real set, with the groups that are known"
-    from amulet_hybrid.inspection import DatasetInspector
+    from amulet_hybrid.audit.inspector import DatasetInspector
     for name in ('amulet6', 'coins', 'magtile', 'amulet6_leaky'):
         groups = Path(data)/f'{name}_groups.csv'
         for given in ([groups] if groups.is_file() else [])+[None]:

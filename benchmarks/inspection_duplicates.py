@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from amulet_hybrid.duplicates import _looks, clusters, duplicate_table, duplicate_views, near_duplicates, near_hashes, photo_print
-from amulet_hybrid.images import read_image
+from amulet_hybrid.data.duplicates import _looks, clusters, duplicate_table, duplicate_views, near_duplicates, near_hashes, photo_print
+from amulet_hybrid.data.images import read_image
 
 RIVALS = r"""
 import collections.abc, itertools, json, logging, sys

@@ -90,7 +90,7 @@ def make_files(photos, folder, count, seed):
 
 def child():
     "Measure the files that stdin names; runs in a process of its own, so that its memory is its own"
-    from amulet_hybrid.quality import FATAL, measure_photo
+    from amulet_hybrid.data.quality import FATAL, measure_photo
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     out, slowest = [], 0.
     for path in json.load(sys.stdin):

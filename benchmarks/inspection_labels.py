@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score
 
+from amulet_hybrid.audit.probes import quick_proba
 from amulet_hybrid.core import derive_seed, file_digest
-from amulet_hybrid.dataset import make_manifest
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.labels import find_label_issues, label_noise
-from amulet_hybrid.probes import quick_proba
-from amulet_hybrid.split import folds
+from amulet_hybrid.data.manifest import make_manifest
+from amulet_hybrid.data.split import folds
+from amulet_hybrid.evaluate.label_issues import find_label_issues, label_noise
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
 
 OURS = 'amulet_hybrid'
 CHILD = '''

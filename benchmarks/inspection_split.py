@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from amulet_hybrid.dataset import make_manifest
-from amulet_hybrid.split import GroupedStratifiedKFold, leakage, leakage_notes
+from amulet_hybrid.data.manifest import make_manifest
+from amulet_hybrid.data.split import GroupedStratifiedKFold, leakage, leakage_notes
 
 SPLITTERS = {'amulet_hybrid': lambda k, seed: GroupedStratifiedKFold(k, random_state=seed),
              'StratifiedGroupKFold': lambda k, seed: StratifiedGroupKFold(k, shuffle=True, random_state=seed),

@@ -25,10 +25,10 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 from sklearn.base import clone  # noqa: E402
 
-from amulet_hybrid.dataset import make_manifest  # noqa: E402
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor  # noqa: E402
-from amulet_hybrid.measure import measure_files  # noqa: E402
-from amulet_hybrid.novelty import NoveltyCandidate, _auroc, _fold_of, _held_out, _spread, novelty_candidates, select_detector  # noqa: E402
+from amulet_hybrid.data.manifest import make_manifest  # noqa: E402
+from amulet_hybrid.data.scan import measure_files  # noqa: E402
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor  # noqa: E402
+from amulet_hybrid.learn.ood_selection import NoveltyCandidate, _auroc, _fold_of, _held_out, _spread, novelty_candidates, select_detector  # noqa: E402
 
 CHEAP = ('colour', 'hog', 'lbp', 'cnn:mobilenet_v2', 'cnn:mobilenet_v2@max', 'cnn:mobilenet_v2@texture')
 MORE = (*CHEAP, 'haralick', 'gabor', 'edges', 'gradient', 'shape', 'moments', 'dense_sift', 'cnn:squeezenet1_1', 'cnn:squeezenet1_1@texture')
@@ -188,8 +188,8 @@ def agreement(python, found):
     "Spearman with pytorch-ood, same rows and settings; what differs in the tenth digit only is a tie, as of probabilities that both clip"
     from scipy.stats import spearmanr
 
-    from amulet_hybrid.detectors import DETECTORS, LinearHead
-    from amulet_hybrid.novelty import Axes
+    from amulet_hybrid.learn.ood_detectors import DETECTORS, LinearHead
+    from amulet_hybrid.learn.ood_selection import Axes
     rows = []
     for name, (blocks, labels, groups, _) in found.items():
         some = thin(groups, labels, 150)

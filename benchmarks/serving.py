@@ -44,7 +44,7 @@ from serving_hostile import ask_raw, clothed, harmful, multipart, raw_request, s
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-AMULET = [sys.executable, '-c', 'from amulet_hybrid.cli import main; main()']
+AMULET = [sys.executable, '-c', 'from amulet_hybrid.cli.app import main; main()']
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'AMULET_PROGRESS': 'off'}
 COLUMNS = ('date', 'commit', 'command', 'check', 'setting', 'figure', 'value', 'target', 'met')
 
@@ -227,7 +227,7 @@ class Memory:
 BARE = '''
 import itertools, json, os, sys, time
 from pathlib import Path
-from amulet_hybrid.classifier import HybridClassifier
+from amulet_hybrid.model.classifier import HybridClassifier
 classifier,jpegs,times,turn = HybridClassifier(sys.argv[1], enable_caching=False),[p.read_bytes() for p in sorted(Path(sys.argv[2]).glob('*.jpg'))],[],itertools.count()
 until = time.perf_counter()+float(sys.argv[3])+1
 while (now := time.perf_counter()) < until:
@@ -346,8 +346,8 @@ def compare(table, setting, url, ids, folder):
     "Carry on what waits, then look for every answered prediction"
     import sqlalchemy as sa
 
-    from amulet_hybrid.database import Database, metadata
-    from amulet_hybrid.store import PredictionLog
+    from amulet_hybrid.store.database import Database, metadata
+    from amulet_hybrid.store.records import PredictionLog
     with PredictionLog(url, folder/'spool') as kept: kept.flush(120)
     told = ids.read_text().split()
     with Database(url, folder/'amulet.db').read() as db: found = [r[0] for r in db.execute(sa.select(metadata().tables['predictions'].c.prediction_id))]

@@ -5,7 +5,7 @@ import litserve as ls
 from fastapi import Request
 from serving_rivals import plain
 
-from amulet_hybrid.classifier import HybridClassifier
+from amulet_hybrid.model.classifier import HybridClassifier
 
 
 class Photos(ls.LitAPI):

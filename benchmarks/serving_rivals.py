@@ -5,7 +5,7 @@ threads:  the same as `def`, which FastAPI runs in a pool of forty threads
 """
 import sys
 
-from amulet_hybrid.classifier import HybridClassifier
+from amulet_hybrid.model.classifier import HybridClassifier
 
 
 def plain(seen):

@@ -27,12 +27,12 @@ def trained(tmp_path_factory):
     "Folder of a signed bundle with three tiers, its keys, and a photo"
     from PIL import Image
 
-    from amulet_hybrid.bundle import HeldOut, save_bundle, sign_bundle
-    from amulet_hybrid.cascade import fit_cascade
-    from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-    from amulet_hybrid.samples import LOGOS, draw_logo
-    from amulet_hybrid.signatures import make_keys
-    from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
+    from amulet_hybrid.base.signing import make_keys
+    from amulet_hybrid.data.samples import LOGOS, draw_logo
+    from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+    from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
+    from amulet_hybrid.model.bundle import HeldOut, save_bundle, sign_bundle
+    from amulet_hybrid.model.cascade import fit_cascade
     folder = tmp_path_factory.mktemp('trained')
     photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10) for view in range(2)]
     labels,groups = np.repeat(list(LOGOS), 20),np.repeat(np.arange(10*len(LOGOS)), 2)
@@ -62,7 +62,7 @@ def image(built, trained, tmp_path_factory):
     "The image of `amulet deploy`, with the signed bundle and the wheel"
     from dockerfile import Image
 
-    from amulet_hybrid.deploy import DeploySettings, deploy
+    from amulet_hybrid.deploy.rendering import DeploySettings, deploy
     folder = tmp_path_factory.mktemp('deployment')
     settings = DeploySettings(service_port=free_ports(1))
     deploy(settings, folder, 'docker', trained/'bundle', next(built.glob('*.whl')), trained/'key.pem.pub')

@@ -6,17 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amulet_hybrid.augmentation_run import AugmentRunConfig, run_augmentation
-from amulet_hybrid.bundle import load_bundle, save_bundle
+from amulet_hybrid.augment.run import AugmentRunConfig, run_augmentation
 from amulet_hybrid.core import SplitError, file_digest
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.images import read_image
-from amulet_hybrid.judge import evaluate_bundle
-from amulet_hybrid.pipeline import TrainingRun
-from amulet_hybrid.preprocessing import create_artifact_preprocessor
-from amulet_hybrid.samples import NO_FAULTS, make_samples
-from amulet_hybrid.split import leakage
-from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.data.images import read_image
+from amulet_hybrid.data.samples import NO_FAULTS, make_samples
+from amulet_hybrid.data.split import leakage
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.features.preprocessing import create_artifact_preprocessor
+from amulet_hybrid.jobs.evaluate import evaluate_bundle
+from amulet_hybrid.jobs.train import TrainingRun
+from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.model.bundle import load_bundle, save_bundle
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared'
 

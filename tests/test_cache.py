@@ -228,7 +228,7 @@ def test_one_byte_or_one_setting_misses(tmp_path):
 
     from amulet_hybrid.core import file_digest
     from amulet_hybrid.features import classical  # noqa: F401 (it registers its blocks)
-    from amulet_hybrid.features.core import make_extractor
+    from amulet_hybrid.features.contract import make_extractor
     path,cache = tmp_path/'photo.png',FeatureCache(tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64,64,3), dtype=np.uint8)).save(path)
     sha,hog = file_digest(path),make_extractor('hog')

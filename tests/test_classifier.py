@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amulet_hybrid.bundle import HeldOut, load_bundle, save_bundle
-from amulet_hybrid.cascade import fit_cascade
-from amulet_hybrid.classifier import HybridClassifier
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.samples import LOGOS, draw_logo
-from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.data.samples import LOGOS, draw_logo
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.model.bundle import HeldOut, load_bundle, save_bundle
+from amulet_hybrid.model.cascade import fit_cascade
+from amulet_hybrid.model.classifier import HybridClassifier
 
 ROOT = Path(__file__).resolve().parent.parent
 

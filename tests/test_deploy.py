@@ -19,7 +19,7 @@ import pytest
 from conftest import free_ports
 
 from amulet_hybrid.core import AmuletError
-from amulet_hybrid.deploy import KINDS, DeploySettings, Shipment, deploy, kinds_of, render_deployment, service_environment, write_deployment
+from amulet_hybrid.deploy.rendering import KINDS, DeploySettings, Shipment, deploy, kinds_of, render_deployment, service_environment, write_deployment
 
 SECRETS = {'AMULET_API_KEYS': f'test:{"0"*64}', 'POSTGRES_PASSWORD': 'a1', 'REDIS_PASSWORD': 'b2', 'GRAFANA_PASSWORD': 'c3'}
 VARIANTS = {'plain': DeploySettings(), 'one': DeploySettings(name='a', replicas=1, cpus=.5, timeout_seconds=5),
@@ -76,7 +76,7 @@ def test_only_the_proxy_is_published():
 
 def test_settings_of_the_service_exist():
     "Nothing is told to the service that it does not know, and it accepts the values"
-    settings = pytest.importorskip('amulet_hybrid.settings')
+    settings = pytest.importorskip('amulet_hybrid.serve.settings')
     told = {k.removeprefix('AMULET_').lower(): v for k,v in service_environment(DeploySettings()).items()}
     known = settings.Settings(**told, api_keys=SECRETS['AMULET_API_KEYS'])
     assert (known.workers, known.timeout_seconds, known.max_bytes, known.metrics_open)==(2, 30, 50*2**20, True)
@@ -155,10 +155,10 @@ def test_prometheus_and_grafana_queries(tmp_path):
 
 def test_queries_ask_for_what_the_service_tells():
     "A renamed metric would leave an empty picture"
-    monitoring = pytest.importorskip('amulet_hybrid.monitoring')
+    monitoring = pytest.importorskip('amulet_hybrid.serve.telemetry')
     import re
 
-    from amulet_hybrid.dashboards import ALERTS, BOARDS
+    from amulet_hybrid.deploy.dashboards import ALERTS, BOARDS
     source = Path(monitoring.__file__).with_name('answering.py').read_text()
     told = set(re.findall(r"\('(\w+)', '", source))|{'up'}
     for line in monitoring.Metrics(['/predict'], ['busy']).page().decode().splitlines():
@@ -431,7 +431,7 @@ def test_a_replica_is_killed_under_load(nginx, replicas, trained, tmp_path):
 
 def test_reload_one_after_the_other_under_load(nginx, replicas, trained, tmp_path):
     "Another bundle in place of the first, and SIGHUP: no request fails, and all replicas answer with the new one"
-    from amulet_hybrid.bundle import load_bundle
+    from amulet_hybrid.model.bundle import load_bundle
     serving = tmp_path/'serving'
     shutil.copytree(trained/'bundle', serving)
     s = nginx(tmp_path)
@@ -454,7 +454,7 @@ def test_reload_one_after_the_other_under_load(nginx, replicas, trained, tmp_pat
 
 def again(folder):
     "The same model under another digest"
-    import amulet_hybrid.bundle as bundle
+    import amulet_hybrid.model.bundle as bundle
     manifest = json.loads((folder/bundle.MANIFEST).read_text())
     card = (folder/'MODEL_CARD.md')
     card.write_text(card.read_text()+'\nThe second one.\n')

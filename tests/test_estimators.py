@@ -11,12 +11,12 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.utils.estimator_checks import check_estimator
 
 import amulet_hybrid
-from amulet_hybrid.detectors import KernelDetector, KNNDetector, LinearHead, MahalanobisDetector, ViMDetector
-from amulet_hybrid.models import MODELS, BlockScaler
-from amulet_hybrid.novelty import Axes
-from amulet_hybrid.pipeline import random_split_note
-from amulet_hybrid.tables import TableEncoder
-from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.features.tables import TableEncoder
+from amulet_hybrid.jobs.train import random_split_note
+from amulet_hybrid.learn.candidates import MODELS, BlockScaler
+from amulet_hybrid.learn.ood_detectors import KernelDetector, KNNDetector, LinearHead, MahalanobisDetector, ViMDetector
+from amulet_hybrid.learn.ood_selection import Axes
+from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
 
 NO_MATRIX = { # Estimators that take something else than any matrix of numbers, and what
     'Preprocessor': 'photos',

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amulet_hybrid.dataset import make_manifest
+from amulet_hybrid.data.manifest import make_manifest
+from amulet_hybrid.data.samples import make_samples
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
 from amulet_hybrid.features.folder import FeatureFolder, write_features
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.samples import make_samples
 
 AMULET = Path(sys.executable).parent/'amulet'
 PROGRAM = '''
 import sys
-from amulet_hybrid.dataset import make_manifest
-from amulet_hybrid.features.core import BaseFeatureExtractor
+from amulet_hybrid.data.manifest import make_manifest
+from amulet_hybrid.features.contract import BaseFeatureExtractor
 from amulet_hybrid.features.folder import write_features
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
 measure = BaseFeatureExtractor.measure_many
 def slowly(self, photos):
     import time

@@ -19,18 +19,25 @@ RUNS = [p for p in NOTEBOOKS if p.parent.name=='runs']
 
 def cells(notebook): return json.loads(notebook.read_text(encoding='utf-8'))['cells']
 
+def module_notebooks():
+    "Notebooks that export a module: `core`, and those in the numbered folders"
+    return sorted((*NBS.glob('[0-9]*.ipynb'), *NBS.glob('[0-9]*/[0-9]*.ipynb')), key=lambda p: p.relative_to(NBS).parts)
+
+def number(name): return int(name.split('_')[0])
+
 def floors():
-    "Module name -> number of the notebook that exports it"
+    "Module name -> (number of its folder, number inside it)"
     out = {}
-    for notebook in NBS.glob('[0-9]*.ipynb'):
+    for notebook in module_notebooks():
         for cell in cells(notebook):
-            if found := re.search(r'^#\s*\|\s*default_exp\s+(\S+)', ''.join(cell['source']), re.M): out[found[1]] = int(notebook.name.split('_')[0])
+            if found := re.search(r'^#\s*\|\s*default_exp\s+(\S+)', ''.join(cell['source']), re.M):
+                out[found[1]] = tuple(number(part) for part in notebook.relative_to(NBS).parts)
     return out
 
 def modules():
     "Module name -> file, of all that is exported; steps from one version of the tables to the next are files of Alembic"
     files = (p.relative_to(PACKAGE) for p in sorted(PACKAGE.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py'))
-    return {'.'.join(p.with_suffix('').parts): PACKAGE/p for p in files if p.parts[0]!='migrations'}
+    return {'.'.join(p.with_suffix('').parts): PACKAGE/p for p in files if 'migrations' not in p.parts}
 
 def imports(path, name):
     "(module, star) of every import of a file, the relative ones made absolute"
@@ -70,7 +77,7 @@ def test_init_holds_only_the_version():
 def test_import_is_light(): assert loaded('import amulet_hybrid', 'torch', 'fastapi', 'cv2')==[]
 
 def test_command_line_starts_light():
-    assert loaded('import amulet_hybrid.cli', 'torch', 'sklearn', 'cv2', 'pandas', 'fastapi', 'matplotlib', 'numpy')==[]
+    assert loaded('import amulet_hybrid.cli.app', 'torch', 'sklearn', 'cv2', 'pandas', 'fastapi', 'matplotlib', 'numpy')==[]
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.name)
 def test_notebook_is_small_and_whole(notebook):
@@ -85,10 +92,20 @@ def test_notebook_names_no_machine(notebook):
     places = [f'{p}{os.sep}' for p in (ROOT, Path.home()) if p!=Path(p.anchor)]
     assert not [p for p in (*places, 'site-packages') if p in outputs]
 
+def test_notebook_lies_where_its_module_does():
+    for notebook in module_notebooks():
+        name = re.search(r'^#\s*\|\s*default_exp\s+(\S+)', ''.join(cells(notebook)[1]['source']), re.M)[1]
+        assert '.'.join(p.split('_', 1)[1] for p in notebook.relative_to(NBS).with_suffix('').parts)==name
+
+def test_numbers_are_given_once():
+    for folder in [NBS, *NBS.glob('[0-9]*/')]:
+        numbers = [number(p.name) for p in folder.iterdir() if p.name[0].isdigit()]
+        assert len(numbers)==len(set(numbers))
+
 def test_table_of_floors_is_true():
-    rows = re.findall(r'^\| (\d\d_\S+) \| (\S+) \| \S', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)
-    assert [n for n,_ in rows]==sorted(p.stem for p in NBS.glob('[0-9]*.ipynb'))
-    assert all(n.split('_', 1)[1]==module for n,module in rows)
+    rows = re.findall(r'^\| `?(\d\d_\S+?)`? \| `?(\S+?)`? \| \S', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)
+    assert [n for n,_ in rows]==[p.relative_to(NBS).with_suffix('').as_posix() for p in module_notebooks()]
+    assert all('.'.join(part.split('_', 1)[1] for part in n.split('/'))==module for n,module in rows)
 
 @pytest.mark.parametrize('link', [NBS/'_quarto.yml', PACKAGE/'runs'], ids=lambda p: p.name)
 def test_links_are_relative(link):

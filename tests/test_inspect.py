@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from amulet_hybrid.samples import make_samples
+from amulet_hybrid.data.samples import make_samples
 
 AMULET = Path(sys.executable).parent/'amulet'
 OUTPUTS = ('manifest.csv', 'manifest.parquet', 'inspection.json', 'inspection.html')

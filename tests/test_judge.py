@@ -8,11 +8,11 @@ import pytest
 from sklearn.datasets import load_iris
 from typer.testing import CliRunner
 
-from amulet_hybrid.cli import app
+from amulet_hybrid.cli.app import app
 from amulet_hybrid.core import BundleError, ConfigError, DatasetError
-from amulet_hybrid.pipeline import TrainingRun
-from amulet_hybrid.samples import NO_FAULTS, make_samples
-from amulet_hybrid.table_run import TableRun
+from amulet_hybrid.data.samples import NO_FAULTS, make_samples
+from amulet_hybrid.jobs.table import TableRun
+from amulet_hybrid.jobs.train import TrainingRun
 
 
 def call(*words): return CliRunner().invoke(app, ['evaluate', *map(str, words)])
@@ -137,7 +137,7 @@ def test_target_must_be_named(rows, tmp_path):
 
 def test_a_look_is_recorded(rows, tmp_path, monkeypatch):
     "Figures, tags and the report, in any tracker"
-    from amulet_hybrid.tracking import TRACKERS, Tracker
+    from amulet_hybrid.jobs.tracking import TRACKERS, Tracker
     book = {'files': [], 'tags': {}, 'figures': {}}
     class Book(Tracker):
         def start(self, name, parameters): book['parameters'] = parameters

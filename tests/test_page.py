@@ -27,9 +27,9 @@ SHOTS = Path(tempfile.gettempdir()) # page_*.png, to be looked at
 @pytest.fixture(scope='module')
 def amulets(tmp_path_factory):
     "A bundle of real amulets, and one photo of each class that it has not seen"
-    from amulet_hybrid.bundle import HeldOut, save_bundle
-    from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-    from amulet_hybrid.trainer import HybridTrainer, TrainingConfig
+    from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+    from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
+    from amulet_hybrid.model.bundle import HeldOut, save_bundle
     root = place('AMULET_DATA', 'data', 'amulet6')
     photos = {d.name: sorted(d.iterdir()) for d in sorted(root.iterdir()) if d.is_dir()}
     paths,labels = zip(*[(p, c) for c,those in photos.items() for p in those[1:16]])
@@ -85,7 +85,7 @@ def ask(page, *photos):
 
 def test_a_photo_is_dropped(page, amulets, service):
     "The answer is that of the service, in words and bars; nothing is asked of anybody else, and the policy has no complaint"
-    from amulet_hybrid.classifier import HybridClassifier
+    from amulet_hybrid.model.classifier import HybridClassifier
     want = HybridClassifier(amulets[0])
     for photo in list(amulets[1].values())[:3]:
         ask(page, photo)

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from amulet_hybrid.classifier import HybridClassifier
+from amulet_hybrid.model.classifier import HybridClassifier
 
 HEAVY = ('torch', 'sklearn', 'scipy', 'pandas', 'matplotlib', 'joblib')
 
@@ -32,7 +32,7 @@ def test_answers_are_those_of_training(bundle, python):
     "All routes, in an environment in which nothing heavy can be imported"
     code = f'''import json, sys, importlib.util
 assert not [m for m in {HEAVY!r} if importlib.util.find_spec(m)]
-from amulet_hybrid.classifier import HybridClassifier
+from amulet_hybrid.model.classifier import HybridClassifier
 c = HybridClassifier(sys.argv[1])
 print(json.dumps({{r: c.classify(sys.argv[2], route=r).probabilities for r in ('cascade', *(t.name for t in c.bundle.tiers))}}))'''
     found,here = run(python, code, bundle/'bundle', bundle/'photo.png'),HybridClassifier(bundle/'bundle')
@@ -46,7 +46,7 @@ def test_nothing_is_reported_to_anybody(bundle, python, tmp_path):
     "onnxruntime keeps an identifier and a file of events in the user's cache, and sends them off, unless it is told not to"
     code = f'''import json, os, sys
 os.environ['HOME'] = {str(tmp_path)!r}
-from amulet_hybrid.classifier import HybridClassifier
+from amulet_hybrid.model.classifier import HybridClassifier
 HybridClassifier(sys.argv[1]).classify(sys.argv[2])
 print(json.dumps([os.path.join(place, f) for place,_,files in os.walk({str(tmp_path)!r}) for f in files]))'''
     assert run(python, code, bundle/'bundle', bundle/'photo.png')==[]
@@ -54,7 +54,7 @@ print(json.dumps([os.path.join(place, f) for place,_,files in os.walk({str(tmp_p
 def test_it_is_small(bundle, python):
     "Memory, and processor time from the folder to a classifier that is ready"
     code = '''import json, sys, time
-from amulet_hybrid.classifier import HybridClassifier, resident_mb
+from amulet_hybrid.model.classifier import HybridClassifier, resident_mb
 start = time.process_time(); HybridClassifier(sys.argv[1]); print(json.dumps([time.process_time()-start, resident_mb()]))'''
     seconds,mb = run(python, code, bundle/'bundle')
     assert mb < 150 and seconds < .6 # the machine may be busy; benchmarks/classifier.py tells the true figure

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.samples import NO_FAULTS, make_samples
+from amulet_hybrid.data.samples import NO_FAULTS, make_samples
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
 
 pytest.importorskip('ray.data', reason="Ray is not installed; pip install 'amulet_hybrid[ray]'")
 
@@ -14,8 +14,8 @@ PROGRAM = '''
 import sys
 import numpy as np, ray
 from ray.cluster_utils import Cluster
-from amulet_hybrid.features.core import BaseFeatureExtractor
-from amulet_hybrid.features.hybrid import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.features.contract import BaseFeatureExtractor
+from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
 from pathlib import Path
 
 class Where(BaseFeatureExtractor):

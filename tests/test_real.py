@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from amulet_hybrid.inspection import DatasetInspector, InspectionConfig
-from amulet_hybrid.pipeline import TrainingRun
-from amulet_hybrid.split import leakage
+from amulet_hybrid.audit.inspector import DatasetInspector, InspectionConfig
+from amulet_hybrid.data.split import leakage
+from amulet_hybrid.jobs.train import TrainingRun
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared'
 

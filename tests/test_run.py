@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amulet_hybrid.classifier import HybridClassifier
-from amulet_hybrid.samples import make_samples
+from amulet_hybrid.data.samples import make_samples
+from amulet_hybrid.model.classifier import HybridClassifier
 
 AMULET = Path(sys.executable).parent/'amulet'
 BROKEN = ('truncated', 'empty', 'not_an_image')

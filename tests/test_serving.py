@@ -19,19 +19,19 @@ import httpx
 import pytest
 from PIL import Image
 
-from amulet_hybrid.access import make_key
-from amulet_hybrid.bundle import MANIFEST, _write_manifest
-from amulet_hybrid.classifier import HybridClassifier
-from amulet_hybrid.samples import draw_logo
+from amulet_hybrid.data.samples import draw_logo
+from amulet_hybrid.model.bundle import MANIFEST, _write_manifest
+from amulet_hybrid.model.classifier import HybridClassifier
+from amulet_hybrid.serve.auth import make_key
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SERVER = '''
 import os, time
 from types import SimpleNamespace
-from amulet_hybrid.images import read_image
-from amulet_hybrid.monitoring import start_logging
-from amulet_hybrid.serving import create_app, serve
+from amulet_hybrid.data.images import read_image
+from amulet_hybrid.serve.telemetry import start_logging
+from amulet_hybrid.serve.app import create_app, serve
 
 class Slow:
     classes,model_version = ['clay', 'gold'],'slow-1'

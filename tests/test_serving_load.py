@@ -19,18 +19,18 @@ for name in ('sqlalchemy', 'alembic'): pytest.importorskip(name, reason=f"{name}
 import sqlalchemy as sa  # noqa: E402
 from test_store import door, ids_in, schema, wait  # noqa: E402, F401
 
-from amulet_hybrid.database import Database, metadata  # noqa: E402
-from amulet_hybrid.spool import spool_status  # noqa: E402
-from amulet_hybrid.store import PredictionLog  # noqa: E402
+from amulet_hybrid.store.database import Database, metadata  # noqa: E402
+from amulet_hybrid.store.journal import spool_status  # noqa: E402
+from amulet_hybrid.store.records import PredictionLog  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = '''
 import sys
 from types import SimpleNamespace
-from amulet_hybrid.images import read_image
-from amulet_hybrid.serving import create_app, serve
-from amulet_hybrid.settings import Settings
-from amulet_hybrid.store import PredictionLog
+from amulet_hybrid.data.images import read_image
+from amulet_hybrid.serve.app import create_app, serve
+from amulet_hybrid.serve.settings import Settings
+from amulet_hybrid.store.records import PredictionLog
 
 class Bright:
     classes,model_version = ['clay', 'gold'],'bright-1'

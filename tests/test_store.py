@@ -24,9 +24,9 @@ for name in ('sqlalchemy', 'alembic'): pytest.importorskip(name, reason=f"{name}
 import sqlalchemy as sa  # noqa: E402
 
 from amulet_hybrid.core import StoreError  # noqa: E402
-from amulet_hybrid.database import HEAD, Database, metadata, migrate, open_database, revision, shape_row  # noqa: E402
-from amulet_hybrid.spool import Spool, pack_line, read_segment, spool_status  # noqa: E402
-from amulet_hybrid.store import PredictionLog, export_table, get_training_data, load_csv_to_db, prune, save_prediction, store_status  # noqa: E402
+from amulet_hybrid.store.database import HEAD, Database, metadata, migrate, open_database, revision, shape_row  # noqa: E402
+from amulet_hybrid.store.journal import Spool, pack_line, read_segment, spool_status  # noqa: E402
+from amulet_hybrid.store.records import PredictionLog, export_table, get_training_data, load_csv_to_db, prune, save_prediction, store_status  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 POSTGRES = os.environ.get('AMULET_TEST_POSTGRES', 'postgresql://postgres@127.0.0.1:5432/test')
@@ -128,7 +128,7 @@ def test_the_steps_lead_to_the_tables_of_the_code(url):
     from alembic.script import ScriptDirectory
     with closing(open_database(url)) as database, database.read() as db:
         assert compare_metadata(MigrationContext.configure(db, opts={'compare_type': True}), metadata())==[]
-    assert ScriptDirectory(ROOT/'amulet_hybrid'/'migrations').get_heads()==[HEAD]
+    assert ScriptDirectory(ROOT/'amulet_hybrid'/'store'/'migrations').get_heads()==[HEAD]
 
 def test_a_failed_step_changes_nothing(url):
     with closing(Database(url)) as database:
@@ -145,7 +145,7 @@ def test_tables_of_a_newer_version(url, tmp_path, caplog):
     with PredictionLog(url, tmp_path/'spool') as kept: kept.record('prediction', ANSWER); assert kept.flush()
     assert len(ids_in(url))==1 and '9999' in caplog.text
 
-PROGRAM = 'import sys\nfrom amulet_hybrid.store import save_prediction\nprint(save_prediction({"label": sys.argv[2]}, sys.argv[1]))'
+PROGRAM = 'import sys\nfrom amulet_hybrid.store.records import save_prediction\nprint(save_prediction({"label": sys.argv[2]}, sys.argv[1]))'
 
 def test_all_who_start_together_find_the_tables(url):
     started = [child(PROGRAM, url, i) for i in range(2)]
@@ -258,7 +258,7 @@ def test_recording_costs_less_than_a_millisecond(url, tmp_path):
 
 RECORDER = '''
 import sys
-from amulet_hybrid.store import PredictionLog
+from amulet_hybrid.store.records import PredictionLog
 kept,i = PredictionLog(sys.argv[1], sys.argv[2], interval=.02),0
 while len(sys.argv) < 5 or i < int(sys.argv[4]):
     key = f'{sys.argv[3]}-{i:06d}'
@@ -370,7 +370,7 @@ def test_full_spool_says_so_and_recovers(schema, door, tmp_path):
 FULL = '''
 import resource, sys
 from amulet_hybrid.core import StoreError
-from amulet_hybrid.spool import Spool
+from amulet_hybrid.store.journal import Spool
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 spool,n = Spool(sys.argv[1]),0
 try:
@@ -437,7 +437,7 @@ def test_no_message_holds_a_password(url, tmp_path, caplog, capsys):
 
 def test_command_line_hides_it_too(tmp_path):
     env = {**os.environ, 'AMULET_DATABASE_URL': 'postgresql://ann:hush@127.0.0.1:1/db'}
-    done = subprocess.run([sys.executable, '-c', 'from amulet_hybrid.cli import main; main()', 'store', 'status'], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', 'from amulet_hybrid.cli.app import main; main()', 'store', 'status'], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode==1 and '[database_down]' in done.stderr and 'ann:***@' in done.stderr and 'hush' not in done.stderr+done.stdout
 
 def test_status_makes_nothing(tmp_path):

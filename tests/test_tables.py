@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from sklearn.datasets import load_breast_cancer, load_iris, load_wine
 
-from amulet_hybrid.bundle import load_bundle, verify_bundle
 from amulet_hybrid.core import BundleError, ConfigError, DatasetError, FeatureError, SplitError, hide_password
-from amulet_hybrid.table_run import TableConfig, TableRun, predict_table, table_block
-from amulet_hybrid.tables import TableEncoder, TableExtractor, read_table
+from amulet_hybrid.features.tables import TableEncoder, TableExtractor, read_table
+from amulet_hybrid.jobs.table import TableConfig, TableRun, predict_table, table_block
+from amulet_hybrid.model.bundle import load_bundle, verify_bundle
 
 
 def holes(load, share=.05, seed=0):

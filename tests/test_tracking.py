@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from amulet_hybrid.core import ConfigError, MissingExtraError
-from amulet_hybrid.tracking import TRACKERS, Tracker, make_tracker, run_parameters, track_output
+from amulet_hybrid.jobs.tracking import TRACKERS, Tracker, make_tracker, run_parameters, track_output
 
 ROOT = Path(__file__).resolve().parent.parent
 HINT = "not installed; pip install 'amulet_hybrid[tracking]'"
@@ -117,12 +117,12 @@ def test_mlflow_records_an_output(mlflow, tmp_path, output, told):
         assert str(tmp_path) not in text and str(Path.home())+os.sep not in text
 
 def test_mlflow_sends_nothing_home(mlflow, tmp_path):
-    out,_,_ = other(f'from amulet_hybrid.tracking import make_tracker\nt = make_tracker("mlflow", {str(tmp_path)!r})\n'
+    out,_,_ = other(f'from amulet_hybrid.jobs.tracking import make_tracker\nt = make_tracker("mlflow", {str(tmp_path)!r})\n'
                   'with t.run("x") as r: r.figures({"a": 1})\nfrom mlflow.telemetry.client import get_telemetry_client\nprint(get_telemetry_client())')
     assert out.strip().endswith('None')
 
 def test_two_runs_make_one_store(mlflow, tmp_path):
-    program = f'from amulet_hybrid.tracking import make_tracker\nwith make_tracker("mlflow", {str(tmp_path)!r}).run("x") as r: pass\nprint(r.alive)'
+    program = f'from amulet_hybrid.jobs.tracking import make_tracker\nwith make_tracker("mlflow", {str(tmp_path)!r}).run("x") as r: pass\nprint(r.alive)'
     runs = [subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [r.communicate(timeout=120)[0].strip().split('\n')[-1] for r in runs]==['True', 'True', 'True']
 
@@ -149,7 +149,7 @@ def test_wandb_offline(tmp_path, output):
     out,err,_ = other(f'''
 import json
 from pathlib import Path
-from amulet_hybrid.tracking import make_tracker, run_parameters, track_output
+from amulet_hybrid.jobs.tracking import make_tracker, run_parameters, track_output
 with make_tracker('wandb:offline', {str(tmp_path/"runs")!r}).run('first', run_parameters({config!r})) as run:
     run.figures({{'accuracy': {{'value': .9, 'low': .8, 'high': 1.}}, 'ece': float('nan')}})
     for step in range(3): run.figures({{'loss': 1/(step+1)}}, step)
@@ -168,7 +168,7 @@ def test_wandb_server_down(tmp_path):
     out,err,seconds = other(f'''
 import logging
 logging.basicConfig(level=logging.WARNING)
-from amulet_hybrid.tracking import make_tracker
+from amulet_hybrid.jobs.tracking import make_tracker
 with make_tracker('wandb', {str(tmp_path)!r}, timeout=5).run('x', {{'seed': 1}}) as run:
     for step in range(100): run.figures({{'loss': 1.}}, step)
 print('trained')''', WANDB_BASE_URL='http://127.0.0.1:9', WANDB_API_KEY='0'*40, HOME=str(tmp_path/'home'))

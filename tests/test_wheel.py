@@ -57,8 +57,8 @@ def test_command_line(python):
     assert 'run' in done.stdout
 
 @pytest.mark.parametrize('extra,code', {
-    'serve': 'from amulet_hybrid.serving import create_app; create_app(None)',
-    'store': 'from amulet_hybrid.store import save_prediction; save_prediction({}, "amulet.db")',
+    'serve': 'from amulet_hybrid.serve.app import create_app; create_app(None)',
+    'store': 'from amulet_hybrid.store.records import save_prediction; save_prediction({}, "amulet.db")',
     'cnn': 'from amulet_hybrid.features.cnn import export_backbone; export_backbone("mobilenet_v2", None, "net.onnx")',
 }.items())
 def test_missing_extra_is_named(python, extra, code):
