@@ -35,7 +35,9 @@ class AmuletError(Exception):
         advice:str='' # What to do about it
     ):
         super().__init__(message)
-        self.message,self.where,self.advice = message,None if where is None else str(where),advice
+        self.message = message
+        self.where = None if where is None else str(where)
+        self.advice = advice
         if code: self.code = code
 
     def __str__(self):
@@ -49,6 +51,7 @@ class AmuletError(Exception):
         "The same in the words of the service"
         return {'error_code': self.code, 'error_message': self.message, 'where': self.where, 'advice': self.advice}
 
+# %% ../nbs/00_core.ipynb #7f880db2
 def _rebuild(cls, message, code, where, advice): return cls(message, code=code, where=where, advice=advice)
 
 # %% ../nbs/00_core.ipynb #17887aff
@@ -70,7 +73,8 @@ def require(
     "Import `name`, or say which extra is missing"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='IProgress') # tqdm misses widgets in a notebook, and says so with paths
+            # tqdm misses widgets in a notebook, and says so with paths
+            warnings.filterwarnings('ignore', message='IProgress')
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and error.name.split('.')[0] != name.split('.')[0]: raise
@@ -87,6 +91,7 @@ def hide_password(
     user,at,host = rest.rpartition('@')
     return f'{scheme}://{user.split(":")[0]}:***@{host}' if there and at and ':' in user else text
 
+# %% ../nbs/00_core.ipynb #ce028013
 def driver_message(
     error:BaseException, # What a database driver, or SQLAlchemy around it, raised
     source:str|Path # URL that it was given
@@ -104,13 +109,16 @@ def bytes_digest(data:bytes) -> str: # 64 hex digits
     "sha256 of `data`"
     return hashlib.sha256(data).hexdigest()
 
+# %% ../nbs/00_core.ipynb #45c0d92b
 def file_digest(path:str|Path) -> str: # 64 hex digits
     "sha256 of a file's bytes, read in pieces"
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
+# %% ../nbs/00_core.ipynb #1f07af90
 def json_digest(value:Any) -> str: # 64 hex digits
     "sha256 of `value` as JSON with sorted keys"
-    return bytes_digest(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(',', ':'), allow_nan=False).encode())
+    return bytes_digest(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(',', ':'),
+                                   allow_nan=False).encode())
 
 # %% ../nbs/00_core.ipynb #b0b9efc9
 class Config:
@@ -126,7 +134,8 @@ class Config:
         "Settings from a dict; an unknown name is an error"
         known = {f.name for f in dataclasses.fields(cls)} # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
-            raise ConfigError(f'{cls.__name__} has no setting {", ".join(map(repr, unknown))}', code='unknown_setting', advice=f'Known: {", ".join(sorted(known))}')
+            raise ConfigError(f'{cls.__name__} has no setting {", ".join(map(repr, unknown))}', code='unknown_setting',
+                              advice=f'Known: {", ".join(sorted(known))}')
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k,v in values.items()})
 
     def replace(self, **changes): # Same class, changed
@@ -135,19 +144,23 @@ class Config:
 
     def save(self, path:str|Path):
         "Write the settings as JSON, whole or not at all"
-        with atomic_write(path) as part: part.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True)+'\n', encoding='utf-8')
+        with atomic_write(path) as part:
+            part.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True)+'\n', encoding='utf-8')
 
     @classmethod
     def load(cls, path:str|Path):
         "Read what `save` wrote"
         try: return cls.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
-        except (OSError, json.JSONDecodeError) as error: raise ConfigError(f'cannot be read: {error}', where=path) from error
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f'cannot be read: {error}', where=path) from error
 
     def digest(self) -> str: # 64 hex digits
         "Same settings, same digest"
         return json_digest(self.to_dict())
 
-    def _repr_markdown_(self): return '| setting | value |\n|---|---|\n' + '\n'.join(f'| {k} | `{v}` |' if v not in ('', None) else f'| {k} | |' for k,v in self.to_dict().items())
+    def _repr_markdown_(self):
+        return '| setting | value |\n|---|---|\n' + '\n'.join(f'| {k} | `{v}` |' if v not in ('',
+                None) else f'| {k} | |' for k,v in self.to_dict().items())
 
 # %% ../nbs/00_core.ipynb #ca920286
 @contextmanager
@@ -195,6 +208,8 @@ def progress(
     to = os.environ.get('AMULET_PROGRESS', '')
     file = open(to, 'w') if to.startswith('/') else sys.stderr # noqa: SIM115
     hidden = to=='off' or not (file.isatty() or 'ipykernel' in sys.modules)
-    try: yield from tqdm(items, desc=desc, total=total, unit=unit, file=file, disable=hidden, leave=bool(file.isatty()), dynamic_ncols=True)
+    try:
+        yield from tqdm(items, desc=desc, total=total, unit=unit, file=file, disable=hidden, leave=bool(file.isatty()),
+                        dynamic_ncols=True)
     finally:
         if file is not sys.stderr: file.close()

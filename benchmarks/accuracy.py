@@ -28,33 +28,42 @@ def load(data: Path, name: str, weights: str, cache: Path, preset: str):
     csv = data/f'{name}_groups.csv'
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
     manifest['given'] = manifest['group'].where(manifest['group'] != '', manifest['path'])
-    table = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=False)).inspect(manifest, root=root).usable
+    table = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=False)).inspect(manifest,
+            root=root).usable
     extractor = HybridFeatureExtractor(FeatureConfig(preset=preset, weights=weights), cache)
     blocks = extractor.extract_manifest(table, root)
-    return blocks, extractor.extract_mirrored(table, root, blocks), extractor.encoders(), table['label'].to_numpy(str), table['given'].to_numpy(str)
+    return blocks, extractor.extract_mirrored(table, root,
+                                              blocks), extractor.encoders(), table['label'].to_numpy(str), table['given'].to_numpy(str)
 
 
 def nested(blocks, mirrored, encoders, labels, groups, seed: int, quick: bool, jobs: int):
     "Out-of-fold probabilities of the ensemble and of the best single block, each chosen anew in every outer fold"
     classes, y = np.unique(labels, return_inverse=True)
-    outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True, random_state=seed)
+    outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True,
+            random_state=seed)
     ensemble, single = np.zeros((len(y), len(classes))), np.zeros((len(y), len(classes)))
     for train, test in outer.split(y, y, groups):
         held_out = {k: v[test] for k, v in blocks.items()}
         taught, turned = ({k: v[train] for k, v in some.items()} for some in (blocks, mirrored))
-        trainer = HybridTrainer(TrainingConfig(quick=quick, novelty=False, jobs=jobs)).fit(taught, labels[train], groups[train], encoders, mirrored=turned)
-        ensemble[test], single[test] = trainer.model_.predict_proba(held_out), trainer.single_model_.predict_proba(held_out)
-        print('   ', 'mirror' if trainer.mirrored_ else '', ', '.join(f'{m.weight:.2f} {m.candidate}' for m in trainer.model_.members), flush=True)
+        trainer = HybridTrainer(TrainingConfig(quick=quick, novelty=False, jobs=jobs)).fit(taught, labels[train],
+                groups[train], encoders, mirrored=turned)
+        ensemble[test], single[test] = (trainer.model_.predict_proba(held_out),
+                                        trainer.single_model_.predict_proba(held_out))
+        print('   ', 'mirror' if trainer.mirrored_ else '',
+              ', '.join(f'{m.weight:.2f} {m.candidate}' for m in trainer.model_.members), flush=True)
     return classes.tolist(), y, {'amulet_hybrid': ensemble, 'amulet_hybrid, best single block': single}
 
 
 def rival_rows(script: Path, data: Path, name: str, weights: str):
     "What the rival script prints about a set"
     csv = data/f'{name}_groups.csv'
-    done = subprocess.run([sys.executable, str(script), weights, str(data), f'{name}:{csv}' if csv.exists() else name], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, str(script), weights, str(data), f'{name}:{csv}' if csv.exists() else name],
+                          capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
         if found := re.match(rf'{name}\s+(.+?)\s+acc \S+ bal (\S+) F1 (\S+) .*cv (\S+)s', line):
-            yield {'method': f'afternoon script: {found[1]}', 'balanced_accuracy': float(found[2]), 'macro_f1': float(found[3]), 'seconds': float(found[4])/5} # a fold, as ours
+            # a fold, as ours
+            yield {'method': f'afternoon script: {found[1]}', 'balanced_accuracy': float(found[2]),
+                   'macro_f1': float(found[3]), 'seconds': float(found[4])/5}
 
 
 def main():
@@ -81,11 +90,14 @@ def main():
             for method, proba in found.items():
                 overall = evaluate_predictions(y, proba, classes, groups).overall
                 figure = overall.loc['balanced_accuracy']
-                rows.append({**about, 'preset': args.preset, 'mode': 'quick' if args.quick else 'full', 'method': method, 'fold_seed': seed, 'balanced_accuracy': figure['value'],
+                rows.append({**about, 'preset': args.preset, 'mode': 'quick' if args.quick else 'full',
+                             'method': method, 'fold_seed': seed, 'balanced_accuracy': figure['value'],
                              'low': figure['low'], 'high': figure['high'], 'macro_f1': overall.loc['macro_f1', 'value'],
-                             'log_loss': overall.loc['log_loss', 'value'], 'ece': overall.loc['ece', 'value'], 'seconds': seconds/5})
+                             'log_loss': overall.loc['log_loss', 'value'], 'ece': overall.loc['ece', 'value'],
+                             'seconds': seconds/5})
                 print(name, method, seed, overall['value'].round(3).to_dict(), f'{seconds/5:.0f} s a fold', flush=True)
-        if args.rival: rows += [{**about, 'fold_seed': 0, **row} for row in rival_rows(args.rival, args.data, name, args.weights)]
+        if args.rival:
+            rows += [{**about, 'fold_seed': 0, **row} for row in rival_rows(args.rival, args.data, name, args.weights)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame(rows).round(3)
     table.to_csv(args.output, index=False)

@@ -29,12 +29,15 @@ def sheets(args):
     out.mkdir(parents=True, exist_ok=True)
     for name in ('amulet6', 'coins', 'magtile'):
         some = photos(args.data, name)
-        every = [some[8], *(apply_steps(some[8], [(n, o.draw(np.random.default_rng(7), 1))]) for n,o in OPERATIONS.items())]
+        every = [some[8], *(apply_steps(some[8], [(n, o.draw(np.random.default_rng(7), 1))])
+                            for n,o in OPERATIONS.items())]
         drawn = [augment(some[i%len(some)], AugmentationConfig(preset), i) for preset in PRESETS for i in range(16)]
-        sheet = np.vstack([contact_sheet(every, ['photo', *OPERATIONS], 8, 110), contact_sheet(drawn, [p for p in PRESETS for _ in range(16)], 8, 110)])
+        sheet = np.vstack([contact_sheet(every, ['photo', *OPERATIONS], 8, 110),
+                           contact_sheet(drawn, [p for p in PRESETS for _ in range(16)], 8, 110)])
         cv2.imwrite(str(out/f'{name}.png'), sheet[...,::-1])
         grey = [p.mean() for p in drawn]
-        print(f'{name}: the darkest has a mean grey of {min(grey):.0f}, the lightest of {max(grey):.0f}; the flattest a deviation of {min(p.std() for p in drawn):.0f}')
+        print(f'{name}: the darkest has a mean grey of {min(grey):.0f}, the lightest of {max(grey):.0f}; the flattest '
+              f'a deviation of {min(p.std() for p in drawn):.0f}')
     print(f'sheets in {out}')
 
 # One operation at a time, one thread; the rivals draw their own parameters, in the same ranges, as they do in a policy
@@ -96,9 +99,11 @@ def speed(args):
         rounds:dict[str,list] = {'ours': [], 'albumentations': [], 'torchvision': []}
         for _ in range(args.rounds):
             rounds['ours'].append(child(sys.executable, OURS+TIMING, file, 5))
-            if args.albumentations_python: rounds['albumentations'].append(child(args.albumentations_python, ALBUMENTATIONS+TIMING, file, 5))
+            if args.albumentations_python:
+                rounds['albumentations'].append(child(args.albumentations_python, ALBUMENTATIONS+TIMING, file, 5))
             rounds['torchvision'].append(child(sys.executable, TORCHVISION+TIMING, file, 5))
-    table = pd.DataFrame({who: pd.DataFrame([f['ms'] for f in found]).min() for who,found in rounds.items() if found}).reindex(list(rounds['ours'][0]['ms']))
+    table = pd.DataFrame({who: pd.DataFrame([f['ms'] for f in found]).min()
+                          for who,found in rounds.items() if found}).reindex(list(rounds['ours'][0]['ms']))
     for who in table.columns[1:]: table[f'{who}_ratio'] = table[who]/table['ours']
     print(table.round(3).to_string(), '\ncv2:', {who: found[0]['cv2'] for who,found in rounds.items() if found})
     table.round(4).rename_axis('operation').to_csv(RESULTS/'augmentation_speed.csv')
@@ -189,7 +194,8 @@ def policy(args):
         def script(text): # worker processes need a file
             (file := Path(folder)/'script.py').write_text(text+POLICY_TIMING, encoding='utf-8')
             return f'import runpy, sys\nsys.argv[0] = {str(file)!r}\nrunpy.run_path({str(file)!r}, run_name="__main__")'
-        contenders = {'ours': (sys.executable, POLICY_OURS), 'albumentations': (args.albumentations_python, POLICY_ALBUMENTATIONS),
+        contenders = {'ours': (sys.executable, POLICY_OURS),
+                      'albumentations': (args.albumentations_python, POLICY_ALBUMENTATIONS),
                       'torchvision': (sys.executable, POLICY_TORCHVISION)}
         for r in range(args.rounds):
             for who,(python,text) in contenders.items():
@@ -204,7 +210,8 @@ def policy(args):
             now = {'a second': n/(time.perf_counter()-start), 'cpu ms': 1000*(time.process_time()-before)/n}
             found.setdefault('ours, checked and recorded', []).append(now)
     table = pd.DataFrame({'photos a second': {who: max(f['a second'] for f in v) for who,v in found.items()},
-                          'processor ms a photo': {who: min(f['cpu ms'] for f in v) for who,v in found.items()}}).reindex(list(found))
+                          'processor ms a photo': {who: min(f['cpu ms'] for f in v)
+                                                   for who,v in found.items()}}).reindex(list(found))
     table['ours is faster by'] = table['photos a second']['ours']/table['photos a second']
     table['by processor time'] = table['processor ms a photo']/table['processor ms a photo']['ours']
     print(table.round(2).to_string())
@@ -245,18 +252,22 @@ def fidelity(args):
     y,rng = manifest['label'].to_numpy(),np.random.default_rng(0)
     mixed = (X-X.mean(0))@rng.normal(size=(X.shape[1], 64))/8
     sets = {'noise, 64 numbers, 500 and 400 rows': (rng.normal(size=(500,64)), rng.normal(.1, 1.1, (400,64))),
-            'coins, 64 mixed numbers': (mixed[:1400], mixed[1400:]), 'coins, 2c and 5c, 64 mixed numbers': (mixed[y=='2c'], mixed[y=='5c']),
+            'coins, 64 mixed numbers': (mixed[:1400], mixed[1400:]),
+            'coins, 2c and 5c, 64 mixed numbers': (mixed[y=='2c'], mixed[y=='5c']),
             'coins, halves, 256 numbers': (X[::2,:256], X[1::2,:256])}
     if args.fidelity_python:
         with tempfile.TemporaryDirectory() as folder:
-            np.savez(file := Path(folder)/'sets.npz', **{f'{k}|{s}': v for k,ab in sets.items() for s,v in zip('ab', ab)})
+            np.savez(file := Path(folder)/'sets.npz',
+                     **{f'{k}|{s}': v for k,ab in sets.items() for s,v in zip('ab', ab)})
             theirs = child(args.fidelity_python, FID, file)
         rows = []
         for name,(a,b) in sets.items():
             n = min(len(a), len(b))
             fid = compute_fid(a, b)
-            ours = {'torch-fidelity FID': fid, 'clean-fid FID': fid, 'torch-fidelity KID': compute_kid(a, b, 20, n//2), 'clean-fid KID': compute_kid(a[:n], b[:n])}
-            rows += [{'set': name, 'figure': k, 'theirs': theirs[name][k], 'ours': v, 'relative difference': abs(v/theirs[name][k]-1)} for k,v in ours.items()]
+            ours = {'torch-fidelity FID': fid, 'clean-fid FID': fid, 'torch-fidelity KID': compute_kid(a, b, 20, n//2),
+                    'clean-fid KID': compute_kid(a[:n], b[:n])}
+            rows += [{'set': name, 'figure': k, 'theirs': theirs[name][k], 'ours': v,
+                      'relative difference': abs(v/theirs[name][k]-1)} for k,v in ours.items()]
         table = pd.DataFrame(rows)
         print(table.to_string(index=False, float_format=lambda v: f'{v:.9g}'))
         table.to_csv(RESULTS/'augmentation_fidelity.csv', index=False)
@@ -264,13 +275,17 @@ def fidelity(args):
     for i in range(args.draws):
         some = rng.choice(len(X), 100, replace=False)
         tests.append(kid_test(X[some[:50]], X[some[50:]], permutations=400, seed=i))
-    print(f'\nKID of 50 against 50 real photos, {args.draws} draws: the interval holds 0 in {np.mean([0 in t for t in tests]):.3f};',
+    print(f'\nKID of 50 against 50 real photos, {args.draws} draws: the interval holds 0 in '
+          f'{np.mean([0 in t for t in tests]):.3f};',
           f'p <= 0.05 in {np.mean([t.p_value <= .05 for t in tests]):.3f}')
-    few = [fid_infinity(X[s[:30]], X[s[30:]], seed=i) for i in range(20) for s in [rng.choice(len(X), 60, replace=False)]]
+    few = [fid_infinity(X[s[:30]], X[s[30:]], seed=i) for i in range(20)
+           for s in [rng.choice(len(X), 60, replace=False)]]
     print(f'FID of 30 against 30 real photos, {few[0].axes} directions: plain {np.mean([f.plain for f in few]):.2f},',
-          f'at infinity {np.mean([f.value for f in few]):.2f} (0 is true), between 5c and 10c {fid_infinity(X[y=="5c"], X[y=="10c"], axes=few[0].axes).value:.2f}')
+          f'at infinity {np.mean([f.value for f in few]):.2f} (0 is true), between 5c and 10c '
+          f'{fid_infinity(X[y=="5c"], X[y=="10c"], axes=few[0].axes).value:.2f}')
 
-STUDIES = {'amulet6': {'augmentation_factor': 4., 'max_repeats': 3}, 'coins': {'pretend': ''}, 'magtile': {'pretend': ''}}
+STUDIES = {'amulet6': {'augmentation_factor': 4., 'max_repeats': 3}, 'coins': {'pretend': ''},
+           'magtile': {'pretend': ''}}
 
 def study(args):
     "Grouped folds with no balancing, class weights, balanced draws and each preset; what augmenting before splitting would have pretended"
@@ -280,13 +295,16 @@ def study(args):
     for name in args.sets.split(','):
         groups = Path(args.data)/f'{name}_groups.csv'
         manifest,root = make_manifest(Path(args.data)/name, groups if groups.is_file() else None)
-        extractor,start = HybridFeatureExtractor(FeatureConfig(preset='fast', weights=args.weights), args.cache, 2),time.perf_counter()
+        extractor = HybridFeatureExtractor(FeatureConfig(preset='fast', weights=args.weights), args.cache, 2)
+        start = time.perf_counter()
         found = evaluate_augmentation(manifest, root, extractor, StudyConfig(**STUDIES[name]))
-        print(f'\n## {name}: {found.n} photos in {found.n_groups} groups, smallest class {found.smallest} ({time.perf_counter()-start:.0f} s)')
+        print(f'\n## {name}: {found.n} photos in {found.n_groups} groups, smallest class {found.smallest} '
+              f'({time.perf_counter()-start:.0f} s)')
         print(f'{found.shown().to_string()}\n{found.per_class.T.to_string()}', flush=True)
         for note in found.notes: print(f'- {note}', flush=True)
         lie = found.pretended
-        table = found.table.assign(set=name, smallest=found.smallest, choice=found.choice, pretended=lie.get('pretended', np.nan), honest=lie.get('honest', np.nan))
+        table = found.table.assign(set=name, smallest=found.smallest, choice=found.choice,
+                                   pretended=lie.get('pretended', np.nan), honest=lie.get('honest', np.nan))
         table.round(4).to_csv(RESULTS/f'augmentation_study_{name}.csv')
 
 KILL = '''
@@ -301,24 +319,34 @@ print(json.dumps({}))
 
 def digests(folder):
     from amulet_hybrid.core import file_digest
-    return {p.relative_to(folder).as_posix(): file_digest(p) for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix in ('.jpg', '.csv')}
+    return {p.relative_to(folder).as_posix(): file_digest(p)
+            for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix in ('.jpg', '.csv')}
 
 def resume(args):
     "Killed half way and started again: the same files as an uninterrupted run, and the memory that a run takes"
     with tempfile.TemporaryDirectory() as folder:
-        data,whole,cut = Path(args.data)/'amulet6',Path(folder)/'whole',Path(folder)/'cut'
+        data = Path(args.data)/'amulet6'
+        whole = Path(folder)/'whole'
+        cut = Path(folder)/'cut'
         child(sys.executable, KILL, data, whole)
         total = len((whole/'made.jsonl').read_text().splitlines())
-        running = subprocess.Popen([sys.executable, '-c', KILL, str(data), str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while running.poll() is None and (not (cut/'made.jsonl').is_file() or len((cut/'made.jsonl').read_text().splitlines()) < total//2): time.sleep(.005)
+        running = subprocess.Popen([sys.executable, '-c', KILL, str(data), str(cut)], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        while running.poll() is None and (not (cut/'made.jsonl').is_file()
+                                          or len((cut/'made.jsonl').read_text().splitlines()) < total//2):
+            time.sleep(.005)
         running.kill(); running.wait()
         done = len((cut/'made.jsonl').read_text().splitlines())
         child(sys.executable, KILL, data, cut)
         same = digests(whole)==digests(cut)
-        print(f'killed after {done} of {total} sources; afterwards {len(digests(cut))} files, {"all equal" if same else "NOT equal"} to those of an uninterrupted run')
-        program = KILL.replace("print(json.dumps({}))", "import resource\nprint(json.dumps({'mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024}))")
+        print(f'killed after {done} of {total} sources; afterwards {len(digests(cut))} files, '
+              f'{"all equal" if same else "NOT equal"} to those of an uninterrupted run')
+        program = KILL.replace("print(json.dumps({}))",
+                               "import resource\nprint(json.dumps({'mb': "
+                               "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024}))")
         for factor in (2, 16):
-            used = child(sys.executable, program.replace('augmentation_factor=4', f'augmentation_factor={factor}'), data, Path(folder)/f'memory{factor}')
+            used = child(sys.executable, program.replace('augmentation_factor=4', f'augmentation_factor={factor}'),
+                         data, Path(folder)/f'memory{factor}')
             print(f'{factor} times as many photos: {used["mb"]:.0f} MB at most')
         if not same: raise SystemExit(1)
 

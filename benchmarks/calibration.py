@@ -21,7 +21,14 @@ from scipy.stats import binom
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from amulet_hybrid.learn.calibration import SCALERS, NoScaler, VectorScaler, calibrate_model, evaluate_calibration, log_proba
+from amulet_hybrid.learn.calibration import (
+    SCALERS,
+    NoScaler,
+    VectorScaler,
+    calibrate_model,
+    evaluate_calibration,
+    log_proba,
+)
 from amulet_hybrid.learn.conformal import METHODS, ConformalPredictor, evaluate_sets
 from amulet_hybrid.learn.trainer import CALIBRATIONS, HybridTrainer, TrainingConfig
 
@@ -35,19 +42,26 @@ def save_logits(args):
         blocks, labels, groups, encoders = load(args.data, name, CHEAP, args.weights, args.cache)
         if args.most:
             some = thin(groups, labels, args.most)
-            blocks, labels, groups = {b: X[some] for b, X in blocks.items()}, labels[some], groups[some]
-        y, joins = np.unique(labels, return_inverse=True)[1], [tuple(blocks), tuple(b for b in blocks if b.startswith('cnn'))]
-        few = TrainingConfig(models=('logistic_balanced', 'lda_balanced') if args.quick else ('logistic_balanced', 'svm', 'lda'), quick=args.quick, novelty=False)
+            blocks = {b: X[some] for b, X in blocks.items()}
+            labels = labels[some]
+            groups = groups[some]
+        y = np.unique(labels, return_inverse=True)[1]
+        joins = [tuple(blocks), tuple(b for b in blocks if b.startswith('cnn'))]
+        few = TrainingConfig(models=('logistic_balanced', 'lda_balanced') if args.quick else ('logistic_balanced',
+                'svm', 'lda'), quick=args.quick, novelty=False)
         for seed in args.seeds:
-            outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True, random_state=seed)
+            outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True,
+                    random_state=seed)
             out = {'y': y, 'groups': np.unique(groups, return_inverse=True)[1]}
             for f, (train, test) in enumerate(outer.split(y, y, groups)):
-                trainer = HybridTrainer(TrainingConfig(novelty=False) if args.full else few, None if args.full else joins)
+                trainer = HybridTrainer(TrainingConfig(novelty=False) if args.full else few,
+                                        None if args.full else joins)
                 trainer.fit({k: v[train] for k, v in blocks.items()}, labels[train], groups[train], encoders)
                 vote = np.sum([m.weight*trainer.oof_[m.candidate] for m in trainer.model_.members], axis=0)
                 bare = dataclasses.replace(trainer.model_, calibrator=NoScaler().fit(log_proba(vote), y[train]))
                 found = bare.predict_proba({k: v[test] for k, v in blocks.items()})
-                out |= {f'tr{f}': train, f'te{f}': test, f'ztr{f}': log_proba(vote, 1e-300), f'zte{f}': log_proba(found, 1e-300)}
+                out |= {f'tr{f}': train, f'te{f}': test, f'ztr{f}': log_proba(vote, 1e-300),
+                        f'zte{f}': log_proba(found, 1e-300)}
                 print(name, seed, f, flush=True)
             np.savez(args.cache/f'oof_{name}_{seed}.npz', **out)
 
@@ -58,7 +72,8 @@ def kept(args):
         for seed in args.seeds:
             if (path := args.cache/f'oof_{name}_{seed}.npz').exists():
                 z = np.load(path)
-                yield name, seed, z['y'], z['groups'], [tuple(z[f'{k}{f}'] for k in ('tr', 'te', 'ztr', 'zte')) for f in range(5)]
+                yield name, seed, z['y'], z['groups'], [tuple(z[f'{k}{f}'] for k in ('tr', 'te', 'ztr', 'zte'))
+                                                        for f in range(5)]
             else: print(f'{path} is missing: run `logits` first')
 
 
@@ -94,7 +109,8 @@ def scalers(args):
             for method, run in rivals().items(): found[method][test] = run(known, y[train], new)
         for method, p in found.items():
             r = evaluate_calibration(p/p.sum(1, keepdims=True), y, groups)
-            rows.append({'set': name, 'seed': seed, 'method': method, **r.figures.value, 'ece_low': r.figures.low['ece'], 'ece_high': r.figures.high['ece']})
+            rows.append({'set': name, 'seed': seed, 'method': method, **r.figures.value,
+                         'ece_low': r.figures.low['ece'], 'ece_high': r.figures.high['ece']})
         print(name, seed, 'chosen:', ', '.join(chosen), flush=True)
     return rows
 
@@ -114,9 +130,11 @@ def mapie_sets(known, y, new, asked):
     except ImportError: return {}
     out = {}
     for score, last in (('lac', True), ('raps', True), ('raps', 'randomized')):
-        rival = SplitConformalClassifier(_Given(known.shape[1]), confidence_level=asked, conformity_score=score, prefit=True, random_state=0)
+        rival = SplitConformalClassifier(_Given(known.shape[1]), confidence_level=asked, conformity_score=score,
+                                         prefit=True, random_state=0)
         rival.conformalize(known, y)
-        out[f'MAPIE {score}'+' randomised'*(last=='randomized')] = rival.predict_set(new, conformity_score_params={'include_last_label': last})[1][:, :, 0]
+        out[f'MAPIE {score}'+' randomised'*(last=='randomized')] = rival.predict_set(new,
+                conformity_score_params={'include_last_label': last})[1][:, :, 0]
     return out
 
 
@@ -129,16 +147,21 @@ def sets(args):
             scaler = calibrate_model(known, y[train], groups[train])
             p, q = (x/x.sum(1, keepdims=True) for x in (scaler.cross_proba_, scaler.predict_proba(new)))
             ways = {f'{m}': {'method': m, 'never_empty': False} for m in METHODS}
-            ways |= {'auto': {'never_empty': False}, 'auto, never empty': {}, 'auto, a vote a group': {'never_empty': False, 'vote': 'group'},
+            ways |= {'auto': {'never_empty': False}, 'auto, never empty': {},
+                     'auto, a vote a group': {'never_empty': False, 'vote': 'group'},
                      'auto, a threshold a class': {'never_empty': False, 'class_conditional': True}}
-            for way, settings in ways.items(): found[way][test] = ConformalPredictor(coverage=args.coverage, **settings).fit(p, y[train], groups[train]).predict_set(q)
+            for way, settings in ways.items():
+                found[way][test] = ConformalPredictor(coverage=args.coverage, **settings).fit(p, y[train],
+                        groups[train]).predict_set(q)
             for rival, s in mapie_sets(p, y[train], q, args.coverage).items(): found[rival][test] = s
         plain = binom.ppf([.025, .975], len(y), args.coverage)/len(y)
         for way, s in found.items():
             r = evaluate_sets(s, y, groups, args.coverage, round(.8*len(set(groups))))
             by_group = np.bincount(groups, s[np.arange(len(y)), y])/np.bincount(groups)
-            rows.append({'set': name, 'seed': seed, 'sets': way, 'coverage': r.coverage, 'by_group': by_group.mean(), 'band_low': r.band[0], 'band_high': r.band[1],
-                         'binomial_low': plain[0], 'binomial_high': plain[1], 'mean_size': r.mean_size, 'empty': r.empty, 'worst_class': r.per_class.coverage.min()})
+            rows.append({'set': name, 'seed': seed, 'sets': way, 'coverage': r.coverage, 'by_group': by_group.mean(),
+                         'band_low': r.band[0], 'band_high': r.band[1],
+                         'binomial_low': plain[0], 'binomial_high': plain[1], 'mean_size': r.mean_size,
+                         'empty': r.empty, 'worst_class': r.per_class.coverage.min()})
     return rows
 
 

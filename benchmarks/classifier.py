@@ -46,7 +46,8 @@ def load(name: str, data: Path, work: Path):
                 for view in range(2):
                     path = work/'logos'/kind/f'{piece}_{view}.jpg'
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    if not path.exists(): Image.fromarray(draw_logo(kind, seed=piece, view=view, side=320)).save(path, quality=92)
+                    if not path.exists():
+                        Image.fromarray(draw_logo(kind, seed=piece, view=view, side=320)).save(path, quality=92)
         manifest, root = make_manifest(work/'logos')
         groups = manifest['label']+manifest['path'].str.extract(r'/(\d+)_')[0].to_numpy()
     else:
@@ -81,7 +82,8 @@ def build(name: str, args, preset: str, out: Path):
     cost = block_costs(extractor, [root/p for p in manifest['path'].iloc[:8]])
     seen, held = {b: X[~test] for b, X in blocks.items()}, {b: X[test] for b, X in blocks.items()}
     config = TrainingConfig(models=MODELS, jobs=args.jobs, novelty=not args.no_novelty)
-    trainer = HybridTrainer(config, checkpoint_dir=args.cache/'training').fit(seen, manifest['label'][~test], groups[~test], extractor.encoders(), cost)
+    trainer = HybridTrainer(config, checkpoint_dir=args.cache/'training').fit(seen, manifest['label'][~test],
+            groups[~test], extractor.encoders(), cost)
     cascade = fit_cascade(trainer, seen, groups[~test], extractor.extractors)
     paths = [root/p for p in manifest['path'][test]]
     save_bundle(out, trainer.model_, extractor, cascade=cascade, held_out=HeldOut(held, paths))
@@ -92,7 +94,8 @@ def judged(bundle, held, y, name, preset):
     "A row a tier, one for the cascade and one for chance deferral of the same cost"
     measured, n = bundle.manifest['measured'], len(y)
     proba = [t.model.predict_proba(held) for t in bundle.tiers]
-    strange = [t.model.novelty.score(held) > t.model.novelty.threshold_ if t.model.novelty is not None else np.zeros(n, bool) for t in bundle.tiers]
+    strange = [t.model.novelty.score(held) > t.model.novelty.threshold_ if t.model.novelty is not None else np.zeros(n,
+            bool) for t in bundle.tiers]
     names, thresholds = [t.name for t in bundle.tiers], [t.threshold for t in bundle.tiers[:-1]]
     right = [p.argmax(1) == y for p in proba]
     added = [measured['tiers'][t]['added_cpu'] for t in names]
@@ -103,19 +106,24 @@ def judged(bundle, held, y, name, preset):
     cost = measured['decode']+sum(c*(route >= k).mean() for k, c in enumerate(added) if asked[k])
     accuracy = float(np.choose(route, right).mean())
     oof = {r['tier']: r for r in bundle.table}
-    rows = [{'method': t, 'accuracy': float(r.mean()), 'cpu_ms': c, 'share': float((route == k).mean()), 'threshold': [*thresholds, 0.][k],
+    rows = [{'method': t, 'accuracy': float(r.mean()), 'cpu_ms': c, 'share': float((route == k).mean()),
+             'threshold': [*thresholds, 0.][k],
              'oof_accuracy': oof.get(t, {}).get('accuracy')}
             for k, (t, r, c) in enumerate(zip(names, right, alone))]
-    rows.append({'method': 'cascade', 'accuracy': accuracy, 'cpu_ms': cost, 'share': 1., 'oof_accuracy': oof.get('cascade', {}).get('accuracy')})
+    rows.append({'method': 'cascade', 'accuracy': accuracy, 'cpu_ms': cost, 'share': 1.,
+                 'oof_accuracy': oof.get('cascade', {}).get('accuracy')})
     below = max((k for k in range(len(names)-1) if asked[k]), default=None)
     if below is not None:
         defer = float(np.clip((cost-alone[below])/max(added[-1], 1e-9), 0, 1))
-        rows.append({'method': 'chance deferral, same cost', 'accuracy': float((1-defer)*right[below].mean()+defer*right[-1].mean()), 'cpu_ms': alone[below]+defer*added[-1],
+        rows.append({'method': 'chance deferral, same cost', 'accuracy': float((1-defer)*right[below].mean()
+                +defer*right[-1].mean()), 'cpu_ms': alone[below]+defer*added[-1],
                      'share': 1.})
     ratio = alone[-1]/alone[names.index('neural')] if 'neural' in names else float('nan')
     low = accuracy-float(right[-1].mean())
-    verdict = 'not at least 3 times as dear as the neural tier: no claim' if not ratio >= 3 else 'kept' if low >= -.005 and cost <= alone[-1]/3 else 'missed'
-    return [{'set': name, 'preset': preset, 'photos': n, **r, 'cost_of_ensemble': r['cpu_ms']/alone[-1], 'ensemble_to_neural': ratio, 'claim': verdict} for r in rows]
+    verdict = ('not at least 3 times as dear as the neural tier: no claim' if not ratio >= 3 else 'kept'
+               if low >= -.005 and cost <= alone[-1]/3 else 'missed')
+    return [{'set': name, 'preset': preset, 'photos': n, **r, 'cost_of_ensemble': r['cpu_ms']/alone[-1],
+             'ensemble_to_neural': ratio, 'claim': verdict} for r in rows]
 
 
 def tiers(args):
@@ -126,14 +134,16 @@ def tiers(args):
                 start = time.time()
                 bundle, held, y, _ = build(name, args, preset, Path(folder)/'bundle')
                 rows += judged(bundle, held, y, name, preset)
-                print(pd.DataFrame(rows[-5:]).round(3).to_string(index=False), *bundle.notes, f'{time.time()-start:.0f} s', sep='\n', flush=True)
+                print(pd.DataFrame(rows[-5:]).round(3).to_string(index=False), *bundle.notes,
+                      f'{time.time()-start:.0f} s', sep='\n', flush=True)
                 pd.DataFrame(rows).round(4).to_csv(args.output/'classifier_tiers.csv', index=False)
 
 
 def photo_bytes(width=966, height=724, seed=0):
     "A JPEG of 0.7 megapixel"
     out = io.BytesIO()
-    Image.fromarray(draw_logo('complex', seed=seed, view=seed % 3, side=724)).resize((width, height)).save(out, 'JPEG', quality=90)
+    Image.fromarray(draw_logo('complex', seed=seed, view=seed % 3, side=724)).resize((width, height)).save(out, 'JPEG',
+            quality=90)
     return out.getvalue()
 
 
@@ -167,13 +177,18 @@ def latency(classifier, own, times=60):
             start, busy = time.perf_counter(), time.thread_time()
             fresh.classify(data, route=route)
             if i >= 5: wall.append(1000*(time.perf_counter()-start)); cpu.append(1000*(time.thread_time()-busy))
-        found |= {f'{route}: wall ms, median': statistics.median(wall), f'{route}: wall ms, least': min(wall), f'{route}: cpu ms, median': statistics.median(cpu)}
+        found |= {f'{route}: wall ms, median': statistics.median(wall), f'{route}: wall ms, least': min(wall),
+                  f'{route}: cpu ms, median': statistics.median(cpu)}
     classifier.classify(data)
     hits = []
-    for _ in range(200): start = time.perf_counter(); assert classifier.classify(data).cached; hits.append(1000*(time.perf_counter()-start))
+    for _ in range(200):
+        start = time.perf_counter()
+        assert classifier.classify(data).cached; hits.append(1000*(time.perf_counter()-start))
     found['known photo: wall ms, median'] = statistics.median(hits)
-    for what, many in (('photos of the set', own), ('drawn photos, which are novel', [photo_bytes(seed=i) for i in range(100)])):
-        found[f'batch of 100, {what}: wall s'], found[f'batch of 100, {what}: cpu s, all threads'] = batch_time(fresh, many)
+    for what, many in (('photos of the set', own),
+                       ('drawn photos, which are novel', [photo_bytes(seed=i) for i in range(100)])):
+        found[f'batch of 100, {what}: wall s'], found[f'batch of 100, {what}: cpu s, all threads'] = batch_time(fresh,
+                many)
     return found
 
 
@@ -182,7 +197,11 @@ def many_threads(bundle, seconds, threads=60, photos=40):
     data = [photo_bytes(320, 240, seed=i) for i in range(photos)]
     classifier = HybridClassifier(bundle, enable_caching=8)
     serial = [classifier.classify(d) for d in data]
-    errors, differ, count, until, sizes = [], [], [0], time.monotonic()+seconds, []
+    errors = []
+    differ = []
+    count = [0]
+    until = time.monotonic()+seconds
+    sizes = []
 
     def work(seed):
         draw = random.Random(seed)
@@ -197,16 +216,19 @@ def many_threads(bundle, seconds, threads=60, photos=40):
     time.sleep(seconds/4)
     sizes.append(resident_mb())
     while any(w.is_alive() for w in workers): sizes.append(resident_mb()); time.sleep(min(1, seconds/20))
-    return {'threads': threads, 'seconds': seconds, 'answers': count[0], 'errors': len(errors), 'answers that differ': len(differ),
+    return {'threads': threads, 'seconds': seconds, 'answers': count[0], 'errors': len(errors),
+            'answers that differ': len(differ),
             'growth MB, last quarter over second': sizes[-1]-sizes[0]}
 
 
 def growth(times):
     "Megabytes that a classifier gains over very many photos that it has not seen"
-    photos = [draw_logo(kind, seed=p, view=v, side=48) for kind in ('simple', 'gradient') for p in range(8) for v in range(2)]
+    photos = [draw_logo(kind, seed=p, view=v, side=48) for kind in ('simple', 'gradient') for p in range(8)
+              for v in range(2)]
     extractor = HybridFeatureExtractor(FeatureConfig(blocks=('moments',), weights='none'))
     seen = extractor.extract_batch(photos)
-    model = HybridTrainer(TrainingConfig(quick=True, jobs=1)).fit(seen, ['simple']*16+['gradient']*16, np.repeat(np.arange(16), 2)).model_
+    model = HybridTrainer(TrainingConfig(quick=True, jobs=1)).fit(seen, ['simple']*16+['gradient']*16,
+                                                                  np.repeat(np.arange(16), 2)).model_
     with tempfile.TemporaryDirectory() as folder:
         save_bundle(Path(folder)/'bundle', model, extractor)
         classifier = HybridClassifier(Path(folder)/'bundle', enable_caching=500)
@@ -215,7 +237,8 @@ def growth(times):
         base[0, 0] = i >> 16 & 255, i >> 8 & 255, i & 255
         classifier.classify(base)
         if i == times//5: sizes.append(resident_mb())
-    return {'classifications': times, 'growth MB after the first fifth': resident_mb()-sizes[0], 'milliseconds each': 1000*classifier.get_performance_stats()['seconds']/times}
+    return {'classifications': times, 'growth MB after the first fifth': resident_mb()-sizes[0],
+            'milliseconds each': 1000*classifier.get_performance_stats()['seconds']/times}
 
 
 class _Attack:
@@ -230,11 +253,14 @@ def tricks(source: Path, seed=0, count=200):
     arrays = [f for f in files if f.endswith('.npz')]
 
     def again(folder, **changes):
-        now = {**manifest, 'files': {p.name: _entry(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name in files}, **changes}
+        now = {**manifest, 'files': {p.name: _entry(p)
+                                     for p in sorted(folder.iterdir()) if p.is_file() and p.name in files}, **changes}
         _write_manifest(folder, now)
 
     def flip(file, at):
-        def change(folder): data = bytearray((folder/file).read_bytes()); data[at % len(data)] ^= 1 << at % 8; (folder/file).write_bytes(data)
+        def change(folder):
+            data = bytearray((folder/file).read_bytes())
+            data[at % len(data)] ^= 1 << at % 8; (folder/file).write_bytes(data)
         return change
 
     def put(file, data):
@@ -250,19 +276,23 @@ def tricks(source: Path, seed=0, count=200):
             again(folder)
         return change
 
-    def header(shape, kind='<f8'): text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode(); return b'\x93NUMPY\x01\x00'+len(text).to_bytes(2,
-                                                            'little')+text
+    def header(shape, kind='<f8'):
+        text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+        return b'\x93NUMPY\x01\x00'+len(text).to_bytes(2,
+                                 'little')+text
 
     def link(file, to):
         def change(folder): (folder/file).unlink(); (folder/file).symlink_to(to)
         return change
 
     def swap(a, b):
-        def change(folder): (folder/a).rename(folder/'tmp'); (folder/b).rename(folder/a); (folder/'tmp').rename(folder/b)
+        def change(folder):
+            (folder/a).rename(folder/'tmp'); (folder/b).rename(folder/a); (folder/'tmp').rename(folder/b)
         return change
 
     def listed(name):
-        def change(folder): _write_manifest(folder, {**manifest, 'files': {**manifest['files'], name: {'sha256': '0'*64, 'bytes': 1}}})
+        def change(folder):
+            _write_manifest(folder, {**manifest, 'files': {**manifest['files'], name: {'sha256': '0'*64, 'bytes': 1}}})
         return change
 
     objects = io.BytesIO()
@@ -272,23 +302,31 @@ def tricks(source: Path, seed=0, count=200):
     out += [(f'{f} removed', lambda d, f=f: (d/f).unlink()) for f in [*files, MANIFEST]]
     out += [(f'{f} is a link', link(f, str(source/f))) for f in files]
     out += [(f'{a} and {b} swapped', swap(a, b)) for a, b in zip(files, files[1:])]
-    out += [(f'a pickle as {f}', put(f, pickle.dumps(_Attack(marker)))) for f in [f for f in files if f.endswith(('.json', '.npz', '.onnx')) and f != 'training_config.json']]
-    out += [(f'the name {n!r}', listed(n)) for n in ('../escape', '/etc/passwd', 'a/b', '..', '', 'C:\\x', 'x'*300, '.hidden', '~/x', '%2e%2e/x', 'a\0b', '…')]
-    out += [(f'{k} is {v!r}', lambda d, k=k, v=v: again(d, **{k: v})) for k in ('classes', 'features', 'blocks', 'files', 'format', 'measured') for v in (None, 7.5, 'x', [[]])]
+    out += [(f'a pickle as {f}', put(f, pickle.dumps(_Attack(marker))))
+            for f in [f for f in files if f.endswith(('.json', '.npz', '.onnx')) and f != 'training_config.json']]
+    out += [(f'the name {n!r}', listed(n)) for n in ('../escape', '/etc/passwd', 'a/b', '..', '', 'C:\\x', 'x'*300,
+                                                     '.hidden', '~/x', '%2e%2e/x', 'a\0b', '…')]
+    out += [(f'{k} is {v!r}', lambda d, k=k, v=v: again(d, **{k: v}))
+            for k in ('classes', 'features', 'blocks', 'files', 'format', 'measured') for v in (None, 7.5, 'x', [[]])]
     out += [(f'format {v}', lambda d, v=v: again(d, format=v)) for v in (-1, 0, 2, 4, 10**9, True)]
     for f in arrays:
         with zipfile.ZipFile(source/f) as file: names = file.namelist()
         for n in draw.sample(names, min(3, len(names))):
-            out += [(f'objects in {f}', rewrite(f, n, objects.getvalue())), (f'a terabyte promised in {f}', rewrite(f, n, header((10**6, 10**6)))),
+            out += [(f'objects in {f}', rewrite(f, n, objects.getvalue())),
+                    (f'a terabyte promised in {f}', rewrite(f, n, header((10**6, 10**6)))),
                     (f'a negative shape in {f}', rewrite(f, n, header((-1, 4)))),
-                    (f'code as header in {f}', rewrite(f, n, b'\x93NUMPY\x01\x00\x20\x00__import__("os").getcwd()#######')),
+                    (f'code as header in {f}',
+                     rewrite(f, n, b'\x93NUMPY\x01\x00\x20\x00__import__("os").getcwd()#######')),
                     (f'objects promised in {f}', rewrite(f, n, header((1,), '|O')+b'0'*8))]
         out.append((f'compressed zeros in {f}', put(f, _bomb())))
     deep, huge = b'['*10**5+b']'*10**5, b'{"tiers": ['+b'0,'*10**6+b'0]}'
-    out += [('deep JSON', put('model.json', deep)), ('large JSON', put('model.json', huge)), ('JSON with NaN', put('model.json', b'{"tiers": NaN}')),
+    out += [('deep JSON', put('model.json', deep)), ('large JSON', put('model.json', huge)),
+            ('JSON with NaN', put('model.json', b'{"tiers": NaN}')),
             ('a manifest of 20 MB', lambda d: (d/MANIFEST).write_bytes(b' '*20*2**20)),
-            ('a file too many', lambda d: (d/'x.txt').write_text('')), ('a manifest that is a list', lambda d: (d/MANIFEST).write_text('[]'))]
-    while len(out) < count: f = draw.choice(files); out.append((f'a flipped bit in {f}', flip(f, draw.randrange(10**9))))
+            ('a file too many', lambda d: (d/'x.txt').write_text('')),
+            ('a manifest that is a list', lambda d: (d/MANIFEST).write_text('[]'))]
+    while len(out) < count:
+        f = draw.choice(files); out.append((f'a flipped bit in {f}', flip(f, draw.randrange(10**9))))
     return out[:count] if len(out) > count and count < 200 else out
 
 
@@ -314,9 +352,11 @@ def tampering(source: Path, count=200):
 def hostile_photos(count=2000, seed=0):
     "Things that are no photos, or only nearly"
     draw, good = random.Random(seed), [photo_bytes(120, 90), *(_saved(kind) for kind in ('PNG', 'GIF', 'BMP', 'WEBP'))]
-    odd = [None, 3, -1.5, {}, [], (), object(), 'x', '/', '\0', b'', bytearray(), memoryview(b''), np.zeros(0), np.zeros((0, 0, 3), np.uint8), np.zeros((5, 5, 3), np.uint8),
+    odd = [None, 3, -1.5, {}, [], (), object(), 'x', '/', '\0', b'', bytearray(), memoryview(b''), np.zeros(0),
+           np.zeros((0, 0, 3), np.uint8), np.zeros((5, 5, 3), np.uint8),
            np.full((40, 40, 3), np.nan),
-           np.zeros((40, 40), complex), np.zeros((40, 40, 5), np.uint8), np.zeros((1, 40, 40, 3), np.uint8), np.array('x'), [None], [b'', b''], Path('.'), Image.new('1', (1, 1)),
+           np.zeros((40, 40), complex), np.zeros((40, 40, 5), np.uint8), np.zeros((1, 40, 40, 3), np.uint8),
+           np.array('x'), [None], [b'', b''], Path('.'), Image.new('1', (1, 1)),
            range(3), print, float('nan'), 10**400]
     for i in range(count):
         if i < len(odd): yield odd[i]; continue
@@ -332,7 +372,8 @@ def hostile_photos(count=2000, seed=0):
         yield bytes(data)
 
 
-def _saved(kind): out = io.BytesIO(); Image.fromarray(draw_logo('simple', side=64)).save(out, kind); return out.getvalue()
+def _saved(kind):
+    out = io.BytesIO(); Image.fromarray(draw_logo('simple', side=64)).save(out, kind); return out.getvalue()
 
 
 def hostile(classifier, count=2000):
@@ -353,7 +394,8 @@ def checks(args):
     rows: list[dict] = []
 
     def tell(check, found):
-        for what, value in found.items(): rows.append({'check': check, 'what': what, 'value': round(value, 3) if isinstance(value, float) else value})
+        for what, value in found.items():
+            rows.append({'check': check, 'what': what, 'value': round(value, 3) if isinstance(value, float) else value})
         print(check, {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
         pd.DataFrame(rows).to_csv(args.output/'classifier_checks.csv', index=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -362,12 +404,16 @@ def checks(args):
             bundle, *_, paths = build(args.sets[0], args, preset, path)
             start = time.perf_counter()
             load_bundle(path)
-            tell(f'latency, {preset}, 0.7 megapixel', {'load_bundle: wall ms': 1000*(time.perf_counter()-start), **latency(HybridClassifier(bundle), own_photos(paths))})
+            tell(f'latency, {preset}, 0.7 megapixel', {'load_bundle: wall ms': 1000*(time.perf_counter()-start),
+                                                       **latency(HybridClassifier(bundle), own_photos(paths))})
         tell('many threads', many_threads(bundle, 120 if args.long else 10))
         tell('growth', growth(100_000 if args.long else 3000))
         found, owned = tampering(path)
-        tell('changed bundles', {'ways': len(found), 'refused with a code': sum(c != 'read' and not c.startswith('raised') for _, c in found), 'code that ran': int(owned),
-                                 'not refused': '; '.join(f'{n}: {c}' for n, c in found if c == 'read' or c.startswith('raised')) or 'none'})
+        tell('changed bundles', {'ways': len(found),
+                                 'refused with a code': sum(c != 'read' and not c.startswith('raised')
+                                                            for _, c in found), 'code that ran': int(owned),
+                                 'not refused': '; '.join(f'{n}: {c}' for n, c in found if c == 'read'
+                                                          or c.startswith('raised')) or 'none'})
         tell('hostile photos', hostile(HybridClassifier(bundle)))
 
 

@@ -42,7 +42,9 @@ from amulet_hybrid.features import cnn, hybrid  # noqa: F401 (hybrid registers t
 from amulet_hybrid.features.contract import EXTRACTORS, Photo, join_blocks, make_extractor
 from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
 
-HERE, NET, CORES = Path(__file__).parent, 'cnn:mobilenet_v2', 2
+HERE = Path(__file__).parent
+NET = 'cnn:mobilenet_v2'
+CORES = 2
 NETS = (NET, f'{NET}@max', f'{NET}@texture', 'cnn:squeezenet1_1')
 SIDE = 320 # Pixels, of decoding and of nets in `blocks` and `gpu`; the others do as their preset does
 
@@ -53,7 +55,8 @@ def show(title, table, output=None, digits=3):
     cells = [list(table.columns), *shown.where(shown.notna(), '').to_numpy().tolist()]
     width = [max(len(str(row[i])) for row in cells) for i in range(table.shape[1])]
     lines = ['| '+' | '.join(str(c).rjust(w) for c,w in zip(row, width))+' |' for row in cells]
-    print('\n'.join(['', f'## {title}', '', lines[0], '|'+'|'.join('-'*(w+1)+':' for w in width)+'|', *lines[1:]]), flush=True)
+    print('\n'.join(['', f'## {title}', '', lines[0], '|'+'|'.join('-'*(w+1)+':' for w in width)+'|', *lines[1:]]),
+          flush=True)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         table.round(digits).to_csv(output, index=False)
@@ -63,7 +66,8 @@ def load(data, name, limit=None):
     "Usable photos with their groups: those that are given, or near duplicates where none are; at most `limit`, by whole groups"
     csv = data/f'{name}_groups.csv'
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
-    table = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=not csv.exists())).inspect(manifest, root=root).usable
+    table = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=not csv.exists())).inspect(manifest,
+            root=root).usable
     table['given'] = table['group'].where(table['group']!='', table['path'])
     if limit and limit < len(table):
         order = np.random.default_rng(0).permutation(table['given'].unique())
@@ -90,13 +94,16 @@ def encode(encoder, rows, train):
 
 def out_of_fold(joins, y, fold, encoders=None):
     "Probabilities of each join (name -> {block: rows}) from 5 grouped folds; raw keypoint rows are encoded anew inside each"
-    encoders, parallel, proba = encoders or {}, joblib.Parallel(n_jobs=CORES), {}
+    encoders = encoders or {}
+    parallel = joblib.Parallel(n_jobs=CORES)
+    proba = {}
     raw = {b: rows for blocks in joins.values() for b,rows in blocks.items() if b in encoders}
     jobs = [(b, f) for b in raw for f in np.unique(fold)]
     coded = dict(zip(jobs, parallel(joblib.delayed(encode)(encoders[b], raw[b], fold!=f) for b,f in jobs)))
     seen = lambda blocks, f: np.hstack([coded.get((b, f), rows) for b,rows in blocks.items()])
     jobs = [(name, f) for name in joins for f in np.unique(fold)]
-    for (name, f),found in zip(jobs, parallel(joblib.delayed(fold_proba)(seen(joins[name], f), y, fold!=f) for name,f in jobs)):
+    for (name, f),found in zip(jobs, parallel(joblib.delayed(fold_proba)(seen(joins[name], f), y, fold!=f)
+                                              for name,f in jobs)):
         proba.setdefault(name, np.zeros((len(y), y.max()+1)))[fold==f] = found
     return proba
 
@@ -136,7 +143,8 @@ def time_blocks(table, root, extractors, photos=60):
     "Milliseconds of each block"
     decoded = [read_image(root/p, at_least=SIDE) for p in table['path'].iloc[::max(1, len(table)//photos)][:photos]]
     with threadpool_limits(1):
-        taught = {b: encoder.fit(e.transform(decoded)) for b,e in extractors.items() if (encoder := e.encoder()) is not None}
+        taught = {b: encoder.fit(e.transform(decoded))
+                  for b,e in extractors.items() if (encoder := e.encoder()) is not None}
         return {b: milliseconds(e, decoded, taught.get(b)) for b,e in extractors.items()}
 
 
@@ -154,33 +162,45 @@ def judge_blocks(name, table, root, extractors, times):
     classes, y = np.unique(table['label'], return_inverse=True)
     groups = table['given'].to_numpy(str)
     fold = folds(table['label'], groups, 5)
-    about = {'set': name, 'photos': len(y), 'classes': len(classes), 'groups': len(set(groups)), 'folds': int(fold.max())+1}
+    about = {'set': name, 'photos': len(y), 'classes': len(classes), 'groups': len(set(groups)),
+             'folds': int(fold.max())+1}
     print(', '.join(f'{k} {v}' for k,v in about.items()), flush=True)
-    joins = {(b,): {b: blocks[b]} for b in blocks} | {(NET, b): {NET: blocks[NET], b: blocks[b]} for b in blocks if b!=NET}
+    joins = {(b,): {b: blocks[b]} for b in blocks} | {(NET, b): {NET: blocks[NET], b: blocks[b]}
+                                                      for b in blocks if b!=NET}
     proba = out_of_fold(joins, y, fold, encoders)
     for b in blocks:
-        row = {**about, 'block': b, 'numbers': encoders[b].width() if b in encoders else blocks[b].shape[1], 'ms': times[b]}
+        row = {**about, 'block': b, 'numbers': encoders[b].width() if b in encoders else blocks[b].shape[1],
+               'ms': times[b]}
         for what,join in (('alone', (b,)), ('joined', (NET, b))):
-            if join in proba: row |= interval(what, evaluate_predictions(y, proba[join], classes, groups).interval('balanced_accuracy'))
+            if join in proba:
+                row |= interval(what, evaluate_predictions(y, proba[join], classes,
+                                                           groups).interval('balanced_accuracy'))
         if (NET, b) in proba: row |= interval('gain', paired_difference(y, proba[NET, b], proba[NET,], groups=groups))
         yield row
 
 
 def blocks(args):
     "The table of blocks"
-    start, extractors, sets = time.perf_counter(), block_extractors(args.weights), {name: load(args.data, name, args.photos) for name in args.sets}
-    times = {name: time_blocks(table, root, extractors) for name,(table,root) in sets.items()} # before anything else is busy
-    table = pd.DataFrame([row for name,(table,root) in sets.items() for row in judge_blocks(name, table, root, extractors, times[name])])
-    show('Blocks: numbers a photo (of keypoints: once encoded), milliseconds (one thread, decoded photo), balanced accuracy (5 grouped folds, plain logistic regression)',
+    start = time.perf_counter()
+    extractors = block_extractors(args.weights)
+    sets = {name: load(args.data, name, args.photos) for name in args.sets}
+    # before anything else is busy
+    times = {name: time_blocks(table, root, extractors) for name,(table,root) in sets.items()}
+    table = pd.DataFrame([row for name,(table,root) in sets.items()
+                          for row in judge_blocks(name, table, root, extractors, times[name])])
+    show('Blocks: numbers a photo (of keypoints: once encoded), milliseconds (one thread, decoded photo), balanced '
+         'accuracy (5 grouped folds, plain logistic regression)',
          block_table(table), digits=2)
-    show('The same with 95 % intervals (groups drawn anew); gain is joined less the net alone, paired', table, args.output/'features_blocks.csv')
+    show('The same with 95 % intervals (groups drawn anew); gain is joined less the net alone, paired', table,
+         args.output/'features_blocks.csv')
     print(f'{time.perf_counter()-start:.0f} s')
 
 
 def block_table(table):
     "One row a block, the sets side by side"
     figures = ['ms', 'alone', 'joined', 'gain']
-    wide = table.pivot(index='block', columns='set', values=figures)[[(what, s) for what in figures for s in table['set'].unique()]]
+    wide = table.pivot(index='block', columns='set',
+                       values=figures)[[(what, s) for what in figures for s in table['set'].unique()]]
     wide.columns = [f'{what} {name}' for what,name in wide.columns]
     wide.insert(0, 'numbers', table.groupby('block')['numbers'].first())
     return wide.loc[table['block'].unique()].reset_index()
@@ -201,13 +221,15 @@ def enlarged(data, folder, count, size=(1600, 1200)):
     sources = [p for name in ('coins', 'amulet6') for p in sorted((data/name).rglob('*.jpg'))]
     sources = sources[::max(1, len(sources)//count)][:count]
     targets = [folder/f'{i:05}.jpg' for i in range(len(sources))]
-    with ProcessPoolExecutor(CORES) as pool: list(pool.map(enlarge, [(s, t, size, i) for i,(s,t) in enumerate(zip(sources, targets))], chunksize=8))
+    with ProcessPoolExecutor(CORES) as pool:
+        list(pool.map(enlarge, [(s, t, size, i) for i,(s,t) in enumerate(zip(sources, targets))], chunksize=8))
     return targets
 
 
 def child(*words, python=sys.executable):
     "What a fresh process prints as JSON in its last line"
-    done = subprocess.run([str(python), *map(str, words)], capture_output=True, text=True, env={**os.environ, 'AMULET_PROGRESS': 'off'})
+    done = subprocess.run([str(python), *map(str, words)], capture_output=True, text=True,
+                          env={**os.environ, 'AMULET_PROGRESS': 'off'})
     if done.returncode: raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -223,13 +245,17 @@ def rival_spec(preset, weights, paths, workers):
     nets = preset_nets(extractors)
     parts = [e.backbone.partition('@') for e in nets.values()]
     asked = {(net, e.side or 320, e.layer, e.mirror) for (net,_,_),e in zip(parts, nets.values())}
-    plain = all(isinstance(side, int) and side and not layer and not mirror for _,side,layer,mirror in asked) and {pool for *_,pool in parts} <= {'', 'max', 'texture'}
-    if len(asked) > 1 or not plain: raise SystemExit(f'the rival runs one net at one size, the preset {preset!r} has {", ".join(nets)}')
+    plain = all(isinstance(side, int) and side and not layer and not mirror for _,side,layer,mirror in asked) and {pool
+            for *_,pool in parts} <= {'', 'max', 'texture'}
+    if len(asked) > 1 or not plain:
+        raise SystemExit(f'the rival runs one net at one size, the preset {preset!r} has {", ".join(nets)}')
     by_hand = {e.name: e.get_params() for name,e in extractors.items() if name not in nets}
     known = {k: v for k,v in by_hand.items() if k in ('colour', 'hog', 'lbp', 'haralick')}
     net = parts[0][0] if nets else ''
-    spec = {'photos': list(map(str, paths)), 'blocks': known, 'cores': CORES, 'workers': workers, 'side': (next(iter(nets.values())).side or 320) if nets else 0,
-            'backbone': net, 'pools': [pool or 'mean' for *_,pool in parts], 'weights': str(cnn.find_weights(net, weights)) if nets else ''}
+    spec = {'photos': list(map(str, paths)), 'blocks': known, 'cores': CORES, 'workers': workers,
+            'side': (next(iter(nets.values())).side or 320) if nets else 0,
+            'backbone': net, 'pools': [pool or 'mean' for *_,pool in parts],
+            'weights': str(cnn.find_weights(net, weights)) if nets else ''}
     return spec, list(extractors), sorted(set(by_hand)-set(known))
 
 
@@ -248,17 +274,20 @@ def run_ours(args):
 def run_limit(args):
     "One process that decodes at reduced scale, resizes, and runs the very file of our net, two threads with a session each, and nothing else"
     import onnxruntime as ort
-    extractor, paths = HybridFeatureExtractor(FeatureConfig(preset=args.preset, weights=args.weights), jobs=CORES), pd.read_csv(args.manifest)['path'].tolist()
+    extractor = HybridFeatureExtractor(FeatureConfig(preset=args.preset, weights=args.weights), jobs=CORES)
+    paths = pd.read_csv(args.manifest)['path'].tolist()
     net, decode_at = next(iter(preset_nets(extractor.extractors).values())), extractor.config.decode_at
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    sessions = [ort.InferenceSession(str(net.onnx_path()), options, providers=['CPUExecutionProvider']) for _ in range(CORES)]
+    sessions = [ort.InferenceSession(str(net.onnx_path()), options, providers=['CPUExecutionProvider'])
+                for _ in range(CORES)]
     cv2.setNumThreads(1)
 
     def some(job):
         session, mine = job
         name = session.get_inputs()[0].name
-        for path in mine: session.run(None, {name: resize_image(read_image(path, at_least=decode_at), net.side or 320)[None]})
+        for path in mine:
+            session.run(None, {name: resize_image(read_image(path, at_least=decode_at), net.side or 320)[None]})
 
     with ThreadPoolExecutor(CORES) as pool:
         list(pool.map(some, [(s, paths[:16]) for s in sessions]))
@@ -270,20 +299,26 @@ def run_limit(args):
 
 def race(args, name, paths, folder, keep_rows):
     "Rounds of ours, the rival and the limit, one after the other; the rows that the first two found"
-    pd.DataFrame({'path': list(map(str, paths)), 'sha256': [file_digest(p) for p in paths]}).to_csv(folder/'manifest.csv', index=False)
+    pd.DataFrame({'path': list(map(str, paths)),
+                  'sha256': [file_digest(p) for p in paths]}).to_csv(folder/'manifest.csv', index=False)
     spec, blocks, without = rival_spec(args.preset, args.weights, paths, args.rival_workers)
     (folder/'spec.json').write_text(json.dumps(spec))
-    print(f'{name}: {len(paths)} photos, blocks {", ".join(blocks)}' + (f'; the rival goes without {", ".join(without)}' if without else ''), flush=True)
+    print(f'{name}: {len(paths)} photos, blocks {", ".join(blocks)}'
+          + (f'; the rival goes without {", ".join(without)}' if without else ''), flush=True)
     ours, theirs = folder/'ours.npz', folder/'rival.npz'
     one = (__file__, '--preset', args.preset, '--weights', args.weights, '--manifest', folder/'manifest.csv')
     runs = {'ours': lambda last: child(*one, *(['--rows', ours] if last and keep_rows else []), '_ours')}
-    if args.rival_python: runs['rival'] = lambda last: child(HERE/'features_rival.py', folder/'spec.json', *([theirs] if last and keep_rows else []), python=args.rival_python)
+    if args.rival_python:
+        runs['rival'] = lambda last: child(HERE/'features_rival.py', folder/'spec.json',
+                                           *([theirs] if last and keep_rows else []), python=args.rival_python)
     if spec['side']: runs['limit'] = lambda _: child(*one, '_limit')
     rounds = []
     for i in range(args.rounds):
-        load = os.getloadavg()[0] # others at work here count against all three, and most against those that wait for their own threads
+        # others at work here count against all three, and most against those that wait for their own threads
+        load = os.getloadavg()[0]
         found = {who: run(i==args.rounds-1) for who,run in runs.items()}
-        rounds.append({'set': name, 'round': i+1, 'load before': load, **{who: f['photos']/f['seconds'] for who,f in found.items()},
+        rounds.append({'set': name, 'round': i+1, 'load before': load,
+                       **{who: f['photos']/f['seconds'] for who,f in found.items()},
                        **{f'{who}, processor ms': 1000*f['processor']/f['photos'] for who,f in found.items()}})
         print('   ', {k: round(v, 1) for k,v in rounds[-1].items() if k.partition(',')[0] in runs}, flush=True)
     return rounds, [np.load(p)['rows'] for p in (ours, theirs) if p.exists()]
@@ -299,19 +334,26 @@ def rivals(args):
         if len(rows)==2:
             classes, y = np.unique(table['label'], return_inverse=True)
             groups = table['given'].to_numpy(str)
-            proba = out_of_fold({who: {who: r} for who,r in zip(('ours', 'rival'), rows)}, y, folds(table['label'], groups, 5))
-            for who,p in proba.items(): accuracy.append({'who': who, **vars(evaluate_predictions(y, p, classes, groups).interval('balanced_accuracy'))})
-            accuracy.append({'who': 'ours less rival, paired', **vars(paired_difference(y, *proba.values(), groups=groups))})
+            proba = out_of_fold({who: {who: r} for who,r in zip(('ours', 'rival'), rows)}, y,
+                                folds(table['label'], groups, 5))
+            for who,p in proba.items():
+                accuracy.append({'who': who, **vars(evaluate_predictions(y, p, classes,
+                        groups).interval('balanced_accuracy'))})
+            accuracy.append({'who': 'ours less rival, paired',
+                             **vars(paired_difference(y, *proba.values(), groups=groups))})
         large = Path(temp)/'large'
         large.mkdir()
-        rounds += race(args, '2 megapixels (enlarged)', enlarged(args.data, large, args.large_photos), Path(temp), False)[0]
+        rounds += race(args, '2 megapixels (enlarged)', enlarged(args.data, large, args.large_photos), Path(temp),
+                       False)[0]
     table = pd.DataFrame(rounds)
     for who,name in (('rival', 'times the rival'), ('limit', 'of the limit')):
         if who in table: table[name] = table['ours']/table[who]
     show(f'Photos a second, {CORES} cores, preset {args.preset}', table, args.output/'features_rivals.csv', 2)
-    show('Median of the rounds', table.drop(columns='round').groupby('set', sort=False).median().reset_index(), digits=2)
+    show('Median of the rounds', table.drop(columns='round').groupby('set', sort=False).median().reset_index(),
+         digits=2)
     if accuracy:
-        show('Balanced accuracy on coins, all blocks joined, plain logistic regression, 5 grouped folds', pd.DataFrame(accuracy), args.output/'features_rivals_accuracy.csv')
+        show('Balanced accuracy on coins, all blocks joined, plain logistic regression, 5 grouped folds',
+             pd.DataFrame(accuracy), args.output/'features_rivals_accuracy.csv')
 
 
 # large: many photos, little memory
@@ -325,7 +367,8 @@ def perturb(sources, folder, start, stop):
         photo = pictures[source]
         h, w = (int(n*rng.uniform(.85, 1)) for n in photo.shape[:2])
         y, x = (int(rng.integers(0, n-m+1)) for n,m in zip(photo.shape[:2], (h, w)))
-        photo = cv2.convertScaleAbs(cv2.resize(photo[y:y+h, x:x+w], (150, 150)), alpha=rng.uniform(.8, 1.2), beta=rng.uniform(-15, 15))
+        photo = cv2.convertScaleAbs(cv2.resize(photo[y:y+h, x:x+w], (150, 150)), alpha=rng.uniform(.8, 1.2),
+                                    beta=rng.uniform(-15, 15))
         data = cv2.imencode('.jpg', photo, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(75, 93))])[1].tobytes()
         path = f'{i//1000:04}/{i:06}.jpg'
         (folder/path).parent.mkdir(parents=True, exist_ok=True)
@@ -339,19 +382,25 @@ def perturbed(data, folder, count):
     sources = sorted((data/'coins').rglob('*.jpg'))
     starts = range(0, count, 1000)
     with ProcessPoolExecutor(CORES) as pool:
-        rows = [row for some in pool.map(partial(perturb, sources, folder), starts, [min(s+1000, count) for s in starts]) for row in some]
+        rows = [row for some in pool.map(partial(perturb, sources, folder), starts,
+                                         [min(s+1000, count) for s in starts]) for row in some]
     manifest = pd.DataFrame(rows, columns=['path', 'sha256'])
     manifest.to_csv(folder/'manifest.csv', index=False)
     return manifest
 
 
-def in_kb(path, what): return next((int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(what)), 0)
+def in_kb(path, what):
+    return next((int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(what)), 0)
 
 
 def run_large(args):
     "One process that writes the features of a manifest to a folder, counts the photos it reads, and looks at its memory once a second"
     from amulet_hybrid.features.folder import write_features
-    manifest, read, lock, anonymous, over = pd.read_csv(args.manifest), [], threading.Lock(), [], threading.Event()
+    manifest = pd.read_csv(args.manifest)
+    read = []
+    lock = threading.Lock()
+    anonymous = []
+    over = threading.Event()
     original = hybrid.read_image
 
     def counted(*words, **more):
@@ -375,17 +424,21 @@ def run_large(args):
     over.set()
     anonymous.append(in_kb('/proc/self/smaps_rollup', 'Anonymous:'))
     ends = np.array([start, *read[999::1000]])
-    print(json.dumps({'read': len(read), 'seconds': seconds, 'rates': (1000/np.diff(ends)).tolist(), 'anonymous_mb': max(anonymous)/1024,
+    print(json.dumps({'read': len(read), 'seconds': seconds, 'rates': (1000/np.diff(ends)).tolist(),
+                      'anonymous_mb': max(anonymous)/1024,
                       'peak_mb': in_kb('/proc/self/status', 'VmHWM:')/1024, 'before_mb': before/1024}))
 
 
-def one_large(args, folder, manifest): return [__file__, '--preset', args.preset, '--weights', args.weights, '--manifest', manifest, '--folder', folder, '_large']
+def one_large(args, folder, manifest):
+    return [__file__, '--preset', args.preset, '--weights', args.weights, '--manifest', manifest, '--folder', folder,
+            '_large']
 
 
 def killed_run(args, folder, manifest, after):
     "Photos read until a run was killed"
     command = [sys.executable, *map(str, one_large(args, folder, manifest))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, 'AMULET_PROGRESS': 'off'}) as running:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                          env={**os.environ, 'AMULET_PROGRESS': 'off'}) as running:
         for line in running.stdout:
             if line.strip().isdigit() and int(line) >= after:
                 running.send_signal(signal.SIGKILL)
@@ -412,15 +465,21 @@ def large(args):
         again = child(*one_large(args, few/'killed', few/'manifest.csv'))
         whole = child(*one_large(args, few/'whole', few/'manifest.csv'))
         same, arrays = same_files(few/'killed', few/'whole')
-        show('A run killed half way and started again, against one that was not', pd.DataFrame([{'photos': args.killed_photos, 'killed after': killed, 'read again': again['read'],
-             'read by the whole run': whole['read'], 'same arrays': f'{same} of {arrays}'}]), args.output/'features_large_killed.csv')
+        show('A run killed half way and started again, against one that was not',
+             pd.DataFrame([{'photos': args.killed_photos, 'killed after': killed, 'read again': again['read'],
+             'read by the whole run': whole['read'], 'same arrays': f'{same} of {arrays}'}]),
+             args.output/'features_large_killed.csv')
         found = child(*one_large(args, many/'features', many/'manifest.csv'))
-        if found['read'] < (args.photos or 100_000): print(f'only {found["read"]} reads were seen: the rates below are not to be trusted')
+        if found['read'] < (args.photos or 100_000):
+            print(f'only {found["read"]} reads were seen: the rates below are not to be trusted')
         on_disk = sum(p.stat().st_size for p in (many/'features').rglob('*') if p.is_file())/1e6
     rates = np.array(found.pop('rates'))
-    show('Many photos', pd.DataFrame([{'preset': args.preset, 'photos': found['read'], 'seconds': found['seconds'], 'photos a second': found['read']/found['seconds'],
-         'first thousand': rates[0], 'last thousand': rates[-1], 'last/first': rates[-1]/rates[0], 'slowest thousand': rates.min(), 'peak resident MB': found['peak_mb'],
-         'of which anonymous at most MB': found['anonymous_mb'], 'resident before MB': found['before_mb'], 'features on disk MB': on_disk}]), args.output/'features_large.csv', 2)
+    show('Many photos', pd.DataFrame([{'preset': args.preset, 'photos': found['read'], 'seconds': found['seconds'],
+                                       'photos a second': found['read']/found['seconds'],
+         'first thousand': rates[0], 'last thousand': rates[-1], 'last/first': rates[-1]/rates[0],
+                                       'slowest thousand': rates.min(), 'peak resident MB': found['peak_mb'],
+         'of which anonymous at most MB': found['anonymous_mb'], 'resident before MB': found['before_mb'],
+                                       'features on disk MB': on_disk}]), args.output/'features_large.csv', 2)
     tenths = pd.DataFrame({'photos a second': [part.mean() for part in np.array_split(rates, min(10, len(rates)))]})
     show('Each tenth of the run', tenths.rename_axis('tenth').reset_index(), digits=1)
 
@@ -432,7 +491,8 @@ def gpu(args):
     import onnxruntime as ort
     import torch
     if not torch.cuda.is_available():
-        print(f'There is no CUDA device that torch sees here (onnxruntime has {", ".join(ort.get_available_providers())}): nothing was measured.')
+        print(f'There is no CUDA device that torch sees here (onnxruntime has '
+              f'{", ".join(ort.get_available_providers())}): nothing was measured.')
         return
     photos, rows = np.random.default_rng(0).integers(0, 256, (args.photos or 512, SIDE, SIDE, 3), np.uint8), []
     for net in cnn.BACKBONES:
@@ -443,12 +503,16 @@ def gpu(args):
                 start = time.perf_counter()
                 for i in range(0, len(photos), 64): extractor.measure_many([Photo(rgb) for rgb in photos[i:i+64]])
                 taken.append(time.perf_counter()-start)
-            about = {'device': torch.cuda.get_device_name(), 'backbone': net, 'side': SIDE, 'precision': 'half' if half else 'float32'}
+            about = {'device': torch.cuda.get_device_name(), 'backbone': net, 'side': SIDE,
+                     'precision': 'half' if half else 'float32'}
             rows.append({**about, 'photos a second': len(photos)/min(taken[1:])})
-    show('Photos a second on the GPU, 64 at a time, decoded and resized beforehand, random weights', pd.DataFrame(rows), args.output/'features_gpu.csv', 0)
+    show('Photos a second on the GPU, 64 at a time, decoded and resized beforehand, random weights',
+         pd.DataFrame(rows), args.output/'features_gpu.csv', 0)
 
 
-PARTS = {'blocks': blocks, 'rivals': rivals, 'large': large, 'gpu': gpu, '_ours': run_ours, '_limit': run_limit, '_large': run_large} # with a stroke: what the others start
+# with a stroke: what the others start
+PARTS = {'blocks': blocks, 'rivals': rivals, 'large': large, 'gpu': gpu, '_ours': run_ours, '_limit': run_limit,
+         '_large': run_large}
 
 
 def main():
@@ -457,10 +521,13 @@ def main():
     parser.add_argument('--data', type=Path, default=Path(os.environ.get('AMULET_DATA', '../shared/data')))
     parser.add_argument('--weights', default=os.environ.get('AMULET_WEIGHTS', '../shared/weights'))
     parser.add_argument('--sets', nargs='+', default=['amulet6', 'coins', 'magtile'], help='for `blocks`')
-    parser.add_argument('--photos', type=int, help='at most (blocks, rivals: of a set, by whole groups; large: how many, 100000 if not said)')
+    parser.add_argument('--photos', type=int,
+                        help='at most (blocks, rivals: of a set, by whole groups; large: how many, 100000 if not said)')
     parser.add_argument('--preset', help='default: balanced, for `large` fast')
-    parser.add_argument('--rival-python', help='for `rivals`: a Python that has opencv, scikit-image, torch and torchvision')
-    parser.add_argument('--rival-workers', type=int, default=1, help='for `rivals`: processes that describe photos for the rival')
+    parser.add_argument('--rival-python',
+                        help='for `rivals`: a Python that has opencv, scikit-image, torch and torchvision')
+    parser.add_argument('--rival-workers', type=int, default=1,
+                        help='for `rivals`: processes that describe photos for the rival')
     parser.add_argument('--rounds', type=int, default=3, help='for `rivals`')
     parser.add_argument('--large-photos', type=int, default=240, help='for `rivals`: of two megapixels')
     parser.add_argument('--killed-photos', type=int, default=3000, help='for `large`: in the run that is killed')

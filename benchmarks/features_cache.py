@@ -62,10 +62,12 @@ def measure_hits(folder, data, photos=400):
     }
     cache.enable_cache()
     for name in BLOCKS: cache.load(names[name], keys)
-    seconds['hit, one at a time, in memory'] = best(lambda: [cache.load(names[name], [k]) for k in keys for name in BLOCKS])/n
+    seconds['hit, one at a time, in memory'] = best(lambda: [cache.load(names[name], [k]) for k in keys
+                                                             for name in BLOCKS])/n
     cache.file.close()
     table = pd.DataFrame({'ms a photo': {what: 1000*s for what,s in seconds.items()}})
-    table['times as fast as computing, decoded'] = seconds['compute, decoded beforehand']/np.array(list(seconds.values()))
+    table['times as fast as computing, decoded'] = (seconds['compute, decoded '
+            'beforehand']/np.array(list(seconds.values())))
     table['as decode and compute'] = whole/np.array(list(seconds.values()))
     table.attrs['floats'] = sum(len(rows[0][name]) for name in BLOCKS)
     return table, n
@@ -94,7 +96,8 @@ def measure_rows(folder, photos=10_000, width=4000):
     return pd.Series({
         'MB of numbers': photos*width*4/1e6, 'MB on disk': cache.cache_stats()['bytes_on_disk']/1e6, 'store, s': stored,
         'load all, s': best(load), 'load all into a matrix, s': best(lambda: np.stack(list(load().values()))),
-        f'load {len(some)} of them, s': best(lambda: load(some)), 'load one, ms (median)': 1000*statistics.median(ones)})
+        f'load {len(some)} of them, s': best(lambda: load(some)),
+        'load one, ms (median)': 1000*statistics.median(ones)})
 
 
 CHILD = '''
@@ -111,12 +114,14 @@ print((peak()-before)/1024)
 
 def measure_memory(folder, photos=10_000):
     "MB that a stream over all rows, 500 at a time, adds to a process"
-    return float(subprocess.run([sys.executable, '-c', CHILD, str(folder), str(photos)], capture_output=True, text=True, check=True).stdout)
+    return float(subprocess.run([sys.executable, '-c', CHILD, str(folder), str(photos)], capture_output=True,
+                                text=True, check=True).stdout)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--data', default=os.environ.get('AMULET_DATA', '../shared/data'), help='folder that holds coins/')
+    parser.add_argument('--data', default=os.environ.get('AMULET_DATA', '../shared/data'),
+                        help='folder that holds coins/')
     parser.add_argument('--photos', type=int, default=400, help='of coins')
     parser.add_argument('--rows', type=int, default=10_000)
     parser.add_argument('--width', type=int, default=4000, help='floats a row')
@@ -124,8 +129,10 @@ def main():
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
         table, n = measure_hits(Path(folder)/'coins', args.data, args.photos)
-        print(f'{n} photos of coins, blocks {", ".join(BLOCKS)}: {table.attrs["floats"]} floats a photo, one thread\n{table.round(4).to_string()}\n')
-        print(f'{args.rows} rows of {args.width} floats\n{measure_rows(Path(folder)/"rows", args.rows, args.width).round(3).to_string()}')
+        print(f'{n} photos of coins, blocks {", ".join(BLOCKS)}: {table.attrs["floats"]} floats a photo, one '
+              f'thread\n{table.round(4).to_string()}\n')
+        print(f'{args.rows} rows of {args.width} '
+              f'floats\n{measure_rows(Path(folder)/"rows", args.rows, args.width).round(3).to_string()}')
         print(f'MB added by a stream over them, 500 at a time: {measure_memory(Path(folder)/"rows", args.rows):.0f}')
 
 

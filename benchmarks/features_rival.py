@@ -27,15 +27,18 @@ def colour(rgb, side, bins, grid):
     hist = cv2.calcHist([cv2.cvtColor(small, cv2.COLOR_RGB2HSV_FULL)], [0, 1, 2], None, list(bins), [0, 256]*3).ravel()
     lab = cv2.cvtColor(small, cv2.COLOR_RGB2LAB)/255.
     cells = [cell for row in np.array_split(lab, grid) for cell in np.array_split(row, grid, axis=1)]
-    return np.concatenate([np.sqrt(hist/hist.sum())]+[f(cell, axis=(0, 1)) for cell in cells for f in (np.mean, np.std)])
+    return np.concatenate([np.sqrt(hist/hist.sum())]
+                          +[f(cell, axis=(0, 1)) for cell in cells for f in (np.mean, np.std)])
 
 
-def grey(rgb, side): return cv2.resize(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), (side, side), interpolation=cv2.INTER_AREA)
+def grey(rgb, side):
+    return cv2.resize(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), (side, side), interpolation=cv2.INTER_AREA)
 
 
 def hogs(rgb, sides, cell, bins):
     "scikit-image's HOG at each size"
-    return np.concatenate([hog(grey(rgb, s), orientations=bins, pixels_per_cell=(cell, cell), cells_per_block=(2, 2), block_norm='L2-Hys') for s in sides])
+    return np.concatenate([hog(grey(rgb, s), orientations=bins, pixels_per_cell=(cell, cell), cells_per_block=(2, 2),
+                               block_norm='L2-Hys') for s in sides])
 
 
 def lbp(rgb, side, radii, grid):
@@ -44,7 +47,8 @@ def lbp(rgb, side, radii, grid):
     for radius in radii:
         codes = local_binary_pattern(photo, 8, radius, method='nri_uniform')
         for row in np.array_split(codes, grid):
-            rows += [np.histogram(cell, bins=59, range=(0, 59))[0]/cell.size for cell in np.array_split(row, grid, axis=1)]
+            rows += [np.histogram(cell, bins=59, range=(0, 59))[0]/cell.size
+                     for cell in np.array_split(row, grid, axis=1)]
     return np.sqrt(np.concatenate(rows))
 
 
@@ -80,7 +84,8 @@ class Net(torch.nn.Module):
     def forward(self, x):
         early = self.early(x)
         late = self.late(early)
-        found = {'mean': lambda: late.mean((2, 3)), 'max': lambda: late.amax((2, 3)), 'texture': lambda: early.std((2, 3))}
+        found = {'mean': lambda: late.mean((2, 3)), 'max': lambda: late.amax((2, 3)), 'texture': lambda: early.std((2,
+                3))}
         return torch.cat([found[pool]() for pool in self.pools], 1)
 
 
@@ -88,8 +93,10 @@ def describe(job):
     "All that is measured by hand of one photo, and the picture for the net"
     path, blocks, side = job
     rgb = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
-    row = np.concatenate([BLOCKS[name](rgb, **settings) for name, settings in blocks.items()]) if blocks else np.zeros(0)
-    return row, cv2.resize(rgb, (side, side), interpolation=cv2.INTER_AREA if min(rgb.shape[:2]) > side else cv2.INTER_LINEAR) if side else None
+    row = np.concatenate([BLOCKS[name](rgb, **settings)
+                          for name, settings in blocks.items()]) if blocks else np.zeros(0)
+    return row, cv2.resize(rgb, (side, side), interpolation=cv2.INTER_AREA if min(rgb.shape[:2]) > side
+                           else cv2.INTER_LINEAR) if side else None
 
 
 def extract(paths, spec, net, mapper):
@@ -109,7 +116,8 @@ def extract(paths, spec, net, mapper):
 def main():
     spec = json.loads(Path(sys.argv[1]).read_text())
     workers = spec.get('workers', 1) # 1: as most people would write it
-    pool = get_context('fork').Pool(workers, cv2.setNumThreads, (1,)) if workers > 1 else None # before torch has threads
+    # before torch has threads
+    pool = get_context('fork').Pool(workers, cv2.setNumThreads, (1,)) if workers > 1 else None
     torch.set_num_threads(spec['cores'])
     net = Net(spec['backbone'], spec['weights'], spec['pools']) if spec['side'] else None
     mapper = pool.map if pool else map

@@ -32,7 +32,8 @@ print(json.dumps({'seconds': time.perf_counter()-start, 'files': len(found.manif
 
 def child(python, program, *words):
     "What a fresh process of `python` prints as JSON in its last line"
-    done = subprocess.run([python, '-c', program, *map(str, words)], capture_output=True, text=True, env={**os.environ, 'AMULET_PROGRESS': 'off'})
+    done = subprocess.run([python, '-c', program, *map(str, words)], capture_output=True, text=True,
+                          env={**os.environ, 'AMULET_PROGRESS': 'off'})
     if done.returncode: raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -41,9 +42,12 @@ def real_photos(data):
 
 def mosaics(data, folder, count, across, side, seed=0):
     "Photos that are all different: real ones side by side, `across` in a row; two rows of three for every four in a row"
-    rng,sources,rows = np.random.default_rng(seed),real_photos(data),max(1, across*3//4)
+    rng = np.random.default_rng(seed)
+    sources = real_photos(data)
+    rows = max(1, across*3//4)
     for i in range(count):
-        tiles = [cv2.resize(cv2.imread(str(sources[j])), (side, side)) for j in rng.integers(0, len(sources), across*rows)]
+        tiles = [cv2.resize(cv2.imread(str(sources[j])), (side, side))
+                 for j in rng.integers(0, len(sources), across*rows)]
         photo = np.vstack([np.hstack(tiles[r*across:(r+1)*across]) for r in range(rows)])
         path = folder/f'class{i%8}'/f'{i:05}.jpg'
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +60,10 @@ def speed(data, rivals_python, repeats=2):
         mosaics(data, Path(folder), 200, 4, 512)
         for name,photos in (('coins', Path(data)/'coins'), ('3 megapixels', Path(folder))):
             count = sum(1 for p in photos.rglob('*') if p.is_file())
-            ours,verified = (min(child(sys.executable, OURS, photos, *words)['seconds'] for _ in range(repeats)) for words in ([], ['verified']))
-            row = {'set': name, 'photos': count, 'ours a second': count/ours, 'with verified duplicates': count/verified}
+            ours,verified = (min(child(sys.executable, OURS, photos, *words)['seconds'] for _ in range(repeats))
+                             for words in ([], ['verified']))
+            row = {'set': name, 'photos': count, 'ours a second': count/ours,
+                   'with verified duplicates': count/verified}
             if rivals_python:
                 theirs = min(child(rivals_python, CLEANVISION, photos)['seconds'] for _ in range(repeats))
                 row |= {'cleanvision a second': count/theirs, 'ratio': theirs/ours}
@@ -73,7 +79,8 @@ def second_look(data, count=10_000):
         time.sleep(3)
         for name,words in (('first look', []), ('second look', []), ('quick, other settings', ['--quick-mode'])):
             start = time.perf_counter()
-            subprocess.run([amulet, 'inspect', '--data-dir', photos, '--output-dir', Path(folder)/'out', *words], check=True, capture_output=True)
+            subprocess.run([amulet, 'inspect', '--data-dir', photos, '--output-dir', Path(folder)/'out', *words],
+                           check=True, capture_output=True)
             rows.append({'command': name, 'files': count, 'seconds': time.perf_counter()-start})
     return pd.DataFrame(rows)
 
@@ -85,14 +92,17 @@ def facts(data):
         for given in ([groups] if groups.is_file() else [])+[None]:
             start = time.perf_counter()
             found = DatasetInspector().inspect(Path(data)/name, given)
-            print(f'\n== {name}{" with its groups" if given else ""} ({time.perf_counter()-start:.0f} s)\n{found.verdict}')
+            print(f'\n== {name}{" with its groups" if given else ""} ({time.perf_counter()-start:.0f} '
+                  f's)\n{found.verdict}')
             for i,finding in enumerate(found.findings, 1): print(f'  {i:2d}. {finding.level:7s} {finding}')
 
-SCRIPTS = {'duplicates': True, 'labels': True, 'split': False, 'fuzz': False} # Whether there is a rival in another environment
+# Whether there is a rival in another environment
+SCRIPTS = {'duplicates': True, 'labels': True, 'split': False, 'fuzz': False}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('parts', nargs='*', default=['speed', 'second', 'facts', *SCRIPTS], help=f'speed, second, facts, {", ".join(SCRIPTS)}; default: all')
+    parser.add_argument('parts', nargs='*', default=['speed', 'second', 'facts', *SCRIPTS],
+                        help=f'speed, second, facts, {", ".join(SCRIPTS)}; default: all')
     parser.add_argument('--data', default=os.environ.get('AMULET_DATA', '../shared/data'))
     parser.add_argument('--rivals-python', help='a Python that has cleanvision, imagededup and cleanlab')
     args = parser.parse_args()
@@ -103,7 +113,8 @@ def main():
         elif part=='facts': facts(args.data)
         elif part in SCRIPTS:
             words = ['--rivals-python', args.rivals_python] if args.rivals_python and SCRIPTS[part] else []
-            subprocess.run([sys.executable, Path(__file__).with_name(f'inspection_{part}.py'), '--data', args.data, *words], check=True)
+            subprocess.run([sys.executable, Path(__file__).with_name(f'inspection_{part}.py'), '--data', args.data,
+                            *words], check=True)
         else: parser.error(f'no part is called {part!r}')
 
 if __name__=='__main__': main()

@@ -16,7 +16,8 @@ import pandas as pd
 from PIL import Image
 
 SUFFIXES = ['.jpg', '.png', '.bmp', '.gif', '.webp', '.txt']
-ENCODINGS = [('JPEG', {}), ('JPEG', {'progressive': True}), ('PNG', {}), ('BMP', {}), ('GIF', {}), ('WEBP', {}), ('WEBP', {'lossless': True})]
+ENCODINGS = [('JPEG', {}), ('JPEG', {'progressive': True}), ('PNG', {}), ('BMP', {}), ('GIF', {}), ('WEBP', {}),
+             ('WEBP', {'lossless': True})]
 
 
 def encoded(photo, format, options):
@@ -69,7 +70,8 @@ def wrong_size(data, at, rng):
     return data[:at]+rng.bytes(4)+data[at+4:]
 
 
-WAYS = [cut, ends_short, bits_flipped, zero_run, piece_removed, spliced, wrong_size, concatenated, magic_then_random, random_bytes, swapped_extension, empty]
+WAYS = [cut, ends_short, bits_flipped, zero_run, piece_removed, spliced, wrong_size, concatenated, magic_then_random,
+        random_bytes, swapped_extension, empty]
 SHARES = np.array([5, 2, 6, 3, 3, 4, 4, 2, 2, 1, 1, .3])
 
 
@@ -101,7 +103,8 @@ def child():
         except Exception as error: verdict = f'EXCEPTION {type(error).__name__}'
         out.append(verdict)
         slowest = max(slowest, time.perf_counter()-began)
-    used = {'seconds': time.perf_counter()-start, 'slowest': slowest, 'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, 'import_mb': before/1024}
+    used = {'seconds': time.perf_counter()-start, 'slowest': slowest,
+            'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, 'import_mb': before/1024}
     json.dump({'verdicts': out, **used}, sys.stdout)
 
 
@@ -111,7 +114,8 @@ def measure(data, count=1000, seed=0):
     if not photos: raise SystemExit(f'no photos below {data}: name a folder with --data')
     with tempfile.TemporaryDirectory() as folder:
         files = make_files(photos, Path(folder), count, seed)
-        done = subprocess.run([sys.executable, __file__, '--child'], input=json.dumps(files.path.tolist()), stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run([sys.executable, __file__, '--child'], input=json.dumps(files.path.tolist()),
+                              stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout)
     files['verdict'] = result.pop('verdicts')
     files.attrs = result
@@ -120,7 +124,8 @@ def measure(data, count=1000, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--data', default=os.environ.get('AMULET_DATA', '../shared/data'), help='folder of real photos, also deeper')
+    parser.add_argument('--data', default=os.environ.get('AMULET_DATA', '../shared/data'),
+                        help='folder of real photos, also deeper')
     parser.add_argument('--files', type=int, default=1000)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)
@@ -130,9 +135,11 @@ def main():
     used = files.attrs
     print(pd.crosstab(files.way, files.verdict, margins=True).to_string(), '\n')
     print(pd.crosstab(files.format, files.verdict).to_string(), '\n')
-    kinds = collections.Counter('exceptions' if v.startswith('EXC') else v if v in ('noted', 'clean') else 'fatal' for v in files.verdict)
+    kinds = collections.Counter('exceptions' if v.startswith('EXC') else v if v in ('noted', 'clean') else 'fatal'
+                                for v in files.verdict)
     print(', '.join(f'{kinds[k]} {k}' for k in ('fatal', 'noted', 'clean', 'exceptions')))
-    print(f'{used["seconds"]:.1f} s ({1000*used["seconds"]/len(files):.2f} ms a file, slowest {1000*used["slowest"]:.0f} ms), '
+    print(f'{used["seconds"]:.1f} s ({1000*used["seconds"]/len(files):.2f} ms a file, slowest '
+          f'{1000*used["slowest"]:.0f} ms), '
           f'peak memory {used["peak_mb"]:.0f} MB ({used["import_mb"]:.0f} MB of it after the imports)')
 
 

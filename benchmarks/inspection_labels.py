@@ -48,8 +48,10 @@ def load(data: Path, name: str, weights: str | None, cache: Path):
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
     manifest['sha256'] = [file_digest(root/p) for p in manifest['path']]
     blocks = ('colour', 'hog', 'lbp') + (('cnn:mobilenet_v2',) if weights else ())
-    X = HybridFeatureExtractor(FeatureConfig(blocks=blocks, weights=weights or 'none'), cache).extract_manifest(manifest, root)
-    return X, np.unique(manifest['label'], return_inverse=True)[1], manifest['group'].where(manifest['group'] != '', manifest['path']).to_numpy(str)
+    X = HybridFeatureExtractor(FeatureConfig(blocks=blocks, weights=weights or 'none'),
+                               cache).extract_manifest(manifest, root)
+    return X, np.unique(manifest['label'], return_inverse=True)[1], manifest['group'].where(manifest['group'] != '',
+            manifest['path']).to_numpy(str)
 
 
 def flipped(y, confused_with, share: float, kind: str, seed: int):
@@ -69,7 +71,8 @@ def cases(name: str, X, y, groups, seeds, grouped):
         for share in (.05, .1, .2):
             for seed in seeds:
                 given, wrong = flipped(y, taken_for.argmax(1), share, kind, seed)
-                yield {'set': name, 'kind': kind, 'share': share, 'seed': seed}, given, wrong, quick_proba(X, given, folds(given, groups, seed=seed), seed)
+                yield {'set': name, 'kind': kind, 'share': share, 'seed': seed}, given, wrong, quick_proba(X, given,
+                        folds(given, groups, seed=seed), seed)
 
 
 def rival_scores(python: Path, many):
@@ -95,10 +98,14 @@ def measure(many, rivals_python: Path | None) -> pd.DataFrame:
         classes = [str(c) for c in range(proba.shape[1])]
         issues = find_label_issues(given, proba, classes)
         suspects = issues.loc[issues['suspect'], 'row'].to_numpy()
-        rows.append({**about, 'method': OURS, 'average_precision': average_precision_score(wrong[issues['row']], issues['score']),
-                     'suspects': len(suspects)/len(given), 'suspects_right': wrong[suspects].mean() if len(suspects) else np.nan,
-                     'found': wrong[suspects].sum()/wrong.sum(), 'noise_said': label_noise(given, proba, classes)['noise']['all']})
-        rows += [{**about, 'method': method, 'average_precision': average_precision_score(wrong, scores[i])} for method, scores in theirs.items()]
+        rows.append({**about, 'method': OURS,
+                     'average_precision': average_precision_score(wrong[issues['row']], issues['score']),
+                     'suspects': len(suspects)/len(given),
+                     'suspects_right': wrong[suspects].mean() if len(suspects) else np.nan,
+                     'found': wrong[suspects].sum()/wrong.sum(),
+                     'noise_said': label_noise(given, proba, classes)['noise']['all']})
+        rows += [{**about, 'method': method, 'average_precision': average_precision_score(wrong, scores[i])}
+                 for method, scores in theirs.items()]
     return pd.DataFrame(rows)
 
 
@@ -106,18 +113,22 @@ def report(table: pd.DataFrame):
     "Print the means, and the difference to cleanlab's best method of each set and kind, seed by seed"
     with pd.option_context('display.width', 250, 'display.max_columns', 40):
         means = table.pivot_table(index='method', columns=['set', 'kind'], values='average_precision')
-        print('\nmean average precision\n', means.round(3).assign(all=means.mean(axis=1).round(3)).sort_values('all').to_string())
+        print('\nmean average precision\n',
+              means.round(3).assign(all=means.mean(axis=1).round(3)).sort_values('all').to_string())
         ours = table[table['method'] == OURS].groupby(['set', 'kind', 'share'])
-        print('\nours by share of flips\n', ours[['average_precision', 'suspects', 'suspects_right', 'found', 'noise_said']].mean().round(3).to_string())
+        print('\nours by share of flips\n', ours[['average_precision', 'suspects', 'suspects_right', 'found',
+                                                  'noise_said']].mean().round(3).to_string())
         if table['method'].nunique() == 1: return
         rows = []
         for (name, kind), part in table.groupby(['set', 'kind'], sort=False):
             scores = part.pivot_table(index=['share', 'seed'], columns='method', values='average_precision')
             best = scores.drop(columns=OURS).mean().idxmax()
             by_seed = (scores[OURS]-scores[best]).groupby('seed').mean()
-            rows.append({'set': name, 'kind': kind, 'ours': scores[OURS].mean(), 'best of cleanlab': scores[best].mean(), 'difference': by_seed.mean(),
+            rows.append({'set': name, 'kind': kind, 'ours': scores[OURS].mean(),
+                         'best of cleanlab': scores[best].mean(), 'difference': by_seed.mean(),
                          'by seed': ' '.join(f'{d:+.3f}' for d in by_seed), 'which': best})
-        print('\nours minus the best of cleanlab, chosen with the truth at hand, each set and kind by itself\n', pd.DataFrame(rows).round(3).to_string(index=False))
+        print('\nours minus the best of cleanlab, chosen with the truth at hand, each set and kind by itself\n',
+              pd.DataFrame(rows).round(3).to_string(index=False))
         every = table.groupby('method')['average_precision'].mean()
         best = every.drop(OURS).idxmax()
         print(f'\nover all: ours {every[OURS]:.3f}, the best single method of cleanlab {every[best]:.3f} ({best})')
@@ -134,7 +145,8 @@ def main():
     parser.add_argument('--cache', type=Path, default=Path('.cache'), help='where features are kept')
     parser.add_argument('--output', type=Path, help='CSV of all rows')
     args = parser.parse_args()
-    many = [case for name in args.sets for case in cases(name, *load(args.data, name, args.weights, args.cache), args.seeds, args.grouped)]
+    many = [case for name in args.sets for case in cases(name, *load(args.data, name, args.weights, args.cache),
+                                                         args.seeds, args.grouped)]
     table = measure(many, args.rivals_python)
     if args.output: table.to_csv(args.output, index=False)
     report(table)

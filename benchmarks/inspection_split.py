@@ -38,7 +38,8 @@ def scenes(classes: int, groups: int, seed: int):
     "Photos that were cut from scenes which show several classes"
     rng = np.random.default_rng(seed)
     sizes, mix = rng.integers(5, 60, groups), rng.dirichlet(4*np.arange(1., classes+1)**-1, groups)
-    return np.concatenate([rng.choice(classes, n, p=p) for n, p in zip(sizes, mix)]), np.repeat(np.arange(groups), sizes)
+    return np.concatenate([rng.choice(classes, n, p=p) for n, p in zip(sizes, mix)]), np.repeat(np.arange(groups),
+            sizes)
 
 
 def sets(data: Path):
@@ -47,11 +48,13 @@ def sets(data: Path):
         if (csv := data/f'{name}_groups.csv').exists():
             table = pd.read_csv(csv)
             yield name, table['path'].str.split('/').str[0].to_numpy(), table['group'].to_numpy()
-    for classes, groups in ((3, 60), (10, 150), (30, 400)): yield f'messy, {classes} classes', *messy(classes, groups, classes)
+    for classes, groups in ((3, 60), (10, 150), (30, 400)):
+        yield f'messy, {classes} classes', *messy(classes, groups, classes)
     for classes, groups in ((5, 60), (15, 120)): yield f'scenes, {classes} classes', *scenes(classes, groups, classes)
 
 
-def measure(labels: np.ndarray, groups: np.ndarray, ks=(3, 5, 10), seeds: int = 10, methods=tuple(SPLITTERS)) -> pd.DataFrame:
+def measure(labels: np.ndarray, groups: np.ndarray, ks=(3, 5, 10), seeds: int = 10,
+            methods=tuple(SPLITTERS)) -> pd.DataFrame:
     "A row for each k and method, means over the seeds"
     by_group = pd.crosstab(labels, groups)
     largest, least = by_group.max(axis=1)/by_group.sum(axis=1), int((by_group > 0).sum(axis=1).min())
@@ -65,8 +68,10 @@ def measure(labels: np.ndarray, groups: np.ndarray, ks=(3, 5, 10), seeds: int = 
                 seconds = time.perf_counter()-start
                 table = pd.crosstab(labels, fold).reindex(columns=range(k), fill_value=0)
                 off = abs(table.div(table.sum(axis=1), axis=0)-1/k).to_numpy()
-                rows.append({'k': k, 'method': method, 'mean off by': off.mean(), 'worst off by': off.max(), 'floor': max(0., float((largest-1/k).max())),
-                             'fold size off by': abs(table.sum()/len(labels)-1/k).max(), 'folds without a class': int((table == 0).any().sum()), 'seconds': seconds})
+                rows.append({'k': k, 'method': method, 'mean off by': off.mean(), 'worst off by': off.max(),
+                             'floor': max(0., float((largest-1/k).max())),
+                             'fold size off by': abs(table.sum()/len(labels)-1/k).max(),
+                             'folds without a class': int((table == 0).any().sum()), 'seconds': seconds})
     return pd.DataFrame(rows).groupby(['k', 'method'], sort=False).mean()
 
 
@@ -88,16 +93,20 @@ def main():
     args = parser.parse_args()
     warnings.filterwarnings('ignore', category=UserWarning, module='sklearn')
     pd.set_option('display.width', 200)
-    table = pd.concat({f'{name} ({len(y):,} photos, {len(set(g))} groups)': measure(y, g, seeds=args.seeds) for name, y, g in sets(args.data)}, names=['set'])
-    for name, rows in table.groupby(level='set', sort=False): print(f'\n{name}\n{rows.droplevel("set").round(4).to_string()}')
+    table = pd.concat({f'{name} ({len(y):,} photos, {len(set(g))} groups)': measure(y, g, seeds=args.seeds)
+                       for name, y, g in sets(args.data)}, names=['set'])
+    for name, rows in table.groupby(level='set', sort=False):
+        print(f'\n{name}\n{rows.droplevel("set").round(4).to_string()}')
     print('\nWhere 10 folds are missing, we refuse them: the rarest class has fewer groups.')
     ratio = table['mean off by'].unstack('method')
-    print('\nmean off by, StratifiedGroupKFold over amulet_hybrid:', (ratio['StratifiedGroupKFold']/ratio['amulet_hybrid']).round(2).to_dict())
+    print('\nmean off by, StratifiedGroupKFold over amulet_hybrid:',
+          (ratio['StratifiedGroupKFold']/ratio['amulet_hybrid']).round(2).to_dict())
     print(f'\n{measure_speed().round(4).to_string()}')
     if (csv := args.data/'amulet6_leaky_groups.csv').exists():
         manifest, _ = make_manifest(args.data/'amulet6_leaky', csv)
         found = leakage(manifest)
-        print(f'\namulet6_leaky: {len(found)} groups are parted', *leakage_notes(manifest), found.head().to_string(), sep='\n')
+        print(f'\namulet6_leaky: {len(found)} groups are parted', *leakage_notes(manifest), found.head().to_string(),
+              sep='\n')
 
 
 if __name__ == '__main__': main()

@@ -28,12 +28,22 @@ from sklearn.base import clone  # noqa: E402
 from amulet_hybrid.data.manifest import make_manifest  # noqa: E402
 from amulet_hybrid.data.scan import measure_files  # noqa: E402
 from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor  # noqa: E402
-from amulet_hybrid.learn.ood_selection import NoveltyCandidate, _auroc, _fold_of, _held_out, _spread, novelty_candidates, select_detector  # noqa: E402
+from amulet_hybrid.learn.ood_selection import (  # noqa: E402
+    NoveltyCandidate,
+    _auroc,
+    _fold_of,
+    _held_out,
+    _spread,
+    novelty_candidates,
+    select_detector,
+)
 
 CHEAP = ('colour', 'hog', 'lbp', 'cnn:mobilenet_v2', 'cnn:mobilenet_v2@max', 'cnn:mobilenet_v2@texture')
-MORE = (*CHEAP, 'haralick', 'gabor', 'edges', 'gradient', 'shape', 'moments', 'dense_sift', 'cnn:squeezenet1_1', 'cnn:squeezenet1_1@texture')
+MORE = (*CHEAP, 'haralick', 'gabor', 'edges', 'gradient', 'shape', 'moments', 'dense_sift', 'cnn:squeezenet1_1',
+        'cnn:squeezenet1_1@texture')
 FROZEN = 'cnn:mobilenet_v2'
-BASELINES = [NoveltyCandidate(f'frozen embedding: {d}', ((FROZEN, d),)) for d in ('knn', 'mahalanobis', 'relative_mahalanobis')]
+BASELINES = [NoveltyCandidate(f'frozen embedding: {d}', ((FROZEN, d),))
+             for d in ('knn', 'mahalanobis', 'relative_mahalanobis')]
 
 
 def load(data: Path, name: str, blocks, weights: str, cache: Path):
@@ -44,7 +54,8 @@ def load(data: Path, name: str, blocks, weights: str, cache: Path):
     manifest = manifest.join(measure_files(manifest['path'], root).table)
     manifest = manifest[manifest['reason'] == ''].reset_index(drop=True)
     extractor = HybridFeatureExtractor(FeatureConfig(blocks=tuple(blocks), weights=weights), cache)
-    return extractor.extract_manifest(manifest, root), manifest['label'].to_numpy(str), manifest['group'].to_numpy(str), extractor.encoders()
+    return extractor.extract_manifest(manifest,
+                                      root), manifest['label'].to_numpy(str), manifest['group'].to_numpy(str), extractor.encoders()
 
 
 def thin(groups: np.ndarray, labels: np.ndarray, most: int) -> np.ndarray:
@@ -65,8 +76,10 @@ def one_fold(blocks, labels, groups, encoders, fold, f, c):
     if not len(known) or not len(novel): return None
     # A vocabulary knows no labels; it is learned once a fold, without the photos that are asked about
     coded = {b: clone(encoders[b]).fit(X[train]).transform(X) if b in encoders else X for b, X in blocks.items()}
-    detector = select_detector({b: X[train] for b, X in coded.items()}, labels[train], groups[train], choice_folds=2, choice_photos=500)
-    fixed = novelty_candidates(list(blocks))+BASELINES+[NoveltyCandidate('frozen embedding: max_softmax', (('head', 'max_softmax'),))]
+    detector = select_detector({b: X[train] for b, X in coded.items()}, labels[train], groups[train], choice_folds=2,
+                               choice_photos=500)
+    fixed = novelty_candidates(list(blocks))+BASELINES+[NoveltyCandidate('frozen embedding: max_softmax',
+            (('head', 'max_softmax'),))]
     members = tuple(dict.fromkeys(m for x in fixed[:-1] for m in x.members))
     scores = _held_out(coded, labels, groups, members, fold, f, c)
     alone = _held_out({FROZEN: coded[FROZEN]}, labels, groups, fixed[-1].members, fold, f, c)
@@ -100,10 +113,14 @@ def interval(parts, groups, by, draws=300):
 
 def left_out(name, blocks, labels, groups, encoders, folds, jobs):
     "Table of one set: a row a detector, AUROC by left-out class"
-    start, fold, classes = time.time(), _fold_of(labels, groups, folds, 0), np.unique(labels)
+    start = time.time()
+    fold = _fold_of(labels, groups, folds, 0)
+    classes = np.unique(labels)
     tasks = [(f, c) for c in classes for f in range(fold.max()+1)]
-    parts = [p for p in joblib.Parallel(jobs)(joblib.delayed(one_fold)(blocks, labels, groups, encoders, fold, f, c) for f, c in tasks) if p]
-    fixed = novelty_candidates(list(blocks))+BASELINES+[NoveltyCandidate('frozen embedding: max_softmax', (('-', '-'),))]
+    parts = [p for p in joblib.Parallel(jobs)(joblib.delayed(one_fold)(blocks, labels, groups, encoders, fold, f, c)
+                                              for f, c in tasks) if p]
+    fixed = novelty_candidates(list(blocks))+BASELINES+[NoveltyCandidate('frozen embedding: max_softmax',
+            (('-', '-'),))]
     for c in classes: # units of each score: its spread on the held-out known photos of all folds
         mine = [p for p in parts if p['class'] == c]
         if not mine: continue
@@ -114,10 +131,12 @@ def left_out(name, blocks, labels, groups, encoders, folds, jobs):
             at = [-1] if candidate.members == (('-', '-'),) else [p['members'].index(m) for m in candidate.members]
             return [z[:, at].mean(1) for z in p['z']]
         return by
-    methods = {'chosen': lambda p: (p['score'][:len(p['known'])], p['score'][len(p['known']):]), **{x.name: scorer(x) for x in fixed}}
+    methods = {'chosen': lambda p: (p['score'][:len(p['known'])], p['score'][len(p['known']):]), **{x.name: scorer(x)
+            for x in fixed}}
     rows = []
     for method, by in methods.items():
-        row = {c: pooled([(_auroc(*by(p)), len(p['known'])*len(p['novel'])) for p in parts if p['class'] == c]) for c in classes if any(p['class'] == c for p in parts)}
+        row = {c: pooled([(_auroc(*by(p)), len(p['known'])*len(p['novel'])) for p in parts if p['class'] == c])
+               for c in classes if any(p['class'] == c for p in parts)}
         rows.append({'set': name, 'method': method, 'mean': np.mean(list(row.values())), **row})
     table = pd.DataFrame(rows).sort_values('mean', ascending=False, ignore_index=True)
     best = table.loc[~table['method'].isin(['chosen']), 'method'].iloc[0]
@@ -136,7 +155,8 @@ def against(found, jobs):
     for name, (blocks, labels, groups, _) in found.items():
         fold = _fold_of(labels, groups, 4, 0)
         train, known = ~np.isin(groups, groups[fold == 0]), np.flatnonzero(fold == 0)
-        detector = select_detector({b: X[train] for b, X in blocks.items()}, labels[train], groups[train], choice_folds=2, choice_photos=500, jobs=jobs)
+        detector = select_detector({b: X[train] for b, X in blocks.items()}, labels[train], groups[train],
+                                   choice_folds=2, choice_photos=500, jobs=jobs)
         fixed = novelty_candidates(list(blocks))+BASELINES
         scored = {}
         for other, (theirs, *_) in found.items():
@@ -145,22 +165,29 @@ def against(found, jobs):
             stranger = np.r_[np.zeros(len(labels), bool), np.ones(len(theirs[CHEAP[0]]), bool)]
             scored['chosen'] = detector.score({b: X[np.r_[known, np.flatnonzero(stranger)]] for b, X in joint.items()})
             members = tuple(dict.fromkeys(m for x in fixed for m in x.members))
-            both_labels, both_groups = np.r_[labels, np.full(stranger.sum(), ' stranger')], np.r_[groups, [f' {i}' for i in range(stranger.sum())]]
-            k, n, _rows = _held_out(joint, both_labels, both_groups, members, np.r_[fold, np.full(stranger.sum(), -1)], 0, ' stranger')
+            both_labels = np.r_[labels, np.full(stranger.sum(), ' stranger')]
+            both_groups = np.r_[groups, [f' {i}' for i in range(stranger.sum())]]
+            k, n, _rows = _held_out(joint, both_labels, both_groups, members, np.r_[fold, np.full(stranger.sum(), -1)],
+                                    0, ' stranger')
             centre, scale = detector_units(blocks, labels, groups, members, fold)
             for x in fixed:
                 at = [members.index(m) for m in x.members]
-                rows.append({'trained on': name, 'strangers': other, 'method': x.name, 'auroc': _auroc(*(((s-centre)/scale)[:, at].mean(1) for s in (k, n)))})
+                rows.append({'trained on': name, 'strangers': other, 'method': x.name,
+                             'auroc': _auroc(*(((s-centre)/scale)[:, at].mean(1) for s in (k, n)))})
             s = scored['chosen']
-            rows.append({'trained on': name, 'strangers': other, 'method': 'chosen', 'picked': detector.candidate.name, 'auroc': _auroc(s[:len(known)], s[len(known):]),
-                         'false_alarms': (s[:len(known)] > detector.threshold_).mean(), 'found': (s[len(known):] > detector.threshold_).mean()})
+            rows.append({'trained on': name, 'strangers': other, 'method': 'chosen', 'picked': detector.candidate.name,
+                         'auroc': _auroc(s[:len(known)], s[len(known):]),
+                         'false_alarms': (s[:len(known)] > detector.threshold_).mean(),
+                         'found': (s[len(known):] > detector.threshold_).mean()})
     return pd.DataFrame(rows)
 
 
 def detector_units(blocks, labels, groups, members, fold):
     "Mean and spread of each score on training photos held out within training"
     train = ~np.isin(groups, groups[fold == 0])
-    X, y, g = {b: v[train] for b, v in blocks.items()}, labels[train], groups[train]
+    X = {b: v[train] for b, v in blocks.items()}
+    y = labels[train]
+    g = groups[train]
     inner = _fold_of(y, g, 2, 0)
     return _spread(np.concatenate([_held_out(X, y, g, members, inner, f)[0] for f in range(2)]))
 
@@ -194,25 +221,30 @@ def agreement(python, found):
     for name, (blocks, labels, groups, _) in found.items():
         some = thin(groups, labels, 150)
         y, train = np.unique(labels[some], return_inverse=True)[1], np.arange(len(some)) % 3 > 0
-        axes = Axes(most=max(8, int(train.sum())//10)).fit(blocks[FROZEN][some][train]) # fewer columns than rows: pytorch-ood does not shrink
+        # fewer columns than rows: pytorch-ood does not shrink
+        axes = Axes(most=max(8, int(train.sum())//10)).fit(blocks[FROZEN][some][train])
         Z = axes.transform(blocks[FROZEN][some])
         y = np.unique(y, return_inverse=True)[1]
         X, Q = Z[train], Z[~train]
         head = LinearHead().fit(X, y[train])
         half = X.shape[1]//2
         with tempfile.TemporaryDirectory() as folder:
-            np.savez(Path(folder)/'rows.npz', X=X, y=y[train], Q=Q, L=head.transform(Q), W=head.weight_, b=head.bias_, axes=half)
+            np.savez(Path(folder)/'rows.npz', X=X, y=y[train], Q=Q, L=head.transform(Q), W=head.weight_, b=head.bias_,
+                     axes=half)
             done = subprocess.run([python, '-c', OOD, str(Path(folder)/'rows.npz')], capture_output=True, text=True)
         if done.returncode: sys.exit(done.stderr[-2000:])
         theirs = json.loads(done.stdout.strip().splitlines()[-1])
         version = theirs.pop('version')
-        ours = {'mahalanobis': (X, {'shrinkage': 0.}), 'relative_mahalanobis': (X, {'shrinkage': 0.}), 'knn k=1': (X, {'k': 1}), 'knn k=5': (X, {'k': 5}),
+        ours = {'mahalanobis': (X, {'shrinkage': 0.}), 'relative_mahalanobis': (X, {'shrinkage': 0.}),
+                'knn k=1': (X, {'k': 1}), 'knn k=5': (X, {'k': 5}),
                 'vim': (X, {'axes': half, 'weight': head.weight_, 'bias': head.bias_})}
         for key, scores in theirs.items():
             fit, settings = ours.get(key, (head.transform(X), {}))
-            got = DETECTORS[key.split()[0]](**settings).fit(fit, y[train]).score_samples(Q if key in ours else head.transform(Q))
+            got = DETECTORS[key.split()[0]](**settings).fit(fit, y[train]).score_samples(Q if key in ours
+                    else head.transform(Q))
             rank = spearmanr(*(np.round(np.asarray(v)/np.abs(v).max(), 9) for v in (got, scores)))[0]
-            rows.append({'set': name, 'detector': key, 'rows': len(X), 'columns': X.shape[1], 'spearman': rank, 'pytorch_ood': version})
+            rows.append({'set': name, 'detector': key, 'rows': len(X), 'columns': X.shape[1], 'spearman': rank,
+                         'pytorch_ood': version})
     return pd.DataFrame(rows)
 
 
@@ -220,14 +252,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, default=Path(os.environ.get('AMULET_DATA', '../shared/data')))
     parser.add_argument('--weights', default=os.environ.get('AMULET_WEIGHTS', '../shared/weights'))
-    parser.add_argument('--parts', nargs='+', default=['left-out', 'sets', 'pytorch-ood'], choices=['left-out', 'sets', 'pytorch-ood'])
+    parser.add_argument('--parts', nargs='+', default=['left-out', 'sets', 'pytorch-ood'],
+                        choices=['left-out', 'sets', 'pytorch-ood'])
     parser.add_argument('--sets', nargs='+', default=['amulet6', 'coins', 'magtile'])
-    parser.add_argument('--most', type=int, default=40, help='photos of a class at most in the large sets, whole groups')
+    parser.add_argument('--most', type=int, default=40,
+                        help='photos of a class at most in the large sets, whole groups')
     parser.add_argument('--folds', type=int, default=3)
     parser.add_argument('--ood-python', help='a Python with pytorch-ood')
     parser.add_argument('--jobs', type=int, default=joblib.cpu_count())
     parser.add_argument('--cache', type=Path, default=Path('.cache'))
-    parser.add_argument('--features', type=Path, help='folder of npz files to use instead of extracting (for trying things out)')
+    parser.add_argument('--features', type=Path,
+                        help='folder of npz files to use instead of extracting (for trying things out)')
     parser.add_argument('--output', type=Path, default=Path(__file__).parent/'results')
     args = parser.parse_args()
     pd.set_option('display.width', 250, 'display.max_columns', 20)
@@ -238,23 +273,27 @@ def main():
     found = {}
     for name in args.sets:
         wanted = MORE if name == 'amulet6' and 'left-out' in args.parts else CHEAP
-        found[name] = stored(args.features, name) if args.features else load(args.data, name, wanted, args.weights, args.cache)
+        found[name] = stored(args.features, name) if args.features else load(args.data, name, wanted, args.weights,
+                args.cache)
     cheap = {}
     for name, (blocks, labels, groups, _) in found.items():
         some = thin(groups, labels, 6*args.most)
         cheap[name] = {b: blocks[b][some] for b in CHEAP}, labels[some], groups[some], {}
-    if 'pytorch-ood' in args.parts and args.ood_python: print(keep(agreement(args.ood_python, found), 'pytorch_ood').to_string(index=False), flush=True)
+    if 'pytorch-ood' in args.parts and args.ood_python:
+        print(keep(agreement(args.ood_python, found), 'pytorch_ood').to_string(index=False), flush=True)
     if 'sets' in args.parts and len(found) > 1:
         table = keep(against(cheap, args.jobs), 'sets')
         wide = table.pivot_table(index='method', columns=['trained on', 'strangers'], values='auroc')
         wide.columns = [f'{a} | {b}' for a, b in wide.columns]
         print(wide.assign(mean=wide.mean(axis=1)).sort_values('mean', ascending=False).round(4).to_string())
-        print(table.loc[table['method'] == 'chosen', ['trained on', 'strangers', 'picked', 'auroc', 'false_alarms', 'found']].round(4).to_string(index=False), flush=True)
+        print(table.loc[table['method'] == 'chosen', ['trained on', 'strangers', 'picked', 'auroc', 'false_alarms',
+                                                      'found']].round(4).to_string(index=False), flush=True)
     if 'left-out' in args.parts:
         for name, (blocks, labels, groups, encoders) in found.items():
             versions = {f'{name}, all blocks': (blocks, labels, groups, encoders)} if len(blocks) > len(CHEAP) else {}
             some = thin(groups, labels, args.most)
-            versions[name if not versions else f'{name}, default blocks'] = {b: blocks[b][some] for b in CHEAP}, labels[some], groups[some], {}
+            versions[name if not versions else f'{name}, default blocks'] = {b: blocks[b][some]
+                    for b in CHEAP}, labels[some], groups[some], {}
             for title, parts in versions.items():
                 table = keep(left_out(title, *parts, args.folds, args.jobs), file_name(title))
                 print(table.drop(columns='set').round(3).to_string(index=False), flush=True)

@@ -52,17 +52,24 @@ COLUMNS = ('date', 'commit', 'command', 'check', 'setting', 'figure', 'value', '
 class Table:
     "What was found: printed at once, written when a check is over"
     def __init__(self, args):
-        commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        words = [w for w in sys.argv[1:] if '/' not in w and not w.startswith(('--work', '--data', '--weights', '--output'))]
-        self.same = {'date': datetime.date.today().isoformat(), 'commit': commit, 'command': ' '.join(['python benchmarks/serving.py', *words])}
-        self.output, self.rows, self.check = None if args.smoke else args.output/'serving.csv', [], ''
+        commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
+                                text=True).stdout.strip()
+        words = [w for w in sys.argv[1:] if '/' not in w
+                 and not w.startswith(('--work', '--data', '--weights', '--output'))]
+        self.same = {'date': datetime.date.today().isoformat(), 'commit': commit,
+                     'command': ' '.join(['python benchmarks/serving.py', *words])}
+        self.output = None if args.smoke else args.output/'serving.csv'
+        self.rows = []
+        self.check = ''
 
     def note(self, setting, figure, value, target='', met=None):
         "A figure; with a target, whether it was met"
         value = round(value, 3) if isinstance(value, float) else value
         said = '' if met is None else 'yes' if met else 'no'
-        self.rows.append({**self.same, 'check': self.check, 'setting': setting, 'figure': figure, 'value': value, 'target': target, 'met': said})
-        print(f'{self.check:11s} {setting:34s} {figure:42s} {value!s:>12} {target}{"" if met is None else " (met)" if met else " (MISSED)"}', flush=True)
+        self.rows.append({**self.same, 'check': self.check, 'setting': setting, 'figure': figure, 'value': value,
+                          'target': target, 'met': said})
+        print(f'{self.check:11s} {setting:34s} {figure:42s} {value!s:>12} '
+              f'{target}{"" if met is None else " (met)" if met else " (MISSED)"}', flush=True)
 
     def write(self):
         "Into the file, instead of what this check said before"
@@ -82,7 +89,8 @@ def bundles(args):
     for name, seed in (('first', 0), ('second', 1)):
         if not (args.work/name/'bundle'/'manifest.json').exists():
             print(f'training the {name} bundle', flush=True)
-            subprocess.run([*AMULET, 'train', '--data-dir', args.data/'amulet6', '--weights', args.weights, '--preset', 'fast', '--quick', '--seed', str(seed),
+            subprocess.run([*AMULET, 'train', '--data-dir', args.data/'amulet6', '--weights', args.weights, '--preset',
+                            'fast', '--quick', '--seed', str(seed),
                             '--output-dir', args.work/name], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     return args.work/'first'/'bundle', args.work/'second'/'bundle'
 
@@ -92,8 +100,11 @@ def photos(args, count=60):
     folder = args.work/'photos'
     if len(list(folder.glob('*.jpg'))) < count:
         folder.mkdir(parents=True, exist_ok=True)
-        for i, path in enumerate(sorted(p for p in (args.data/'amulet6').rglob('*.*') if p.suffix.lower() in ('.jpg', '.jpeg', '.png'))[:count*2:2]):
-            with Image.open(path) as image: image.convert('RGB').resize((966, 724), Image.Resampling.BICUBIC).save(folder/f'{i:03d}.jpg', quality=90)
+        for i, path in enumerate(sorted(p for p in (args.data/'amulet6').rglob('*.*') if p.suffix.lower() in ('.jpg',
+                '.jpeg', '.png'))[:count*2:2]):
+            with Image.open(path) as image:
+                image.convert('RGB').resize((966, 724), Image.Resampling.BICUBIC).save(folder/f'{i:03d}.jpg',
+                        quality=90)
     return folder
 
 
@@ -103,8 +114,10 @@ def rival_python(args):
     if not python.exists():
         print('installing LitServe', flush=True)
         venv.create(args.work/'litserve', with_pip=True)
-        subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', 'litserve'], check=True)
-        place = subprocess.run([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', 'litserve'],
+                       check=True)
+        place = subprocess.run([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'],
+                               capture_output=True, text=True, check=True).stdout.strip()
         import numpy
         Path(place, 'amulet.pth').write_text(str(Path(numpy.__file__).parent.parent)+'\n')
     return python
@@ -118,24 +131,32 @@ def family(pid):
     "A process and those that it started"
     out = [pid]
     with contextlib.suppress(OSError):
-        for task in Path(f'/proc/{pid}/task').iterdir(): out += [p for child in (task/'children').read_text().split() for p in family(int(child))]
+        for task in Path(f'/proc/{pid}/task').iterdir():
+            out += [p for child in (task/'children').read_text().split() for p in family(int(child))]
     return out
 
 
 def resident(pid):
     "Megabytes in memory"
-    with contextlib.suppress(OSError, IndexError): return int(Path(f'/proc/{pid}/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f'/proc/{pid}/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
     return 0.
 
 
 class Server:
     "A process that answers at a port"
     def __init__(self, command, port, log, ready='/health', **env):
-        self.command, self.port, self.log, self.ready, self.env = command, port, log, ready, env
+        self.command = command
+        self.port = port
+        self.log = log
+        self.ready = ready
+        self.env = env
         self.start()
 
     def start(self):
-        with open(self.log, 'ab') as log: self.process = subprocess.Popen(list(map(str, self.command)), env={**ENVIRONMENT, **self.env}, stdout=log, stderr=log)
+        with open(self.log, 'ab') as log:
+            self.process = subprocess.Popen(list(map(str, self.command)), env={**ENVIRONMENT, **self.env}, stdout=log,
+                                            stderr=log)
         self.wait()
         return self
 
@@ -144,7 +165,8 @@ class Server:
         while True:
             with contextlib.suppress(OSError):
                 if get(self.port, self.ready)[0] == 200: return
-            if self.process.poll() is not None or time.monotonic() > until: raise SystemExit(f'the server did not start:\n{Path(self.log).read_text()[-2000:]}')
+            if self.process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f'the server did not start:\n{Path(self.log).read_text()[-2000:]}')
             time.sleep(.05)
 
     def megabytes(self):
@@ -177,14 +199,18 @@ def get(port, path):
 def amulet(bundle, folder, port=0, **settings):
     "The service; records go to SQLite beside its spool unless `database_url` says otherwise"
     port = port or free_port()
-    words = {'model_dir': bundle, 'port': port, 'cache': 'off', 'spool_dir': folder/'spool', 'log_level': 'warning', **settings}
-    return Server([*AMULET, 'serve', *(f'--{k.replace("_", "-")}={v}' for k, v in words.items())], port, folder/f'server{port}.log', '/health/ready')
+    words = {'model_dir': bundle, 'port': port, 'cache': 'off', 'spool_dir': folder/'spool', 'log_level': 'warning',
+             **settings}
+    return Server([*AMULET, 'serve', *(f'--{k.replace("_", "-")}={v}' for k, v in words.items())], port,
+                  folder/f'server{port}.log', '/health/ready')
 
 
 def begin_load(**spec):
     "The load, under way"
-    process = subprocess.Popen([sys.executable, ROOT/'benchmarks'/'serving_load.py'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    process.stdin.write(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in spec.items()})); process.stdin.close()
+    process = subprocess.Popen([sys.executable, ROOT/'benchmarks'/'serving_load.py'], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    process.stdin.write(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in spec.items()}))
+    process.stdin.close()
     return process
 
 
@@ -205,13 +231,17 @@ def load(**spec): return end_load(begin_load(**spec))
 
 def failures(told):
     "What was not answered, in words; '0' for nothing"
-    return ', '.join(f'{n} {kind}' for kind, n in {**told['other'], **({'busy': told['busy']} if told['busy'] else {})}.items()) or '0'
+    return ', '.join(f'{n} {kind}' for kind, n in {**told['other'],
+                                                   **({'busy': told['busy']} if told['busy'] else {})}.items()) or '0'
 
 
 class Memory:
     "Megabytes of a server, looked at now and then"
     def __init__(self, server, every=1.):
-        self.server, self.every, self.seen, self.over = server, every, [], threading.Event()
+        self.server = server
+        self.every = every
+        self.seen = []
+        self.over = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
@@ -244,7 +274,8 @@ def throughput(args, table, folder):
     bundle, pictures = bundles(args)[0], photos(args)
     seconds, rounds, numbers = (2, 1, (1, 8)) if args.smoke else (args.seconds, args.rounds, (1, 8, 32, 60))
     rivals = {f'litserve{n}': [rival_python(args), ROOT/'benchmarks'/'serving_litserve.py', n, bundle] for n in (1, 2)}
-    rivals |= {name: [sys.executable, ROOT/'benchmarks'/'serving_rivals.py', name, bundle] for name in ('naive', 'threads')}
+    rivals |= {name: [sys.executable, ROOT/'benchmarks'/'serving_rivals.py', name, bundle]
+               for name in ('naive', 'threads')}
     for name in ('off', 'memory'): (folder/name).mkdir()
     found, bare = {}, []
     with contextlib.ExitStack() as running:
@@ -254,10 +285,14 @@ def throughput(args, table, folder):
             servers[name] = running.enter_context(Server([*command, port], port, folder/f'{name}.log'))
         for server in servers.values(): load(port=server.port, photos=pictures, clients=4, seconds=2)
         for _ in range(rounds): # in turn, so that what else the machine does falls on all
-            done = subprocess.run([sys.executable, '-c', BARE, bundle, pictures, str(seconds)], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+            done = subprocess.run([sys.executable, '-c', BARE, bundle, pictures, str(seconds)], env=ENVIRONMENT,
+                                  capture_output=True, text=True, check=True)
             bare += json.loads(done.stdout)
             for clients in numbers:
-                for name, server in servers.items(): found.setdefault((name, clients), []).append(load(port=server.port, photos=pictures, clients=clients, seconds=seconds))
+                for name, server in servers.items():
+                    found.setdefault((name, clients),
+                                     []).append(load(port=server.port, photos=pictures, clients=clients,
+                                                     seconds=seconds))
     table.note('bare classifier, one thread', 'p50 ms', statistics.median(bare))
     for (name, clients), runs in found.items():
         setting = f'{name}, {clients} clients'
@@ -267,8 +302,10 @@ def throughput(args, table, folder):
     for clients in numbers[1:]:
         best = {name: statistics.median(r['per_second'] for r in found[name, clients]) for name in servers}
         lit = max(best['litserve1'], best['litserve2'])
-        table.note(f'{clients} clients', 'requests a second, to LitServe (the better)', best['amulet']/lit, 'at least 1', best['amulet'] >= lit)
-        table.note(f'{clients} clients', 'requests a second, to naive', best['amulet']/best['naive'], 'at least 2', best['amulet'] >= 2*best['naive'])
+        table.note(f'{clients} clients', 'requests a second, to LitServe (the better)', best['amulet']/lit,
+                   'at least 1', best['amulet'] >= lit)
+        table.note(f'{clients} clients', 'requests a second, to naive', best['amulet']/best['naive'], 'at least 2',
+                   best['amulet'] >= 2*best['naive'])
         table.note(f'{clients} clients', 'requests a second, to threads', best['amulet']/best['threads'])
     over = statistics.median(r['p50'] for r in found['amulet', 1])-statistics.median(bare)
     table.note('amulet, 1 client', 'p50 ms above the bare classifier', over, 'at most 3', over <= 3)
@@ -276,11 +313,13 @@ def throughput(args, table, folder):
         load(port=server.port, photos=pictures, clients=2, seconds=1, kinds={'repeat': 1})
         for clients in numbers:
             told = load(port=server.port, photos=pictures, clients=clients, seconds=seconds, kinds={'repeat': 1})
-            setting, wanted = f'amulet, repeated photos, {clients} clients', ('at least 1000', told['per_second'] >= 1000) if clients > 1 else ()
+            setting = f'amulet, repeated photos, {clients} clients'
+            wanted = ('at least 1000', told['per_second'] >= 1000) if clients > 1 else ()
             table.note(setting, 'requests a second', told['per_second'], *wanted)
             table.note(setting, 'p99 ms', told['p99'])
     long = 4 if args.smoke else 120
-    with amulet(bundle, folder/'off') as server: # fresh: all sixty come at once to a service that has answered nobody yet
+    # fresh: all sixty come at once to a service that has answered nobody yet
+    with amulet(bundle, folder/'off') as server:
         told = load(port=server.port, photos=pictures, clients=60, seconds=long)
         table.note(f'amulet, 60 clients, {long} s', 'requests', told['requests'])
         table.note(f'amulet, 60 clients, {long} s', 'not answered', failures(told), '0', failures(told) == '0')
@@ -295,11 +334,13 @@ def overload(args, table, folder):
         capacity = load(port=server.port, photos=pictures, clients=16, seconds=warm)['per_second']
         before = load(port=server.port, photos=pictures, clients=1, seconds=warm/2)
         with Memory(server) as memory:
-            told = load(port=server.port, photos=pictures, rate=2*capacity, seconds=seconds, records=folder/'overload.csv')
+            told = load(port=server.port, photos=pictures, rate=2*capacity, seconds=seconds,
+                        records=folder/'overload.csv')
             time.sleep(1)
             after = load(port=server.port, photos=pictures, clients=1, seconds=warm/2)
     # those of the queue that are answered after the last was sent do not count
-    good = sum(1 for r in csv.reader((folder/'overload.csv').open()) if r[2] == '200' and float(r[0])+float(r[1])/1000 <= seconds)/seconds
+    good = sum(1 for r in csv.reader((folder/'overload.csv').open()) if r[2] == '200' and float(r[0])
+               +float(r[1])/1000 <= seconds)/seconds
     setting = f'twice the capacity, {seconds} s'
     table.note('16 clients', 'capacity, requests a second', capacity)
     table.note(setting, 'requests sent a second', told['requests']/seconds)
@@ -315,7 +356,8 @@ def overload(args, table, folder):
     table.note(setting, 'MB at its start', first)
     table.note(setting, 'MB at most', most, 'flat: at most 10 % more', most <= 1.1*first)
     table.note('before, 1 client', 'p50 ms', before['p50'])
-    table.note('a second later, 1 client', 'p50 ms', after['p50'], 'at most 1.2 of before', after['p50'] <= 1.2*before['p50'])
+    table.note('a second later, 1 client', 'p50 ms', after['p50'], 'at most 1.2 of before',
+               after['p50'] <= 1.2*before['p50'])
 
 
 MIX = {'file': 60, 'base64': 10, 'repeat': 15, 'batch': 4, 'broken': 4, 'feedback': 7}
@@ -325,7 +367,8 @@ def soak(args, table, folder):
     bundle, pictures = bundles(args)[0], photos(args)
     minutes = .3 if args.smoke else args.minutes
     with amulet(bundle, folder, cache='memory') as server, Memory(server, every=minutes*60/400) as memory:
-        told = load(port=server.port, photos=pictures, clients=8, seconds=minutes*60, kinds=MIX, labels=get(server.port, '/info')[1]['classes'])
+        told = load(port=server.port, photos=pictures, clients=8, seconds=minutes*60, kinds=MIX,
+                    labels=get(server.port, '/info')[1]['classes'])
         health = get(server.port, '/health')[1]
     tenth = len(memory.seen)//10
     warm, end = statistics.median(memory.seen[tenth:2*tenth]), statistics.median(memory.seen[-tenth:])
@@ -350,14 +393,16 @@ def compare(table, setting, url, ids, folder):
     from amulet_hybrid.store.records import PredictionLog
     with PredictionLog(url, folder/'spool') as kept: kept.flush(120)
     told = ids.read_text().split()
-    with Database(url, folder/'amulet.db').read() as db: found = [r[0] for r in db.execute(sa.select(metadata().tables['predictions'].c.prediction_id))]
+    with Database(url, folder/'amulet.db').read() as db:
+        found = [r[0] for r in db.execute(sa.select(metadata().tables['predictions'].c.prediction_id))]
     missing, double = len(set(told)-set(found)), len(found)-len(set(found))
     table.note(setting, 'predictions answered', len(told))
     table.note(setting, 'of these not in the database', missing, '0', missing == 0)
     table.note(setting, 'in the database twice', double, '0', double == 0)
     table.note(setting, 'in the database, answer lost on its way', len(set(found)-set(told)))
     rejected = folder/'spool'/'rejected.jsonl'
-    table.note(setting, 'set aside', len(rejected.read_text().splitlines()) if rejected.exists() else 0, '0', not rejected.exists())
+    table.note(setting, 'set aside', len(rejected.read_text().splitlines()) if rejected.exists() else 0, '0',
+               not rejected.exists())
 
 
 @contextlib.contextmanager
@@ -376,7 +421,9 @@ def own_schema():
 
 
 def kill(args, table, folder):
-    bundle, pictures, rng = bundles(args)[0], photos(args), random.Random(0)
+    bundle = bundles(args)[0]
+    pictures = photos(args)
+    rng = random.Random(0)
     times = 2 if args.smoke else args.times
     with own_schema() as postgres:
         for name, url in (('SQLite', ''), ('PostgreSQL', postgres)):
@@ -385,7 +432,8 @@ def kill(args, table, folder):
             place.mkdir()
             server = amulet(bundle, place, database_url=url)
             try:
-                under_way = begin_load(port=server.port, photos=pictures, clients=8, seconds=3600, ids=place/'ids', timeout=20)
+                under_way = begin_load(port=server.port, photos=pictures, clients=8, seconds=3600, ids=place/'ids',
+                                       timeout=20)
                 for _ in range(times):
                     time.sleep(rng.uniform(.5, 3.5))
                     server.kill(); server.start()
@@ -406,8 +454,11 @@ class Postgres:
         asked = subprocess.run([found, '--bindir'], capture_output=True, text=True).stdout.strip() if found else ''
         there = asked or max(map(str, Path('/usr/lib/postgresql').glob('*/bin')), default='')
         if not there: raise SystemExit('this needs the programs of PostgreSQL (initdb, pg_ctl)')
-        self.bin, self.folder, self.port = Path(there), folder, free_port()
-        self.who = {'user': 'postgres', 'group': 'postgres'} if os.geteuid() == 0 else {} # PostgreSQL refuses to run as root
+        self.bin = Path(there)
+        self.folder = folder
+        self.port = free_port()
+        # PostgreSQL refuses to run as root
+        self.who = {'user': 'postgres', 'group': 'postgres'} if os.geteuid() == 0 else {}
         folder.mkdir()
         if self.who: shutil.chown(folder, **self.who)
         self.run('initdb', '-D', folder/'data', '-U', 'postgres', '-A', 'trust', '--no-sync')
@@ -415,11 +466,14 @@ class Postgres:
         self.url = f'postgresql://postgres@127.0.0.1:{self.port}/postgres'
 
     def run(self, program, *words):
-        done = subprocess.run([self.bin/program, *map(str, words)], cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        done = subprocess.run([self.bin/program, *map(str, words)], cwd=self.folder, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                               env={'PATH': os.environ['PATH'], 'LC_ALL': 'C.UTF-8'}, **self.who)
         if done.returncode: raise SystemExit(f'{program}: {done.stderr}')
 
-    def start(self): self.run('pg_ctl', '-D', self.folder/'data', '-w', '-l', self.folder/'log', '-o', f'-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1', 'start')
+    def start(self):
+        self.run('pg_ctl', '-D', self.folder/'data', '-w', '-l', self.folder/'log', '-o',
+                 f'-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1', 'start')
     def stop(self): self.run('pg_ctl', '-D', self.folder/'data', '-w', '-m', 'immediate', 'stop')
 
 
@@ -432,7 +486,8 @@ def outage(args, table, folder):
     try:
         with amulet(bundle, folder/'service', database_url=postgres.url) as server, Memory(server) as memory:
             load(port=server.port, photos=pictures, clients=2, seconds=2, ids=folder/'ids')
-            under_way = begin_load(port=server.port, photos=pictures, clients=8, seconds=2*calm+away, ids=folder/'ids', records=folder/'records.csv')
+            under_way = begin_load(port=server.port, photos=pictures, clients=8, seconds=2*calm+away, ids=folder/'ids',
+                                   records=folder/'records.csv')
             time.sleep(calm); postgres.stop()
             time.sleep(away)
             waiting = get(server.port, '/health')[1]['records']
@@ -454,7 +509,8 @@ def outage(args, table, folder):
     setting = f'{away} s without PostgreSQL'
     table.note(setting, 'requests that failed', failures(told), '0', failures(told) == '0')
     table.note(setting, 'rows that waited at its end', waiting['spooled'])
-    table.note(setting, 'seconds until they were in the database', caught_up if caught_up is not None else 'never', '', caught_up is not None)
+    table.note(setting, 'seconds until they were in the database', caught_up if caught_up is not None else 'never', '',
+               caught_up is not None)
     table.note(setting, 'MB at most', max(memory.seen))
 
 
@@ -485,10 +541,13 @@ def replicas(args, table, folder):
         servers = []
         for i in range(3):
             (folder/f'replica{i}').mkdir()
-            servers.append(running.enter_context(amulet(link, folder/f'replica{i}', workers=1, database_url=f'sqlite:///{folder}/amulet.db')))
+            servers.append(running.enter_context(amulet(link, folder/f'replica{i}', workers=1,
+                                                        database_url=f'sqlite:///{folder}/amulet.db')))
         (folder/'nginx.conf').write_text(NGINX % {'user': 'user root;' if os.geteuid() == 0 else '', 'port': port,
-                                                  'servers': ' '.join(f'server 127.0.0.1:{s.port} max_fails=1 fail_timeout=2s;' for s in servers)})
-        running.enter_context(Server(['nginx', '-p', folder, '-c', folder/'nginx.conf'], port, folder/'nginx.out', '/health/ready'))
+                                                  'servers': ' '.join(f'server 127.0.0.1:{s.port} max_fails=1 '
+                                                                      f'fail_timeout=2s;' for s in servers)})
+        running.enter_context(Server(['nginx', '-p', folder, '-c', folder/'nginx.conf'], port, folder/'nginx.out',
+                                     '/health/ready'))
         load(port=port, photos=pictures, clients=6, seconds=2, ids=folder/'ids')
 
         under_way = begin_load(port=port, photos=pictures, clients=12, seconds=seconds, ids=folder/'ids')
@@ -497,7 +556,8 @@ def replicas(args, table, folder):
         told = end_load(under_way)
         failed = sum(told['other'].values())+told['busy']
         table.note('3 replicas, one killed', 'requests answered', told['answered'])
-        table.note('3 replicas, one killed', 'failed, beyond those in flight on it (4)', max(0, failed-4), '0', failed <= 4)
+        table.note('3 replicas, one killed', 'failed, beyond those in flight on it (4)', max(0, failed-4), '0',
+                   failed <= 4)
         table.note('3 replicas, one killed', 'failed at all', failures(told))
         servers[0].start()
         time.sleep(2.5)
@@ -510,45 +570,66 @@ def replicas(args, table, folder):
         for server in servers:
             server.process.send_signal(signal.SIGHUP)
             until = time.monotonic()+30
-            while (now := get(server.port, '/info')[1]['model_version']) == before and time.monotonic() < until: time.sleep(.1)
+            while (now := get(server.port, '/info')[1]['model_version']) == before and time.monotonic() < until:
+                time.sleep(.1)
             versions.append(now)
         told = end_load(under_way)
         table.note('3 replicas, rolling reload', 'requests answered', told['answered'])
         table.note('3 replicas, rolling reload', 'failed', failures(told), '0', failures(told) == '0')
-        table.note('3 replicas, rolling reload', 'replicas with the new bundle', sum(v != before for v in versions), '3', len(set(versions)) == 1 and before not in versions)
+        table.note('3 replicas, rolling reload', 'replicas with the new bundle', sum(v != before for v in versions),
+                   '3', len(set(versions)) == 1 and before not in versions)
     compare(table, '3 replicas, killed and reloaded', f'sqlite:///{folder}/amulet.db', folder/'ids', folder/'replica0')
 
 
 # Uploads that mean harm
 
 def hostile(args, table, folder):
-    bundle, pictures, rng = bundles(args)[0], photos(args), random.Random(0)
+    bundle = bundles(args)[0]
+    pictures = photos(args)
+    rng = random.Random(0)
     count, patience = (150, 3) if args.smoke else (2000, 5)
     jpegs = [p.read_bytes() for p in sorted(pictures.glob('*.jpg'))]
-    bad, wrongs, odd, slow_count = int(count*.75), int(count*.2), count//20, count-int(count*.75)-int(count*.2) # the odd ones are honest, and come on top
+    # the odd ones are honest, and come on top
+    bad = int(count*.75)
+    wrongs = int(count*.2)
+    odd = count//20
+    slow_count = count-int(count*.75)-int(count*.2)
     with amulet(bundle, folder, body_seconds=patience, header_seconds=patience) as server:
         load(port=server.port, photos=pictures, clients=4, seconds=3)
         calm = server.megabytes()
         with Memory(server, .2) as memory, ThreadPoolExecutor(8) as pool:
             kinds = list(harmful(jpegs[0], rng))
-            asked = [(kinds[i % len(kinds)], raw_request(multipart(harmful(rng.choice(jpegs), rng)[kinds[i % len(kinds)]]()))) for i in range(bad)]
-            answers = {'photos that are none': [(k, *r) for (k, _), r in zip(asked, pool.map(lambda a: ask_raw(server.port, a[1]), asked))]}
+            asked = [(kinds[i % len(kinds)],
+                      raw_request(multipart(harmful(rng.choice(jpegs), rng)[kinds[i % len(kinds)]]())))
+                     for i in range(bad)]
+            answers = {'photos that are none': [(k, *r) for (k, _), r in zip(asked,
+                    pool.map(lambda a: ask_raw(server.port, a[1]), asked))]}
             lies = [rng.choice(list(wrong(rng.choice(jpegs), rng).items())) for _ in range(wrongs)]
-            answers['requests that lie'] = [(k, *r) for (k, _), r in zip(lies, pool.map(lambda a: ask_raw(server.port, a[1]), lies))]
+            answers['requests that lie'] = [(k, *r) for (k, _), r in zip(lies,
+                    pool.map(lambda a: ask_raw(server.port, a[1]), lies))]
             kinds = list(clothed(jpegs[0], rng))
-            asked = [(kinds[i % len(kinds)], raw_request(multipart(clothed(rng.choice(jpegs), rng)[kinds[i % len(kinds)]]()))) for i in range(odd)]
-            answers['honest photos, oddly wrapped'] = [(k, *r) for (k, _), r in zip(asked, pool.map(lambda a: ask_raw(server.port, a[1]), asked))]
-            answers['slow senders'] = [(f'slow {i % 4}', *r) for i, r in enumerate(asyncio.run(slow_ones(server.port, jpegs[0], slow_count, 3*patience)))]
+            asked = [(kinds[i % len(kinds)],
+                      raw_request(multipart(clothed(rng.choice(jpegs), rng)[kinds[i % len(kinds)]]())))
+                     for i in range(odd)]
+            answers['honest photos, oddly wrapped'] = [(k, *r) for (k, _), r in zip(asked,
+                    pool.map(lambda a: ask_raw(server.port, a[1]), asked))]
+            answers['slow senders'] = [(f'slow {i % 4}', *r)
+                                       for i, r in enumerate(asyncio.run(slow_ones(server.port, jpegs[0], slow_count,
+                    3*patience)))]
         told = load(port=server.port, photos=pictures, clients=4, seconds=3)
         after = server.megabytes()
     for setting, rows in answers.items():
-        may = {'honest photos, oddly wrapped': lambda s: s == 200, 'slow senders': lambda s: s == 0 or 400 <= s < 500}.get(setting, lambda s: 400 <= s < 500)
+        may = {'honest photos, oddly wrapped': lambda s: s == 200, 'slow senders': lambda s: s == 0
+               or 400 <= s < 500}.get(setting, lambda s: 400 <= s < 500)
         strange = {}
         for kind, status, _ in rows:
             if not may(status): strange[f'{kind}: {status}'] = strange.get(f'{kind}: {status}', 0)+1
-        table.note(f'{setting} ({len(rows)})', 'neither refused nor named as they should', str(strange or 0), '0', not strange)
-        table.note(f'{setting} ({len(rows)})', 'slowest s', max(s for _, _, s in rows), f'at most {2*patience+2}', max(s for _, _, s in rows) <= 2*patience+2)
-        for status in sorted({s for _, s, _ in rows}): table.note(f'{setting} ({len(rows)})', f'status {status}', sum(s == status for _, s, _ in rows))
+        table.note(f'{setting} ({len(rows)})', 'neither refused nor named as they should', str(strange or 0), '0',
+                   not strange)
+        table.note(f'{setting} ({len(rows)})', 'slowest s', max(s for _, _, s in rows), f'at most {2*patience+2}',
+                   max(s for _, _, s in rows) <= 2*patience+2)
+        for status in sorted({s for _, s, _ in rows}):
+            table.note(f'{setting} ({len(rows)})', f'status {status}', sum(s == status for _, s, _ in rows))
     table.note('all', 'MB before', calm)
     table.note('all', 'MB at most', max(memory.seen), 'at most 300 more', max(memory.seen) <= calm+300)
     table.note('all', 'MB afterwards', after)
@@ -560,10 +641,12 @@ CHECKS = {f.__name__: f for f in (throughput, overload, soak, kill, outage, repl
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checks', nargs='+', choices=[*CHECKS, 'all'], metavar='check', help=', '.join([*CHECKS, 'all']))
+    parser.add_argument('checks', nargs='+', choices=[*CHECKS, 'all'], metavar='check',
+                        help=', '.join([*CHECKS, 'all']))
     parser.add_argument('--data', type=Path, default=ROOT.parent/'shared'/'data')
     parser.add_argument('--weights', type=Path, default=ROOT.parent/'shared'/'weights')
-    parser.add_argument('--work', type=Path, default=Path(tempfile.gettempdir())/'amulet_serving', help='bundles, photos and LitServe are kept there')
+    parser.add_argument('--work', type=Path, default=Path(tempfile.gettempdir())/'amulet_serving',
+                        help='bundles, photos and LitServe are kept there')
     parser.add_argument('--output', type=Path, default=ROOT/'benchmarks'/'results')
     parser.add_argument('--seconds', type=float, default=10, help='of each measurement of throughput')
     parser.add_argument('--rounds', type=int, default=3, help='of throughput')

@@ -20,6 +20,8 @@ class Photos(ls.LitAPI):
 
 
 if __name__ == '__main__':
-    workers, folder, port = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    workers = int(sys.argv[1])
+    folder = sys.argv[2]
+    port = int(sys.argv[3])
     server = ls.LitServer(Photos(folder), accelerator='cpu', workers_per_device=workers)
     server.run(host='127.0.0.1', port=port, generate_client_file=False, num_api_servers=1, log_level='warning')

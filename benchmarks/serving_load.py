@@ -21,7 +21,8 @@ from pathlib import Path
 
 LENGTH = re.compile(rb'\r\ncontent-length: *(\d+)', re.I)
 EDGE = b'amulet-load-edge'
-DEFAULTS = {'host': '127.0.0.1', 'clients': 1, 'rate': 0, 'seconds': 5, 'kinds': {'file': 1}, 'timeout': 60, 'ids': '', 'records': '', 'field': 'files', 'seed': 0, 'labels': ['?']}
+DEFAULTS = {'host': '127.0.0.1', 'clients': 1, 'rate': 0, 'seconds': 5, 'kinds': {'file': 1}, 'timeout': 60, 'ids': '',
+            'records': '', 'field': 'files', 'seed': 0, 'labels': ['?']}
 
 
 class Connection(asyncio.Protocol):
@@ -45,7 +46,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc):
         self.open = False
-        if self.answer is not None and not self.answer.done(): self.answer.set_exception(exc or ConnectionResetError('closed before an answer'))
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_exception(exc or ConnectionResetError('closed before an answer'))
 
     async def ask(self, parts, timeout):
         "Status and body; raises OSError"
@@ -64,34 +66,50 @@ class Load:
         folder = Path(self.photos)
         self.jpegs = [p.read_bytes() for p in sorted(folder.glob('*.jpg'))]
         if not self.jpegs: raise SystemExit(f'no .jpg in {folder}')
-        self.draw, self.turn, self.told = random.Random(self.seed), itertools.count(), []
-        self.rows, self.free, self.late, self.start, self.until = [], [], 0., 0., 0.
+        self.draw = random.Random(self.seed)
+        self.turn = itertools.count()
+        self.told = []
+        self.rows = []
+        self.free = []
+        self.late = 0.
+        self.start = 0.
+        self.until = 0.
         self.ids_file = open(self.ids, 'a') if self.ids else None # noqa: SIM115
         self.unique = os.urandom(6)
 
     def distinct(self):
         "A photo that nobody has seen, in two parts"
         n = next(self.turn)
-        return b'\xff\xd8\xff\xfe\x00\x12'+self.unique+n.to_bytes(10, 'big'), memoryview(self.jpegs[n % len(self.jpegs)])[2:]
+        return b'\xff\xd8\xff\xfe\x00\x12'+self.unique+n.to_bytes(10,
+                                                                  'big'), memoryview(self.jpegs[n % len(self.jpegs)])[2:]
 
     def request(self, kind):
         "Bytes to send"
         if kind == 'file': return self.form(self.distinct())
         if kind == 'repeat': return self.form((self.draw.choice(self.jpegs[:8]),))
         if kind == 'broken': return self.form((self.draw.choice(self.jpegs)[:9000],))
-        if kind == 'base64': return self.json('/predict', {'image_data': base64.b64encode(b''.join(self.distinct())).decode(), 'return_probabilities': False})
-        if kind == 'batch': return self.json('/predict-batch', {'images': [base64.b64encode(b''.join(self.distinct())).decode() for _ in range(3)]})
+        if kind == 'base64':
+            return self.json('/predict', {'image_data': base64.b64encode(b''.join(self.distinct())).decode(),
+                                          'return_probabilities': False})
+        if kind == 'batch':
+            return self.json('/predict-batch',
+                             {'images': [base64.b64encode(b''.join(self.distinct())).decode() for _ in range(3)]})
         if kind == 'feedback' and not self.told: return self.request('file')
-        if kind == 'feedback': return self.json('/feedback', {'prediction_id': self.draw.choice(self.told), 'true_label': self.draw.choice(self.labels)})
+        if kind == 'feedback':
+            return self.json('/feedback', {'prediction_id': self.draw.choice(self.told),
+                                           'true_label': self.draw.choice(self.labels)})
         raise SystemExit(f'no such kind of request: {kind}')
 
     def head(self, path, kind, size):
-        return f'POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: {kind}\r\nContent-Length: {size}\r\n\r\n'.encode()
+        return (f'POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: {kind}\r\nContent-Length: '
+                f'{size}\r\n\r\n').encode()
 
     def form(self, parts):
-        before = b'--'+EDGE+b'\r\nContent-Disposition: form-data; name="'+self.field.encode()+b'"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+        before = (b'--'+EDGE+b'\r\nContent-Disposition: form-data; name="'+self.field.encode()
+                  +b'"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n')
         after = b'\r\n--'+EDGE+b'--\r\n'
-        return [self.head('/predict/file', f'multipart/form-data; boundary={EDGE.decode()}', len(before)+sum(map(len, parts))+len(after)), before, *parts, after]
+        return [self.head('/predict/file', f'multipart/form-data; boundary={EDGE.decode()}',
+                          len(before)+sum(map(len, parts))+len(after)), before, *parts, after]
 
     def json(self, path, value):
         body = json.dumps(value).encode()
@@ -99,8 +117,12 @@ class Load:
 
     async def one(self, connection):
         "Ask once, and note what came; the connection, if it can be used again"
-        kind = self.draw.choices(list(self.kinds), list(self.kinds.values()))[0] if len(self.kinds) > 1 else next(iter(self.kinds))
-        parts, begun, status, code = self.request(kind), time.perf_counter(), 0, ''
+        kind = self.draw.choices(list(self.kinds),
+                                 list(self.kinds.values()))[0] if len(self.kinds) > 1 else next(iter(self.kinds))
+        parts = self.request(kind)
+        begun = time.perf_counter()
+        status = 0
+        code = ''
         try:
             if connection is None or not connection.open:
                 connection = (await asyncio.get_running_loop().create_connection(Connection, self.host, self.port))[1]
@@ -158,16 +180,20 @@ class Load:
     def summary(self, seconds):
         if self.ids_file: self.ids_file.close()
         if self.records:
-            with open(self.records, 'w') as file: file.writelines(f'{t:.4f},{ms:.3f},{status},{kind},{code}\n' for t, ms, status, kind, code in self.rows)
+            with open(self.records, 'w') as file:
+                file.writelines(f'{t:.4f},{ms:.3f},{status},{kind},{code}\n' for t, ms, status, kind, code in self.rows)
         good, busy = ([r[1] for r in self.rows if r[2] == s] for s in (200, 503))
-        other = counted(f'{kind} {status} {code}'.strip() for _, _, status, kind, code in self.rows if status not in (200, 503) and not (kind == 'broken' and 400 <= status < 500))
-        return {'seconds': seconds, 'requests': len(self.rows), 'answered': len(good), 'per_second': len(good)/min(seconds, self.seconds), **quantiles('', good),
+        other = counted(f'{kind} {status} {code}'.strip() for _, _, status, kind, code in self.rows
+                        if status not in (200, 503) and not (kind == 'broken' and 400 <= status < 500))
+        return {'seconds': seconds, 'requests': len(self.rows), 'answered': len(good),
+                'per_second': len(good)/min(seconds, self.seconds), **quantiles('', good),
                 'busy': len(busy), **quantiles('busy_', busy), 'other': other, 'late': self.late}
 
 
 def quantiles(name, values):
     values = sorted(values)
-    return {f'{name}{q}': values[min(len(values)-1, int(share*len(values)))] if values else None for q, share in (('p50', .5), ('p90', .9), ('p99', .99), ('max', 1))}
+    return {f'{name}{q}': values[min(len(values)-1, int(share*len(values)))] if values else None
+            for q, share in (('p50', .5), ('p90', .9), ('p99', .99), ('max', 1))}
 
 
 def counted(names):

@@ -9,7 +9,8 @@ from amulet_hybrid.model.classifier import HybridClassifier
 
 
 def plain(seen):
-    return {'predicted_class': seen.label, 'top_class': seen.top, 'confidence': seen.confidence, 'probabilities': dict(seen.probabilities)}
+    return {'predicted_class': seen.label, 'top_class': seen.top, 'confidence': seen.confidence,
+            'probabilities': dict(seen.probabilities)}
 
 
 def naive(folder, threads):
@@ -29,4 +30,5 @@ def naive(folder, threads):
 
 if __name__ == '__main__':
     import uvicorn
-    uvicorn.run(naive(sys.argv[2], sys.argv[1] == 'threads'), host='127.0.0.1', port=int(sys.argv[3]), log_level='warning')
+    uvicorn.run(naive(sys.argv[2], sys.argv[1] == 'threads'), host='127.0.0.1', port=int(sys.argv[3]),
+                log_level='warning')

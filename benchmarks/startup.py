@@ -17,5 +17,6 @@ def seconds(command, times=15):
 
 
 if __name__ == '__main__':
-    empty, ours = seconds([sys.executable, '-c', 'pass']), seconds([str(Path(sys.executable).parent/'amulet'), '--help'])
+    empty = seconds([sys.executable, '-c', 'pass'])
+    ours = seconds([str(Path(sys.executable).parent/'amulet'), '--help'])
     print(f'python -c pass {empty:.3f} s, amulet --help {ours:.3f} s, ratio {ours/empty:.1f}')

@@ -17,8 +17,10 @@ def built(tmp_path_factory):
     "Folder with an sdist and the wheel that was built from it, of a clean copy"
     tree = tmp_path_factory.mktemp('tree')/'amulet_hybrid'
     left_out = {str(ROOT/'samples'), str(ROOT/'runs')}
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=lambda folder, names: SKIP(folder, names) | {n for n in names if os.path.join(folder, n) in left_out})
-    done = subprocess.run([sys.executable, '-m', 'build', '--outdir', tree/'dist', tree], capture_output=True, text=True)
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=lambda folder, names: SKIP(folder, names)
+                    | {n for n in names if os.path.join(folder, n) in left_out})
+    done = subprocess.run([sys.executable, '-m', 'build', '--outdir', tree/'dist', tree], capture_output=True,
+                          text=True)
     assert done.returncode==0, done.stdout[-2000:]+done.stderr[-2000:]
     return tree/'dist'
 
@@ -34,12 +36,15 @@ def trained(tmp_path_factory):
     from amulet_hybrid.model.bundle import HeldOut, save_bundle, sign_bundle
     from amulet_hybrid.model.cascade import fit_cascade
     folder = tmp_path_factory.mktemp('trained')
-    photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10) for view in range(2)]
+    photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10)
+              for view in range(2)]
     labels,groups = np.repeat(list(LOGOS), 20),np.repeat(np.arange(10*len(LOGOS)), 2)
-    extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'lbp', 'dense_sift', 'cnn:squeezenet1_1'), weights='random', cnn_side=64), folder/'cache')
+    extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'lbp', 'dense_sift', 'cnn:squeezenet1_1'),
+                                                     weights='random', cnn_side=64), folder/'cache')
     features = extractor.extract_batch(photos)
     models = ('logistic_balanced', 'lda_balanced', 'svm', 'cosine_knn', 'extra_trees')
-    trainer = HybridTrainer(TrainingConfig(cv_folds=3, models=models, jobs=1)).fit(features, labels, groups, extractor.encoders())
+    trainer = HybridTrainer(TrainingConfig(cv_folds=3, models=models, jobs=1)).fit(features, labels, groups,
+            extractor.encoders())
     cascade = fit_cascade(trainer, features, groups, extractor.extractors)
     save_bundle(folder/'bundle', trainer.model_, extractor, cascade=cascade, held_out=HeldOut(features, photos))
     make_keys(folder/'key.pem')

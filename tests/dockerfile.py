@@ -24,18 +24,25 @@ class Image:
     "What `docker build` would make. /opt/amulet and /var/lib/amulet lie in a folder of their own; a later stage has the paths of the one before, as in an image"
     def __init__(self, context, install_dir, data_dir):
         self.context,self.places = Path(context),(install_dir, data_dir)
-        self.home = Path(tempfile.mkdtemp(prefix='amulet-image-', dir='/var/tmp' if os.path.isdir('/var/tmp') else None))
+        self.home = Path(tempfile.mkdtemp(prefix='amulet-image-',
+                                          dir='/var/tmp' if os.path.isdir('/var/tmp') else None))
         self.home.chmod(0o755) # others than root go through it
         self.base = self.home/'base'
         self.base.mkdir()
-        (self.base/'python').write_text(f'#!/bin/sh\nexec {shlex.quote(str(Path(sys._base_executable).resolve()))} "$@"\n')
+        (self.base/'python').write_text(f'#!/bin/sh\nexec {shlex.quote(str(Path(sys._base_executable).resolve()))} '
+                                        f'"$@"\n')
         (self.base/'python').chmod(0o755)
-        self.root,self.stages,self.user,self.volumes = self.home/'root',{},0,[]
-        for instruction,arguments in steps((self.context/'Dockerfile').read_text()): getattr(self, f'_{instruction.lower()}')(arguments)
+        self.root = self.home/'root'
+        self.stages = {}
+        self.user = 0
+        self.volumes = []
+        for instruction,arguments in steps((self.context/'Dockerfile').read_text()):
+            getattr(self, f'_{instruction.lower()}')(arguments)
 
     def at(self, text):
         "The same with paths of the image made ours"
-        return re.sub('|'.join(rf'(?<![\w/]){re.escape(p)}(?![\w-])' for p in self.places), lambda found: f'{self.root}{found[0]}', text)
+        return re.sub('|'.join(rf'(?<![\w/]){re.escape(p)}(?![\w-])' for p in self.places),
+                      lambda found: f'{self.root}{found[0]}', text)
 
     def _from(self, words):
         if self.root.exists(): self.root.rename(self.home/self.stage)
@@ -51,7 +58,8 @@ class Image:
     def _run(self, command):
         if not ROOT: command = re.sub(r' -[og] \d+', '', command)
         kept = {k: v for k,v in os.environ.items() if k.startswith(('PIP_', 'HTTP', 'http', 'SSL', 'REQUESTS'))}
-        done = subprocess.run(['sh', '-c', self.at(command)], cwd='/', env=kept|self.environment, capture_output=True, text=True)
+        done = subprocess.run(['sh', '-c', self.at(command)], cwd='/', env=kept|self.environment, capture_output=True,
+                              text=True)
         if done.returncode and ' pip ' in command.replace('/', ' ') and any(words in done.stderr for words in OFFLINE):
             pytest.skip(f'no packages can be had here: {done.stderr.splitlines()[-1][:200]}')
         assert done.returncode==0, f'{command}\n{done.stdout[-1000:]}{done.stderr[-2000:]}'
@@ -82,11 +90,15 @@ class Image:
         "As root on Linux: a read-only file system with only the volume and /tmp to write to, no capability, the image's user"
         base = Path(sys._base_executable).resolve().parents[1]
         shut = next((p for p in reversed(base.parents) if not p.stat().st_mode & 1), None)
-        lines = ['set -e', 'mount --make-rprivate /', *(f'mount --bind {p} {p}' for p in (self.root, *self.volumes)), f'mount -o remount,bind,ro {self.root}']
-        if shut: lines += [f'mkdir -p {self.home}/python', f'mount --bind {base} {self.home}/python', f'mount -t tmpfs -o mode=755 tmpfs {shut}', f'mkdir -p {base}',
-                           f'mount --bind {self.home}/python {base}']
+        lines = ['set -e', 'mount --make-rprivate /', *(f'mount --bind {p} {p}' for p in (self.root, *self.volumes)),
+                 f'mount -o remount,bind,ro {self.root}']
+        if shut:
+            lines += [f'mkdir -p {self.home}/python', f'mount --bind {base} {self.home}/python',
+                      f'mount -t tmpfs -o mode=755 tmpfs {shut}', f'mkdir -p {base}',
+                      f'mount --bind {self.home}/python {base}']
         lines += ['mount -t tmpfs -o mode=1777 tmpfs /tmp', 'mount -o remount,bind,ro /', 'cd /',
-                  f'exec setpriv --reuid {self.user} --regid {self.user} --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all {shlex.join(map(str, command))}']
+                  f'exec setpriv --reuid {self.user} --regid {self.user} --clear-groups --no-new-privs '
+                  f'--bounding-set=-all --inh-caps=-all {shlex.join(map(str, command))}']
         return ['unshare', '--mount', 'sh', '-c', '\n'.join(lines)]
 
     def start(self, command=None, **environment):
@@ -94,7 +106,8 @@ class Image:
         command = command or self.command
         command = [shutil.which(command[0], path=self.environment['PATH']) or command[0], *command[1:]]
         env = self.environment | {k: str(v) for k,v in environment.items()}
-        process = subprocess.Popen(self._inside(command) if ROOT else command, env=env, cwd='/', stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(self._inside(command) if ROOT else command, env=env, cwd='/',
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         process.said = []
         def listen():
             for line in process.stdout: process.said.append(line)

@@ -29,9 +29,11 @@ def data(name):
 def test_a_made_folder_is_trained_on_as_it_is_parted(tmp_path):
     "Every class reaches its target; the photos that judge are byte for byte those of the set, and training uses the parts as they are"
     photos = data('amulet6')
-    run = run_augmentation(AugmentRunConfig(str(photos), str(tmp_path/'more'), target_samples=40, preset='light', probe=False, jobs=2))
+    run = run_augmentation(AugmentRunConfig(str(photos), str(tmp_path/'more'), target_samples=40, preset='light',
+                                            probe=False, jobs=2))
     made = run.folder.manifest
-    assert made[made['split']=='train'].groupby('label').size().min() >= 40 and made.loc[made['made'], 'split'].eq('train').all() and leakage(made).empty
+    assert made[made['split']=='train'].groupby('label').size().min() >= 40 and made.loc[made['made'],
+            'split'].eq('train').all() and leakage(made).empty
     judges = made.loc[made['split']=='test', 'path']
     assert {file_digest(tmp_path/'more'/p) for p in judges} <= {file_digest(p) for p in photos.rglob('*.jpg')}
     training = TrainingRun(tmp_path/'more'/'photos.csv', output_dir=str(tmp_path/'train'), weights='none', quick=True)
@@ -42,19 +44,23 @@ def test_a_made_folder_is_trained_on_as_it_is_parted(tmp_path):
 def test_made_photos_teach_and_judge_nothing(tmp_path):
     "From the folder of made photos to a bundle that can be judged again; what is preprocessed in training is so when judged"
     make_samples(tmp_path/'photos', photos=60, classes=2, side=96, faults=NO_FAULTS)
-    run_augmentation(AugmentRunConfig(str(tmp_path/'photos'), str(tmp_path/'more'), str(tmp_path/'photos'/'groups.csv'), augmentation_factor=2, preset='light',
+    run_augmentation(AugmentRunConfig(str(tmp_path/'photos'), str(tmp_path/'more'),
+                                      str(tmp_path/'photos'/'groups.csv'), augmentation_factor=2, preset='light',
                                       probe=False, jobs=2))
-    training = TrainingRun(tmp_path/'more', output_dir=str(tmp_path/'train'), blocks=('colour', 'lbp'), preprocessing='artifact', quick=True, jobs=1)
+    training = TrainingRun(tmp_path/'more', output_dir=str(tmp_path/'train'), blocks=('colour', 'lbp'),
+                           preprocessing='artifact', quick=True, jobs=1)
     result = training.run()
     about = load_bundle(result['bundle']).manifest['data']
-    assert about['made']==len(training.lessons)==len(training.made) > 10 and not set(training.manifest['path']) & set(training.made['path'])
+    assert (about['made']==len(training.lessons)==len(training.made) > 10 and not set(training.manifest['path'])
+            & set(training.made['path']))
     assert len(training.trainer.y_)==(training.manifest['split']=='train').sum()
     again = evaluate_bundle(load_bundle(result['bundle']), output_dir=tmp_path/'again', quick=True)
     assert again.metrics.n==result['test_photos'] and any('as it was then' in text for _,text in again.notes)
 
 def test_a_split_that_leaks_is_refused(tmp_path):
     "Augmented first and split afterwards: a photo made of a training photo would show what a test photo shows"
-    config = AugmentRunConfig(str(data('amulet6_leaky')), str(tmp_path/'more'), str(data('amulet6_leaky_groups.csv')), probe=False)
+    config = AugmentRunConfig(str(data('amulet6_leaky')), str(tmp_path/'more'), str(data('amulet6_leaky_groups.csv')),
+                              probe=False)
     with pytest.raises(SplitError, match='group_parted'): run_augmentation(config)
     assert not (tmp_path/'more').exists()
 
@@ -72,6 +78,8 @@ def test_a_bundle_sees_what_training_saw(tmp_path):
     save_bundle(tmp_path/'bundle', model, extractor)
     served = load_bundle(tmp_path/'bundle').extractor
     assert served.config.preprocessing==settings
-    for path in paths[:6]: assert (served.read(path).rgb==create_artifact_preprocessor(96)(read_image(path, at_least=extractor.config.decode_at))).all()
+    for path in paths[:6]:
+        assert (served.read(path).rgb==create_artifact_preprocessor(96)(read_image(path,
+                at_least=extractor.config.decode_at))).all()
     again = served.extract_batch(paths)
     assert all((again[name]==features[name]).all() for name in model.blocks)

@@ -60,7 +60,8 @@ while True:
 '''
 
 def start(folder, seed, limit=''):
-    child = subprocess.Popen([sys.executable, '-c', CHILD, folder, str(seed), str(limit)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    child = subprocess.Popen([sys.executable, '-c', CHILD, folder, str(seed), str(limit)], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True,
                              env={**os.environ, 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'})
     assert child.stdout.readline()=='ready\n', child.stderr.read()
     return child
@@ -114,10 +115,14 @@ def test_flipped_bytes(tmp_path, told):
     "Anywhere in the file: a row is right or absent, and after it was stored again it is there"
     whole = FeatureCache(tmp_path/'whole')
     for block in ('hog', 'lbp'): whole.store(block, rows_of(range(120), block))
-    data,rng,damaged = to_disk(whole).read_bytes(),np.random.default_rng(0),0
+    data = to_disk(whole).read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = 0
     for turn in range(60):
         spoilt = bytearray(data)
-        places = [rng.integers(100)] if turn%3==0 else rng.integers(100, 16384, 3) if turn%3==1 else rng.integers(len(data), size=100)
+        places = [rng.integers(100)] if turn%3==0 else rng.integers(100, 16384,
+                                                                    3) if turn%3==1 else rng.integers(len(data),
+                size=100)
         for place in places: spoilt[place] ^= 1 << rng.integers(8)
         folder = tmp_path/str(turn)/'features'
         folder.mkdir(parents=True)
@@ -219,7 +224,9 @@ def test_eviction_keeps_the_limit_and_drops_the_oldest(tmp_path, monkeypatch):
 @pytest.mark.parametrize('width', [1, 60, 2100, 5000, 40_000])
 def test_limit_holds_for_rows_of_any_width(tmp_path, width):
     cache = FeatureCache(tmp_path, .01)
-    for i in range(8): cache.store('hog', {key_of(f'{i} {j}'): np.full(width, i, np.float32) for j in range(min(5000, 3*10**6//(4*width)))})
+    for i in range(8):
+        cache.store('hog', {key_of(f'{i} {j}'): np.full(width, i, np.float32)
+                            for j in range(min(5000, 3*10**6//(4*width)))})
     assert cache.cache_stats()['bytes_on_disk'] <= 10**7
     assert cache.load('hog', [key_of('7 0')])[key_of('7 0')][0]==7
 
@@ -239,10 +246,14 @@ def test_one_byte_or_one_setting_misses(tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     assert cache.load(key, [file_digest(path)])=={}
-    others = [block_key(hog.fingerprint(), mode='fit', decode_at=320), block_key(hog.fingerprint(), mode='stretch', decode_at=321)]
-    for other in (*others, block_key(make_extractor('lbp').fingerprint(), mode='stretch', decode_at=320)): assert cache.load(other, [sha])=={}
+    others = [block_key(hog.fingerprint(), mode='fit', decode_at=320),
+              block_key(hog.fingerprint(), mode='stretch', decode_at=321)]
+    for other in (*others, block_key(make_extractor('lbp').fingerprint(), mode='stretch', decode_at=320)):
+        assert cache.load(other, [sha])=={}
     for name,value in hog.get_params().items():
-        if isinstance(value, int): assert cache.load(block_key(make_extractor('hog', **{name: value+1}).fingerprint(), mode='stretch', decode_at=320), [sha])=={}
+        if isinstance(value, int):
+            assert cache.load(block_key(make_extractor('hog', **{name: value+1}).fingerprint(), mode='stretch',
+                                        decode_at=320), [sha])=={}
     hog.version = hog.version+1
     assert cache.load(block_key(hog.fingerprint(), mode='stretch', decode_at=320), [sha])=={}
 

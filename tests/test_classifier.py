@@ -29,12 +29,15 @@ def bench():
 
 @pytest.fixture(scope='module')
 def trained():
-    photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10) for view in range(2)]
+    photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10)
+              for view in range(2)]
     labels,groups = np.repeat(list(LOGOS), 20),np.repeat(np.arange(10*len(LOGOS)), 2)
-    extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'lbp', 'cnn:squeezenet1_1'), weights='random', cnn_side=64))
+    extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'lbp', 'cnn:squeezenet1_1'), weights='random',
+                                                     cnn_side=64))
     features = extractor.extract_batch(photos)
     def fit():
-        trainer = HybridTrainer(TrainingConfig(cv_folds=3, models=('logistic_balanced', 'svm', 'extra_trees'), jobs=1)).fit(features, labels, groups)
+        trainer = HybridTrainer(TrainingConfig(cv_folds=3, models=('logistic_balanced', 'svm', 'extra_trees'),
+                                               jobs=1)).fit(features, labels, groups)
         return trainer,fit_cascade(trainer, features, groups, extractor.extractors)
     return photos,features,extractor,fit
 
@@ -64,13 +67,17 @@ def test_same_photos_same_digest(trained, folder, tmp_path):
     "Trained and fitted once more: nothing in a bundle depends on the clock"
     photos,features,extractor,fit = trained
     trainer,cascade = fit()
-    assert save_bundle(tmp_path/'again', trainer.model_, extractor, cascade=cascade)==load_bundle(folder/'bundle').manifest['digest']
+    assert save_bundle(tmp_path/'again', trainer.model_, extractor,
+                       cascade=cascade)==load_bundle(folder/'bundle').manifest['digest']
 
 def test_card_and_requirements(folder):
     page,text = (folder/'bundle'/'MODEL_CARD.html').read_text(),(folder/'bundle'/'MODEL_CARD.md').read_text()
     assert 'genuine' in page and 'http' not in page and all(kind in text for kind in LOGOS)
-    lines = [line for line in (folder/'bundle'/'requirements_production.txt').read_text().splitlines() if not line.startswith('#')]
-    assert {re.split('==', line)[0] for line in lines} >= {'numpy', 'pillow', 'onnxruntime', 'fastapi'} and not any('torch' in line or 'scikit' in line for line in lines)
+    lines = [line for line in (folder/'bundle'/'requirements_production.txt').read_text().splitlines()
+             if not line.startswith('#')]
+    assert {re.split('==', line)[0] for line in lines} >= {'numpy', 'pillow', 'onnxruntime',
+                                                           'fastapi'} and not any('torch' in line or 'scikit' in line
+            for line in lines)
 
 def test_replicas_share_answers(folder):
     "Two classifiers and a Redis server (one in this process that speaks its protocol)"

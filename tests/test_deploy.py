@@ -19,11 +19,22 @@ import pytest
 from conftest import free_ports
 
 from amulet_hybrid.core import AmuletError
-from amulet_hybrid.deploy.rendering import KINDS, DeploySettings, Shipment, deploy, kinds_of, render_deployment, service_environment, write_deployment
+from amulet_hybrid.deploy.rendering import (
+    KINDS,
+    DeploySettings,
+    Shipment,
+    deploy,
+    kinds_of,
+    render_deployment,
+    service_environment,
+    write_deployment,
+)
 
-SECRETS = {'AMULET_API_KEYS': f'test:{"0"*64}', 'POSTGRES_PASSWORD': 'a1', 'REDIS_PASSWORD': 'b2', 'GRAFANA_PASSWORD': 'c3'}
+SECRETS = {'AMULET_API_KEYS': f'test:{"0"*64}', 'POSTGRES_PASSWORD': 'a1', 'REDIS_PASSWORD': 'b2',
+           'GRAFANA_PASSWORD': 'c3'}
 VARIANTS = {'plain': DeploySettings(), 'one': DeploySettings(name='a', replicas=1, cpus=.5, timeout_seconds=5),
-            'public': DeploySettings(name='amulets-2', host='::', port=443, replicas=20, most_replicas=40, domain='amulets.example.org', tls_dir='/etc/tls', redirect_port=80,
+            'public': DeploySettings(name='amulets-2', host='::', port=443, replicas=20, most_replicas=40,
+                                     domain='amulets.example.org', tls_dir='/etc/tls', redirect_port=80,
                                      image='registry.example.org:5000/team/amulets')}
 each_variant = pytest.mark.parametrize('settings', VARIANTS.values(), ids=VARIANTS)
 
@@ -61,18 +72,24 @@ def test_one_number_everywhere():
     "What the proxy waits for and lets in fits what the service does"
     s = DeploySettings(timeout_seconds=17, max_batch_mb=90, memory_mb=2048, grace_seconds=12)
     files = render_deployment(s)
-    assert all('proxy_read_timeout 22s' in files[f'{place}/amulet.conf'] and 'client_max_body_size 121m' in files[f'{place}/amulet.conf'] for place in ('nginx', 'docker/nginx'))
-    assert 'AMULET_TIMEOUT_SECONDS=17' in files['systemd/amulet@.service'] and 'TimeoutStopSec=17' in files['systemd/amulet@.service']
-    compose,pod = yaml(files['docker/compose.yaml'])[0],yaml(files['kubernetes/deployment.yaml'])[0]['spec']['template']['spec']
-    assert compose['services']['replica1']['environment']['AMULET_TIMEOUT_SECONDS']=='17' and compose['services']['replica3']['mem_limit']=='2048m'
+    assert all('proxy_read_timeout 22s' in files[f'{place}/amulet.conf']
+               and 'client_max_body_size 121m' in files[f'{place}/amulet.conf'] for place in ('nginx', 'docker/nginx'))
+    assert ('AMULET_TIMEOUT_SECONDS=17' in files['systemd/amulet@.service']
+            and 'TimeoutStopSec=17' in files['systemd/amulet@.service'])
+    compose = yaml(files['docker/compose.yaml'])[0]
+    pod = yaml(files['kubernetes/deployment.yaml'])[0]['spec']['template']['spec']
+    assert (compose['services']['replica1']['environment']['AMULET_TIMEOUT_SECONDS']=='17'
+            and compose['services']['replica3']['mem_limit']=='2048m')
     assert pod['containers'][0]['resources']['limits']['memory']=='2048Mi' and pod['terminationGracePeriodSeconds']==27
 
 def test_only_the_proxy_is_published():
     "And to this machine alone, unless an address is given"
     services = yaml(render_deployment(DeploySettings())['docker/compose.yaml'])[0]['services']
-    assert {name: s['ports'] for name,s in services.items() if 'ports' in s}=={'nginx': ['127.0.0.1:8080:8080'], 'grafana': ['127.0.0.1:3000:3000']}
+    assert {name: s['ports'] for name,s in services.items() if 'ports' in s}=={'nginx': ['127.0.0.1:8080:8080'],
+            'grafana': ['127.0.0.1:3000:3000']}
     assert all(s.get('read_only') or name in ('postgres', 'grafana') for name,s in services.items())
-    assert len({s['networks']['inside']['ipv4_address'] for name,s in services.items() if name.startswith('replica')})==3
+    assert len({s['networks']['inside']['ipv4_address']
+                for name,s in services.items() if name.startswith('replica')})==3
 
 def test_settings_of_the_service_exist():
     "Nothing is told to the service that it does not know, and it accepts the values"
@@ -87,16 +104,20 @@ def test_edited_files_are_kept(tmp_path):
     (tmp_path/'nginx').mkdir()
     (tmp_path/'nginx'/'amulet.conf').write_text('# mine\n')
     before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
-    with pytest.raises(AmuletError, match=r'\[edited_files\].*docker/compose.yaml, nginx/amulet.conf'): deploy(DeploySettings(replicas=4), tmp_path)
+    with pytest.raises(AmuletError, match=r'\[edited_files\].*docker/compose.yaml, nginx/amulet.conf'):
+        deploy(DeploySettings(replicas=4), tmp_path)
     assert before=={p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
     done = deploy(DeploySettings(replicas=4), tmp_path, force=True)
     assert 'docker/compose.yaml' in done.changed and 'replica4' in (tmp_path/'docker'/'compose.yaml').read_text()
     assert deploy(DeploySettings.load(tmp_path/'deploy.json'), tmp_path).changed==[]
 
 def test_command_line(tmp_path):
-    def amulet(*words): return subprocess.run([Path(sys.executable).parent/'amulet', 'deploy', *map(str, words)], capture_output=True, text=True)
+    def amulet(*words):
+        return subprocess.run([Path(sys.executable).parent/'amulet', 'deploy', *map(str, words)], capture_output=True,
+                              text=True)
     done = amulet('--type', 'nginx', '--output-dir', tmp_path/'d', '--replicas', 2, '--domain', 'a.example')
-    assert done.returncode==0 and 'nginx/amulet.conf' in done.stdout and 'server_name a.example;' in (tmp_path/'d'/'nginx'/'amulet.conf').read_text()
+    assert (done.returncode==0 and 'nginx/amulet.conf' in done.stdout
+            and 'server_name a.example;' in (tmp_path/'d'/'nginx'/'amulet.conf').read_text())
     wrong = amulet('--type', 'heroku', '--output-dir', tmp_path/'d')
     assert wrong.returncode==1 and 'Known: docker, systemd, nginx, kubernetes, render, all' in wrong.stderr
     assert kinds_of('all')==list(KINDS)
@@ -106,10 +127,12 @@ def test_command_line(tmp_path):
 @each_variant
 def test_compose(settings, tmp_path):
     file = written(settings, tmp_path)/'docker'/'compose.yaml'
-    home = Path(pytest.importorskip('check_jsonschema', reason='pip install check-jsonschema').__file__).parent # it carries the schema of the Compose specification
+    # it carries the schema of the Compose specification
+    home = Path(pytest.importorskip('check_jsonschema', reason='pip install check-jsonschema').__file__).parent
     schema = json.loads((home/'builtin_schemas'/'vendor'/'compose-spec.json').read_text(encoding='utf-8'))
     pytest.importorskip('jsonschema').validators.validator_for(schema)(schema).validate(yaml(file.read_text())[0])
-    plugin = shutil.which('docker') and subprocess.run(['docker', 'compose', 'version'], capture_output=True).returncode==0
+    plugin = shutil.which('docker') and subprocess.run(['docker', 'compose', 'version'],
+                                                       capture_output=True).returncode==0
     if not plugin: # the older program lacks the newest key, and knows all others
         tool('docker-compose', 'docker-compose')
         file.write_text(file.read_text().replace(f'name: {settings.name}\n', '', 1))
@@ -117,7 +140,8 @@ def test_compose(settings, tmp_path):
     told = call(*command, '-f', file, 'config', env=os.environ|SECRETS)
     assert f'replica{settings.replicas}:' in told
     if settings.replicas!=3: return
-    missing = subprocess.run([*command, '-f', file, 'config'], capture_output=True, text=True, env={k: v for k,v in os.environ.items() if k not in SECRETS})
+    missing = subprocess.run([*command, '-f', file, 'config'], capture_output=True, text=True,
+                             env={k: v for k,v in os.environ.items() if k not in SECRETS})
     assert missing.returncode!=0 and 'env.example' in missing.stderr
 
 @each_variant
@@ -129,7 +153,8 @@ def test_systemd(settings, tmp_path):
     (tmp_path/'opt'/'venv'/'bin'/'amulet').symlink_to('/bin/true')
     unit = units/f'{settings.name}@8001.service'
     assert call(program, 'verify', units/f'{settings.name}.target', unit)==''
-    if 'offline' in call(program, '--help'): assert 'OK' in call(program, 'security', '--offline=true', '--threshold=15', unit)
+    if 'offline' in call(program, '--help'):
+        assert 'OK' in call(program, 'security', '--offline=true', '--threshold=15', unit)
 
 @each_variant
 def test_nginx(settings, tmp_path):
@@ -137,7 +162,8 @@ def test_nginx(settings, tmp_path):
     if settings.tls_dir:
         settings = settings.replace(tls_dir=str(tmp_path/'tls'))
         (tmp_path/'tls').mkdir()
-        call(tool('openssl', 'openssl'), 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-subj', '/CN=amulets.example.org', '-days', '1', '-keyout', tmp_path/'tls'/'privkey.pem',
+        call(tool('openssl', 'openssl'), 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-subj',
+             '/CN=amulets.example.org', '-days', '1', '-keyout', tmp_path/'tls'/'privkey.pem',
              '-out', tmp_path/'tls'/'fullchain.pem')
     folder = written(settings.replace(nginx_dir=str(tmp_path)), tmp_path)
     for place in ('nginx', 'docker/nginx'):
@@ -146,7 +172,9 @@ def test_nginx(settings, tmp_path):
 
 def test_prometheus_and_grafana_queries(tmp_path):
     program,folder = tool('promtool', 'prometheus'),written(DeploySettings(), tmp_path)/'docker'
-    assert 'SUCCESS' in call(program, 'check', 'config', folder/'prometheus'/'prometheus.yml') and 'SUCCESS' in call(program, 'check', 'rules', folder/'prometheus'/'rules.yml')
+    assert 'SUCCESS' in call(program, 'check', 'config',
+                             folder/'prometheus'/'prometheus.yml') and 'SUCCESS' in call(program, 'check', 'rules',
+            folder/'prometheus'/'rules.yml')
     boards = [json.loads(p.read_text()) for p in (folder/'grafana'/'dashboards').glob('*.json')]
     queries = [t['expr'].replace('$__rate_interval', '1m') for b in boards for p in b['panels'] for t in p['targets']]
     rules = [{'record': f'query{i}', 'expr': q} for i,q in enumerate(queries)]
@@ -170,13 +198,17 @@ def test_queries_ask_for_what_the_service_tells():
 
 def test_grafana_model(tmp_path):
     "Grafana's own model of a dashboard knows every key, and gives back what it was given"
-    dashboard = pytest.importorskip('grafana_foundation_sdk.models.dashboard', reason="pip install 'grafana-foundation-sdk==1769699379!11.6.0'")
+    dashboard = pytest.importorskip('grafana_foundation_sdk.models.dashboard',
+                                    reason="pip install 'grafana-foundation-sdk==1769699379!11.6.0'")
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
     def less(given, got, path=''):
         "What is in the one and not in the other"
         both = {type(given), type(got)}
-        if both=={dict}: return [x for k,v in given.items() for x in (less(v, got[k], f'{path}.{k}') if k in got else [f'{path}.{k}'])]
-        if both=={list} and len(got)==len(given): return [x for i,v in enumerate(given) for x in less(v, got[i], f'{path}[{i}]')]
+        if both=={dict}:
+            return [x for k,v in given.items()
+                    for x in (less(v, got[k], f'{path}.{k}') if k in got else [f'{path}.{k}'])]
+        if both=={list} and len(got)==len(given):
+            return [x for i,v in enumerate(given) for x in less(v, got[i], f'{path}[{i}]')]
         return [] if given==got else [f'{path}: {given!r} became {got!r}']
     for path in (written(DeploySettings(), tmp_path)/'docker'/'grafana'/'dashboards').glob('*.json'):
         given = json.loads(path.read_text())
@@ -191,7 +223,8 @@ def test_kubernetes(settings, tmp_path):
         for part in yaml(path.read_text()):
             if part['kind']!='Kustomization': validator.validate(part, '1.34', strict=True)
             seen.append(part['kind'])
-    assert sorted(seen)==['ConfigMap', 'Deployment', 'HorizontalPodAutoscaler', 'Ingress', 'Kustomization', 'Namespace', 'NetworkPolicy', 'PodDisruptionBudget', 'Secret',
+    assert sorted(seen)==['ConfigMap', 'Deployment', 'HorizontalPodAutoscaler', 'Ingress', 'Kustomization',
+                          'Namespace', 'NetworkPolicy', 'PodDisruptionBudget', 'Secret',
                           'Service', 'ServiceAccount']
     with pytest.raises(validator.ValidationError): # it does look
         pod = yaml((tmp_path/'kubernetes'/'deployment.yaml').read_text())[0]
@@ -202,8 +235,10 @@ def test_kubernetes(settings, tmp_path):
 def test_render_blueprint(settings):
     blueprint = yaml(render_deployment(settings)['render/render.yaml'])[0]
     web,cache = blueprint['services']
-    assert set(web) <= {'type', 'name', 'runtime', 'plan', 'dockerfilePath', 'dockerContext', 'healthCheckPath', 'numInstances', 'maxShutdownDelaySeconds', 'domains', 'envVars'}
-    assert (web['runtime'], web['healthCheckPath'], cache['type'], cache['ipAllowList'])==('docker', '/health/ready', 'keyvalue', [])
+    assert set(web) <= {'type', 'name', 'runtime', 'plan', 'dockerfilePath', 'dockerContext', 'healthCheckPath',
+                        'numInstances', 'maxShutdownDelaySeconds', 'domains', 'envVars'}
+    assert (web['runtime'], web['healthCheckPath'], cache['type'], cache['ipAllowList'])==('docker', '/health/ready',
+            'keyvalue', [])
     told = {v['key']: v for v in web['envVars']}
     assert told['AMULET_API_KEYS']=={'key': 'AMULET_API_KEYS', 'sync': False} and 'AMULET_METRICS_OPEN' not in told
     assert all(sum(k in v for k in ('value', 'sync', 'fromDatabase', 'fromService'))==1 for v in told.values())
@@ -211,7 +246,8 @@ def test_render_blueprint(settings):
 
 # The image
 
-def packages(image): return [p for p in (image.python.parent.parent/'lib').glob('python*/site-packages/*') if p.is_dir()]
+def packages(image):
+    return [p for p in (image.python.parent.parent/'lib').glob('python*/site-packages/*') if p.is_dir()]
 
 def test_image_is_small(image):
     names = {p.name.lower() for p in packages(image)}
@@ -272,7 +308,8 @@ def test_image_serves(image, trained):
     finally: process.kill(); process.wait()
     assert process.returncode in (0, -signal.SIGTERM, 128+signal.SIGTERM), ''.join(process.said)
     assert image.run(*image.health)[0]!=0
-    with closing(sqlite3.connect(f'file:{image.at("/var/lib/amulet")}/amulet.db?mode=ro', uri=True)) as db: # it was recorded, without pandas
+    # it was recorded, without pandas
+    with closing(sqlite3.connect(f'file:{image.at("/var/lib/amulet")}/amulet.db?mode=ro', uri=True)) as db:
         assert db.execute('select count(*) from predictions').fetchone()==(1,)
 
 def test_image_needs_keys(image):
@@ -294,7 +331,8 @@ class Stand:
                 self.rfile.read(int(self.headers.get('Content-Length', 0)))
                 stand.asked += 1
                 if dies: self.connection.shutdown(socket.SHUT_RDWR); self.close_connection = True; return
-                body = json.dumps({'port': port, 'id': self.headers.get('X-Request-ID'), 'from': self.headers.get('X-Forwarded-For')}).encode()
+                body = json.dumps({'port': port, 'id': self.headers.get('X-Request-ID'),
+                                   'from': self.headers.get('X-Forwarded-For')}).encode()
                 self.send_response(status)
                 if status==503: self.send_header('Retry-After', '7')
                 self.send_header('Content-Length', str(len(body)))
@@ -322,9 +360,12 @@ def nginx():
         s = DeploySettings(port=first, grafana_port=first+1, first_port=first+2, nginx_dir=str(folder), **settings)
         folder.chmod(0o755)
         for parent in folder.parents:
-            if parent!=Path(parent.anchor) and os.access(parent, os.W_OK) and not parent.stat().st_mode & 1: parent.chmod(parent.stat().st_mode|0o11) # workers are nobody
+            # workers are nobody
+            if parent!=Path(parent.anchor) and os.access(parent, os.W_OK) and not parent.stat().st_mode & 1:
+                parent.chmod(parent.stat().st_mode|0o11)
         write_deployment(render_deployment(s, 'nginx'), folder)
-        started.append(subprocess.Popen([program, '-c', folder/'nginx'/'nginx.conf', '-p', folder, '-g', 'daemon off;'], stderr=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen([program, '-c', folder/'nginx'/'nginx.conf', '-p', folder, '-g',
+                                         'daemon off;'], stderr=subprocess.PIPE, text=True))
         until(lambda: socket.create_connection(('127.0.0.1', first), 1).close() is None, started[-1], 10)
         return s
     yield start
@@ -336,7 +377,8 @@ def test_what_nginx_repeats(nginx, tmp_path):
     dying,busy,fine = stands = [Stand(s.first_port, dies=True), Stand(s.first_port+1, 503), Stand(s.first_port+2)]
     try:
         for _ in range(20):
-            status,_,body = get(s.port, '/v1/predict/file', {'X-Request-ID': 'asked-once', 'X-Forwarded-For': '6.6.6.6'}, 'POST', b'photo')
+            status,_,body = get(s.port, '/v1/predict/file',
+                                {'X-Request-ID': 'asked-once', 'X-Forwarded-For': '6.6.6.6'}, 'POST', b'photo')
             assert (status, json.loads(body))==(200, {'port': s.first_port+2, 'id': 'asked-once', 'from': '127.0.0.1'})
         assert dying.asked and busy.asked > 3 # busy is no failure: it goes on being asked
         time.sleep(2.1) # whoever died is let in again
@@ -358,7 +400,8 @@ def test_nobody_left(nginx, tmp_path):
         for stand in stands: stand.close()
     start = time.monotonic()
     status,headers,body = get(s.port, '/predict', {}, 'POST', b'{}')
-    assert (status, headers['Retry-After'], json.loads(body)['error_code'])==(503, '2', 'busy') and time.monotonic()-start < 2
+    assert (status, headers['Retry-After'], json.loads(body)['error_code'])==(503, '2',
+            'busy') and time.monotonic()-start < 2
 
 def test_what_nginx_refuses(nginx, tmp_path):
     s = nginx(tmp_path, max_batch_mb=1, max_photo_mb=1)
@@ -366,7 +409,8 @@ def test_what_nginx_refuses(nginx, tmp_path):
     try:
         status,_,body = get(s.port, '/predict/file', {'Content-Length': str(4*2**20)}, 'POST', b'x'*100)
         assert (status, json.loads(body)['error_code'])==(413, 'image_too_large')
-        for path in ('/metrics', '/v1/metrics', '/admin/reload', '/v1/admin/reload', '/metrics/', '//metrics', '/x/../metrics', '/%6detrics'):
+        for path in ('/metrics', '/v1/metrics', '/admin/reload', '/v1/admin/reload', '/metrics/', '//metrics',
+                     '/x/../metrics', '/%6detrics'):
             assert get(s.port, path)[0]==404, path
         assert get(s.port, '/health/ready')[0]==200 and sum(stand.asked for stand in stands)==1
     finally:
@@ -375,7 +419,12 @@ def test_what_nginx_refuses(nginx, tmp_path):
 class Load:
     "Callers that ask and ask, each with a connection of its own"
     def __init__(self, port, body, headers, callers=6):
-        self.port,self.body,self.headers,self.told,self.failed,self.going = port,body,headers,Counter(),[],True
+        self.port = port
+        self.body = body
+        self.headers = headers
+        self.told = Counter()
+        self.failed = []
+        self.going = True
         self.threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(callers)]
         for t in self.threads: t.start()
 
@@ -401,10 +450,12 @@ def replicas(trained, tmp_path):
     "Three services on ports in a row"
     started = []
     def start(first, bundle=trained/'bundle'):
-        env = os.environ|{'AMULET_DATABASE_URL': 'off', 'AMULET_SPOOL_DIR': str(tmp_path/'spool'), 'AMULET_WORKERS': '1', 'AMULET_CACHE': 'off'}
+        env = os.environ|{'AMULET_DATABASE_URL': 'off', 'AMULET_SPOOL_DIR': str(tmp_path/'spool'),
+                          'AMULET_WORKERS': '1', 'AMULET_CACHE': 'off'}
         for i in range(3):
             log = (tmp_path/f'replica{i}.log').open('w')
-            started.append(subprocess.Popen([Path(sys.executable).parent/'amulet', 'serve', '--model-dir', bundle, '--port', str(first+i)], env=env, stdout=log, stderr=log))
+            started.append(subprocess.Popen([Path(sys.executable).parent/'amulet', 'serve', '--model-dir', bundle,
+                                             '--port', str(first+i)], env=env, stdout=log, stderr=log))
         for i,process in enumerate(started): until(lambda i=i: get(first+i)[0]==200, process)
         return started
     yield start

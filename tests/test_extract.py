@@ -40,9 +40,11 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope='module')
 def straight(photos, tmp_path_factory):
     manifest,root = make_manifest(photos)
-    return write_features(HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'hog'))), manifest, root, tmp_path_factory.mktemp('straight')/'features')
+    return write_features(HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'hog'))), manifest, root,
+                          tmp_path_factory.mktemp('straight')/'features')
 
-def extract(*words): return subprocess.run([AMULET, 'extract', *map(str, words)], capture_output=True, text=True, timeout=120)
+def extract(*words):
+    return subprocess.run([AMULET, 'extract', *map(str, words)], capture_output=True, text=True, timeout=120)
 
 def test_killed_half_way_it_goes_on_where_it_stopped(photos, straight, tmp_path):
     out = tmp_path/'features'
@@ -57,18 +59,22 @@ def test_killed_half_way_it_goes_on_where_it_stopped(photos, straight, tmp_path)
     done = kept.done
     assert 64 <= done < len(straight.photos)
     for name,rows in kept.blocks.items(): np.testing.assert_array_equal(rows, straight.blocks[name][:done])
-    with open(out/kept.about['blocks']['hog']['file'], 'ab') as file: file.write(b'half a row') # as if killed within a write
+    # as if killed within a write
+    with open(out/kept.about['blocks']['hog']['file'], 'ab') as file: file.write(b'half a row')
     again = extract('--data-dir', photos, '--blocks', 'colour+hog', '--output-dir', out)
     assert again.returncode==0, again.stderr
-    for name in straight.blocks: assert (out/kept.about['blocks'][name]['file']).read_bytes()==(straight.folder/kept.about['blocks'][name]['file']).read_bytes()
+    for name in straight.blocks:
+        assert (((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((out/kept.about['blocks'][name]['file']).read_bytes()==(straight.folder/kept.about['blocks'][name]['file']).read_bytes()))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
     assert kept.errors()==straight.errors() and kept.complete
     assert list(kept.photos['path'])==list(straight.photos['path'])
 
 def test_what_cannot_be_read_is_said(photos, straight, tmp_path):
-    done = extract('--data-dir', photos, '--blocks', 'colour+hog', '--output-dir', tmp_path/'features', '--cache-dir', tmp_path/'cache', '--jobs', 2)
+    done = extract('--data-dir', photos, '--blocks', 'colour+hog', '--output-dir', tmp_path/'features', '--cache-dir',
+                   tmp_path/'cache', '--jobs', 2)
     assert done.returncode==0 and len(straight.errors()) >= 3
     for e in straight.errors(): assert f'! {e["path"]}: {e["error_code"]}: ' in done.stdout
-    twice = extract('--data-dir', photos, '--blocks', 'hog', '--output-dir', tmp_path/'more', '--cache-dir', tmp_path/'cache')
+    twice = extract('--data-dir', photos, '--blocks', 'hog', '--output-dir', tmp_path/'more', '--cache-dir',
+                    tmp_path/'cache')
     assert 'ms a photo' in done.stdout and 'ms a photo' not in twice.stdout # all from the cache
     np.testing.assert_array_equal(FeatureFolder(tmp_path/'more').blocks['hog'], straight.blocks['hog'])
 

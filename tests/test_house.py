@@ -36,7 +36,8 @@ def floors():
 
 def modules():
     "Module name -> file, of all that is exported; steps from one version of the tables to the next are files of Alembic"
-    files = (p.relative_to(PACKAGE) for p in sorted(PACKAGE.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py'))
+    files = (p.relative_to(PACKAGE) for p in sorted(PACKAGE.rglob('*.py')) if p.name not in ('__init__.py',
+            '_modidx.py'))
     return {'.'.join(p.with_suffix('').parts): PACKAGE/p for p in files if 'migrations' not in p.parts}
 
 def imports(path, name):
@@ -45,22 +46,26 @@ def imports(path, name):
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import): yield from ((alias.name, False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = '.'.join(package[:len(package)-node.level+1] + ([node.module] if node.module else [])) if node.level else node.module
+            base = '.'.join(package[:len(package)-node.level+1]
+                            + ([node.module] if node.module else [])) if node.level else node.module
             for alias in node.names:
                 below = f'{base}.{alias.name}'.removeprefix('amulet_hybrid.')
-                yield (f'amulet_hybrid.{below}' if base.startswith('amulet_hybrid') and below in modules() else base), alias.name=='*'
+                yield (f'amulet_hybrid.{below}' if base.startswith('amulet_hybrid') and below in modules()
+                       else base), alias.name=='*'
 
 def loaded(code, *unwanted):
     "Which of the packages `unwanted` are loaded after `code`"
     program = f'import sys\n{code}\nprint([m for m in {unwanted!r} if m in sys.modules])'
-    return ast.literal_eval(subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    return ast.literal_eval(subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True,
+                                           check=True).stdout)
 
 def test_every_module_has_its_notebook(): assert set(modules())==set(floors())
 
 @pytest.mark.parametrize('name', modules())
 def test_imports_only_from_below(name):
     floor = floors()
-    ours = {m.removeprefix('amulet_hybrid.') for m,_ in imports(modules()[name], name) if m.startswith('amulet_hybrid.')}
+    ours = {m.removeprefix('amulet_hybrid.')
+            for m,_ in imports(modules()[name], name) if m.startswith('amulet_hybrid.')}
     assert {m for m in ours if floor[m] >= floor[name]}==set()
 
 @pytest.mark.parametrize('name', modules())
@@ -77,7 +82,8 @@ def test_init_holds_only_the_version():
 def test_import_is_light(): assert loaded('import amulet_hybrid', 'torch', 'fastapi', 'cv2')==[]
 
 def test_command_line_starts_light():
-    assert loaded('import amulet_hybrid.cli.app', 'torch', 'sklearn', 'cv2', 'pandas', 'fastapi', 'matplotlib', 'numpy')==[]
+    assert loaded('import amulet_hybrid.cli.app', 'torch', 'sklearn', 'cv2', 'pandas', 'fastapi', 'matplotlib',
+                  'numpy')==[]
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.name)
 def test_notebook_is_small_and_whole(notebook):
@@ -103,7 +109,8 @@ def test_numbers_are_given_once():
         assert len(numbers)==len(set(numbers))
 
 def test_table_of_floors_is_true():
-    rows = re.findall(r'^\| `?(\d\d_\S+?)`? \| `?(\S+?)`? \| \S', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)
+    rows = re.findall(r'^\| `?(\d\d_\S+?)`? \| `?(\S+?)`? \| \S', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'),
+                      re.M)
     assert [n for n,_ in rows]==[p.relative_to(NBS).with_suffix('').as_posix() for p in module_notebooks()]
     assert all('.'.join(part.split('_', 1)[1] for part in n.split('/'))==module for n,module in rows)
 
@@ -112,8 +119,10 @@ def test_links_are_relative(link):
     assert link.is_symlink() and link.exists() and not Path(os.readlink(link)).is_absolute()
 
 def test_readme_is_what_make_readme_makes(tmp_path):
-    command = next(line for line in (ROOT/'Makefile').read_text(encoding='utf-8').splitlines() if 'nbconvert' in line).strip().lstrip('@')
-    words = shlex.split(command.replace('$(BIN)', str(BIN)).replace('--output-dir .', f'--output-dir {shlex.quote(str(tmp_path))}'))
+    command = next(line for line in (ROOT/'Makefile').read_text(encoding='utf-8').splitlines()
+                   if 'nbconvert' in line).strip().lstrip('@')
+    words = shlex.split(command.replace('$(BIN)', str(BIN)).replace('--output-dir .',
+                                                                    f'--output-dir {shlex.quote(str(tmp_path))}'))
     subprocess.run(words, cwd=ROOT, check=True)
     assert (tmp_path/'README.md').read_text(encoding='utf-8')==(ROOT/'README.md').read_text(encoding='utf-8')
 

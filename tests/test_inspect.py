@@ -19,7 +19,8 @@ AMULET = Path(sys.executable).parent/'amulet'
 OUTPUTS = ('manifest.csv', 'manifest.parquet', 'inspection.json', 'inspection.html')
 
 def inspect(photos, output, *words):
-    done = subprocess.run([AMULET, 'inspect', '--data-dir', photos, '--output-dir', output, *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([AMULET, 'inspect', '--data-dir', photos, '--output-dir', output, *words],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode==0, done.stderr
     return done.stdout
 
@@ -34,7 +35,8 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp('inspect')/'photos'
     make_samples(folder, photos=60, classes=3, side=96)
     first,second = sorted(p for p in folder.iterdir() if p.is_dir())[:2]
-    for place in (first, second): Image.fromarray(np.random.default_rng(0).integers(0, 255, (64,64,3), dtype=np.uint8)).save(place/'in_both.png')
+    for place in (first, second):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64,64,3), dtype=np.uint8)).save(place/'in_both.png')
     (first/'กขค ชื่อไทย.jpg').write_bytes(b'no photo')
     age(folder)
     return folder
@@ -43,7 +45,8 @@ def test_all_is_written_and_said(photos, tmp_path):
     said = inspect(photos, tmp_path/'out', '--groups', photos/'groups.csv')
     assert '1. warning 1 picture is filed under more than one class' in said
     found = json.loads((tmp_path/'out'/'inspection.json').read_text(encoding='utf-8'))
-    table,parquet = pd.read_csv(tmp_path/'out'/'manifest.csv', keep_default_na=False),pd.read_parquet(tmp_path/'out'/'manifest.parquet')
+    table = pd.read_csv(tmp_path/'out'/'manifest.csv', keep_default_na=False)
+    parquet = pd.read_parquet(tmp_path/'out'/'manifest.parquet')
     files = sorted(p.relative_to(photos).as_posix() for p in photos.rglob('*/*') if p.is_file())
     assert sorted(table['path'])==sorted(parquet['path'])==files and found['photos']==len(files)
     assert {'sha256', 'phash', 'blur', 'quality', 'issues', 'group', 'split'} <= set(table.columns)
@@ -64,9 +67,11 @@ def test_interrupted_look_goes_on(tmp_path):
     for i in range(4000):
         path = photos/f'class{i%4}'/f'{i}.bmp'
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16,16,3), dtype=np.uint8).repeat(20, 0).repeat(20, 1)).save(path)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16,16,3), dtype=np.uint8).repeat(20, 0).repeat(20,
+                1)).save(path)
     age(photos)
-    process = subprocess.Popen([AMULET, 'inspect', '--data-dir', photos, '--output-dir', tmp_path/'out', '--quick-mode'], stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([AMULET, 'inspect', '--data-dir', photos, '--output-dir', tmp_path/'out',
+                                '--quick-mode'], stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     store = tmp_path/'out'/'cache'/'inspection.sqlite-wal'
     for _ in range(600):
@@ -78,7 +83,8 @@ def test_interrupted_look_goes_on(tmp_path):
     assert process.returncode==130 and 'interrupted' in told and 'Traceback' not in told
     assert not (tmp_path/'out'/'inspection.json').exists()
     import sqlite3
-    kept = sqlite3.connect(tmp_path/'out'/'cache'/'inspection.sqlite').execute('select count(*) from files').fetchone()[0]
+    kept = (sqlite3.connect(tmp_path/'out'/'cache'/'inspection.sqlite').execute('select count(*) from '
+            'files').fetchone()[0])
     assert 0 < kept < 4000
     said = inspect(photos, tmp_path/'out', '--quick-mode', '--verbose', '--no-check-duplicates')
     assert '4,000 usable photos' in said
@@ -88,9 +94,11 @@ def test_fix_copies_and_never_touches(photos, tmp_path):
     said = inspect(photos, tmp_path/'out', '--groups', photos/'groups.csv', '--quick-mode', '--fix')
     assert digests(photos)==before and 'leave out' in said
     plan = pd.read_csv(tmp_path/'out'/'clean'/'fixes.csv', keep_default_na=False)
-    assert len(plan)==sum(1 for p in photos.rglob('*/*') if p.is_file()) and (plan[plan['action']=='leave_out']['reason']!='').all()
+    assert len(plan)==sum(1 for p in photos.rglob('*/*')
+                          if p.is_file()) and (plan[plan['action']=='leave_out']['reason']!='').all()
     assert 'no photo' not in said and plan[plan['path'].str.endswith('in_both.png')]['action'].tolist()==['leave_out']*2
-    again = inspect(tmp_path/'out'/'clean', tmp_path/'again', '--groups', tmp_path/'out'/'clean'/'photos.csv', '--quick-mode')
+    again = inspect(tmp_path/'out'/'clean', tmp_path/'again', '--groups', tmp_path/'out'/'clean'/'photos.csv',
+                    '--quick-mode')
     assert 'label_conflict' not in again and 'cannot be used' not in again and 'filed under more than one' not in again
 
 def test_list_only(photos, tmp_path):
@@ -104,7 +112,8 @@ def test_corruption_threshold(photos, tmp_path):
     path = next(p for p in sorted(copy.rglob('*/*.jpg')) if p.stat().st_size > 3000)
     path.write_bytes(path.read_bytes()[:path.stat().st_size*3//4])
     name = path.relative_to(copy).as_posix()
-    for words,code,action in (([], 'truncated', 'leave_out'), (['--corruption-threshold', '.6'], 'partly_decoded', 'crop')):
+    for words,code,action in (([], 'truncated', 'leave_out'),
+                              (['--corruption-threshold', '.6'], 'partly_decoded', 'crop')):
         inspect(copy, tmp_path/'out', '--quick-mode', '--fix', *words)
         row = pd.read_csv(tmp_path/'out'/'manifest.csv', keep_default_na=False).set_index('path').loc[name]
         assert code in row['issues'] and 0 < float(row['decoded']) < 1

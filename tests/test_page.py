@@ -21,7 +21,7 @@ from conftest import free_ports
 from PIL import Image
 from test_real import place
 
-ANSWERED = '''document.querySelector('#answer .verdict') && !document.querySelector('#main').classList.contains('busy')'''
+ANSWERED = (((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((('''document.querySelector('#answer .verdict') && !document.querySelector('#main').classList.contains('busy')'''))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
 SHOTS = Path(tempfile.gettempdir()) # page_*.png, to be looked at
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,8 @@ def amulets(tmp_path_factory):
     features = extractor.extract_batch(list(paths))
     config = TrainingConfig(cv_folds=3, models=('logistic_balanced',), jobs=1)
     trainer = HybridTrainer(config).fit(features, np.array(labels), np.arange(len(labels)), extractor.encoders())
-    save_bundle(folder/'bundle', trainer.model_, extractor, held_out=HeldOut(features, paths, 2), card={'title': 'Thai amulets'})
+    save_bundle(folder/'bundle', trainer.model_, extractor, held_out=HeldOut(features, paths, 2),
+                card={'title': 'Thai amulets'})
     return folder/'bundle',{c: those[0] for c,those in photos.items()}
 
 @pytest.fixture(scope='module')
@@ -91,11 +92,14 @@ def test_a_photo_is_dropped(page, amulets, service):
         ask(page, photo)
         seen = want.classify(photo)
         assert seen.top.replace('_', ' ') in page.text('.verdict') or 'Never seen' in page.text('.verdict')
-        rows = page.run("[...document.querySelectorAll('.bars li')].map(r => [r.children[0].innerText, r.querySelector('i').getBoundingClientRect().width/r.offsetWidth])")
-        assert [name for name,_ in rows]==[c.replace('_', ' ') for c,_ in sorted(seen.probabilities.items(), key=lambda kv: -kv[1])]
+        rows = page.run("[...document.querySelectorAll('.bars li')].map(r => [r.children[0].innerText, "
+                        "r.querySelector('i').getBoundingClientRect().width/r.offsetWidth])")
+        assert [name for name,_ in rows]==[c.replace('_', ' ')
+                                           for c,_ in sorted(seen.probabilities.items(), key=lambda kv: -kv[1])]
         assert rows[0][1]==pytest.approx(seen.confidence, abs=.02)
         assert photo.name in page.text('#name')
-    assert '6 classes' in page.text('#state') and len(page.run("[...document.querySelectorAll('#list li')].map(l => l.innerText)"))==3
+    assert '6 classes' in page.text('#state') and len(page.run("[...document.querySelectorAll('#list li')].map(l => "
+                                                               "l.innerText)"))==3
     page.run("document.querySelectorAll('#answer details').forEach(d => d.open = true)")
     assert 'stranger than' in page.text('dl') and 'ms in the model' in page.text('dl')
     page.screenshot(SHOTS/'page_wide.png')
@@ -122,18 +126,22 @@ def noise(folder):
 def test_never_seen_and_not_sure(page, amulets, tmp_path):
     "Both are said in words, and neither looks like a name"
     ask(page, noise(tmp_path))
-    assert 'Never seen' in page.text('.verdict') and 'do not rely on that' in page.text('.verdict') and page.run("document.querySelector('#answer').className")=='card unseen'
+    assert ('Never seen' in page.text('.verdict') and 'do not rely on that' in page.text('.verdict')
+            and page.run("document.querySelector('#answer').className")=='card unseen')
     page.screenshot(SHOTS/'page_unseen.png')
-    page.run("window.real = fetch; window.fetch = (u, o) => real(String(u).replace('predict/file', 'predict/file?confidence_threshold=1'), o)")
+    page.run("window.real = fetch; window.fetch = (u, o) => real(String(u).replace('predict/file', "
+             "'predict/file?confidence_threshold=1'), o)")
     ask(page, list(amulets[1].values())[3])
-    assert all(words in page.text('.verdict') for words in ('Not sure', 'Perhaps', 'below the threshold', 'Another photo'))
+    assert all(words in page.text('.verdict') for words in ('Not sure', 'Perhaps', 'below the threshold',
+                                                            'Another photo'))
     page.wait("/Not sure/.test(document.querySelector('#told').textContent)") # and read out
     page.screenshot(SHOTS/'page_unsure.png')
 
 def test_several_views_paste_camera_and_back(page, amulets):
     photos = list(amulets[1].values())
     ask(page, *photos[:2])
-    assert page.run("document.querySelectorAll('#strip img').length")==2 and '2 photos of one thing' in page.text('#name')
+    assert (page.run("document.querySelectorAll('#strip img').length")==2
+            and '2 photos of one thing' in page.text('#name'))
     data = base64.b64encode(photos[2].read_bytes()).decode()
     page.run(f'''document.querySelector('#answer .verdict').remove(); (() => {{ const d = new DataTransfer();
         d.items.add(new File([Uint8Array.from(atob('{data}'), c => c.charCodeAt(0))], 'pasted.jpg', {{type: 'image/jpeg'}}));
@@ -151,11 +159,13 @@ def test_several_views_paste_camera_and_back(page, amulets):
 
 def test_feedback_is_recorded(page, service, amulets):
     ask(page, list(amulets[1].values())[0])
-    page.run("(s => { s.value = 'waek_man'; s.dispatchEvent(new Event('change')) })(document.querySelector('#answer select'))")
+    page.run("(s => { s.value = 'waek_man'; s.dispatchEvent(new Event('change')) })(document.querySelector('#answer "
+             "select'))")
     page.wait("/noted: waek man/.test(document.querySelector('#answer').innerText)")
     end = time.monotonic()+20
     while time.monotonic() < end:
-        with closing(sqlite3.connect(f'file:{service[2]}/amulet.db?mode=ro', uri=True)) as db: rows = db.execute('select true_label from feedback').fetchall()
+        with closing(sqlite3.connect(f'file:{service[2]}/amulet.db?mode=ro', uri=True)) as db:
+            rows = db.execute('select true_label from feedback').fetchall()
         if rows: break
         time.sleep(.1)
     assert rows==[('waek_man',)]
@@ -171,11 +181,15 @@ def test_the_command_does_the_same(page, tmp_path):
 def test_failures_are_said(page, tmp_path):
     (tmp_path/'text.jpg').write_text('not a photo')
     ask(page, tmp_path/'text.jpg')
-    assert 'No answer for this photo' in page.text('.verdict') and page.run("document.querySelector('.verdict').getAttribute('role')")=='alert'
-    assert 'unsupported_format' in page.text('#out') and not page.run("[...document.querySelectorAll('#out button')].length") # the same again would not help
+    assert ('No answer for this photo' in page.text('.verdict')
+            and page.run("document.querySelector('.verdict').getAttribute('role')")=='alert')
+    # the same again would not help
+    assert 'unsupported_format' in page.text('#out') and not page.run("[...document.querySelectorAll('#out "
+                                                                      "button')].length")
     page.screenshot(SHOTS/'page_error.png')
     busy = json.dumps({'error_code': 'busy', 'error_message': 'too many'})
-    page.run(f"window.real = fetch; window.fetch = () => Promise.resolve(new Response({busy!r}, {{status: 503, headers: {{'Retry-After': '3'}}}}))")
+    page.run(f"window.real = fetch; window.fetch = () => Promise.resolve(new Response({busy!r}, {{status: 503, "
+             f"headers: {{'Retry-After': '3'}}}}))")
     ask(page, noise(tmp_path))
     assert 'wait 3 s' in page.text('.verdict') and page.text('#out button.main')=='Try again'
     page.run("window.fetch = real")
@@ -185,24 +199,30 @@ def test_failures_are_said(page, tmp_path):
 def test_names_are_text(page, tmp_path):
     "A class may be called anything"
     name = '<img src=x onerror="window.hacked=1"><b>bold</b>'
-    answer = {'predicted_class': name, 'top_class': name, 'confidence': .9, 'probabilities': {name: .9, 'b': .1}, 'prediction_set': [name, 'b'], 'coverage': .9,
+    answer = {'predicted_class': name, 'top_class': name, 'confidence': .9, 'probabilities': {name: .9, 'b': .1},
+              'prediction_set': [name, 'b'], 'coverage': .9,
               'prediction_id': '0'*32}
     page.run(f'window.fetch = () => Promise.resolve(new Response({json.dumps(json.dumps(answer))}, {{status: 200}}))')
     ask(page, noise(tmp_path))
-    assert '<b>bold</b>' in page.text('.verdict') and page.run("window.hacked || document.querySelectorAll('#out img, #out b').length")==0
+    assert '<b>bold</b>' in page.text('.verdict') and page.run("window.hacked || document.querySelectorAll('#out img, "
+                                                               "#out b').length")==0
 
 def test_everything_has_a_name_and_can_be_reached(page, amulets):
     "Buttons, fields and pictures say what they are; the keyboard gets everywhere, and one sees where it is"
     ask(page, list(amulets[1].values())[0])
     nodes = [n for n in page.call('Accessibility.getFullAXTree')['nodes'] if not n.get('ignored')]
-    named = {(n['role']['value'], n.get('name', {}).get('value', '')) for n in nodes if n['role']['value'] in ('button', 'combobox', 'textbox', 'link', 'image', 'region')}
+    named = {(n['role']['value'], n.get('name', {}).get('value', ''))
+             for n in nodes if n['role']['value'] in ('button', 'combobox', 'textbox', 'link', 'image', 'region')}
     assert len(named) > 8 and [role for role,name in named if not name]==[]
     reached = []
     for _ in range(14):
         page.press('Tab', 9)
-        reached.append(page.run("document.activeElement.id || document.activeElement.ariaLabel || document.activeElement.innerText || document.activeElement.tagName"))
-    assert {'file', 'fresh', 'more', 'snap', 'What it really is', 'How it was decided', 'The same from a program', 'For programs'} <= set(reached)
-    assert page.run("(e => { e.focus(); return getComputedStyle(document.querySelector('#drop')).outlineStyle })(document.querySelector('#file'))")=='solid'
+        reached.append(page.run("document.activeElement.id || document.activeElement.ariaLabel || "
+                                "document.activeElement.innerText || document.activeElement.tagName"))
+    assert {'file', 'fresh', 'more', 'snap', 'What it really is', 'How it was decided', 'The same from a program',
+            'For programs'} <= set(reached)
+    assert page.run("(e => { e.focus(); return getComputedStyle(document.querySelector('#drop')).outlineStyle "
+                    "})(document.querySelector('#file'))")=='solid'
 
 def test_a_key_is_asked_for(serve, browser, amulets):
     "Once; a wrong one is told, the right one goes on with what was asked"
@@ -213,10 +233,13 @@ def test_a_key_is_asked_for(serve, browser, amulets):
     for key in ('guess', 'open sesame'):
         page.run(f"document.querySelector('#key').value = '{key}'")
         page.click('#key-box button.main')
-        if key=='guess': page.wait("document.querySelector('#key-box').open && /not accepted/.test(document.querySelector('#key-title').textContent)")
+        if key=='guess':
+            page.wait("document.querySelector('#key-box').open && /not "
+                      "accepted/.test(document.querySelector('#key-title').textContent)")
     page.wait("document.querySelector('#state').classList.contains('up')")
     ask(page, list(amulets[1].values())[0])
-    assert 'failed' not in page.run("document.querySelector('#answer').className") and '$AMULET_API_KEY' in page.run("document.querySelector('#answer pre').textContent")
+    assert ('failed' not in page.run("document.querySelector('#answer').className")
+            and '$AMULET_API_KEY' in page.run("document.querySelector('#answer pre').textContent"))
     assert 'open sesame' not in page.run('document.documentElement.outerHTML')
     process.send_signal(signal.SIGTERM)
     process.wait(30)

@@ -24,7 +24,8 @@ def python(image):
 
 def run(python, code, *args):
     env = {k: v for k,v in os.environ.items() if k!='PYTHONPATH'}
-    done = subprocess.run([python, '-c', code, *map(str, args)], cwd=python.parent, capture_output=True, text=True, env=env)
+    done = subprocess.run([python, '-c', code, *map(str, args)], cwd=python.parent, capture_output=True, text=True,
+                          env=env)
     assert done.returncode==0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -61,7 +62,9 @@ start = time.process_time(); HybridClassifier(sys.argv[1]); print(json.dumps([ti
 
 def test_command_line(bundle, python):
     amulet = python.parent/'amulet'
-    def call(*words): return subprocess.run([amulet, *map(str, words)], cwd=bundle, capture_output=True, text=True, env={k: v for k,v in os.environ.items() if k!='PYTHONPATH'})
+    def call(*words):
+        return subprocess.run([amulet, *map(str, words)], cwd=bundle, capture_output=True, text=True,
+                              env={k: v for k,v in os.environ.items() if k!='PYTHONPATH'})
     named = call('predict', 'photo.png', '--model-dir', 'bundle')
     assert named.returncode==0 and named.stdout.startswith('photo.png\t'), named.stderr
     assert call('predict', '.', '--model-dir', 'bundle', '--output', 'out.jsonl').returncode==0
@@ -72,7 +75,8 @@ def test_command_line(bundle, python):
 
 def test_it_serves(bundle, python):
     with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
-    process = subprocess.Popen([python.parent/'amulet', 'serve', '--model-dir', bundle/'bundle', '--port', str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([python.parent/'amulet', 'serve', '--model-dir', bundle/'bundle', '--port', str(port)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                cwd=bundle, env={k: v for k,v in os.environ.items() if k!='PYTHONPATH'})
     try:
         for _ in range(600):

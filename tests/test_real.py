@@ -40,7 +40,8 @@ def test_a_split_that_leaks_is_not_used(tmp_path):
 
 def test_random_split_is_unmasked(tmp_path):
     "Magnetic tiles, each shot several times: random folds flatter"
-    run = TrainingRun(data('magtile'), groups=str(data('magtile_groups.csv')), output_dir=str(tmp_path), blocks=('colour', 'hog'), weights='none', quick=True)
+    run = TrainingRun(data('magtile'), groups=str(data('magtile_groups.csv')), output_dir=str(tmp_path),
+                      blocks=('colour', 'hog'), weights='none', quick=True)
     result = run.run()
     assert result['random_split']['random_folds'] - result['random_split']['grouped_folds'] > .2
     assert [n for n in result['notes'] if n.startswith('A random split would have shown far more')]
@@ -56,8 +57,10 @@ def test_one_in_a_hundred_is_broken(tmp_path):
     assert len(paths)==200
     for path in paths[50:200:100]: path.write_bytes(path.read_bytes()[:path.stat().st_size//2])
     cut = [p.relative_to(photos).as_posix() for p in paths[50:200:100]]
-    result = TrainingRun(photos, groups=str(data('coins_groups.csv')), output_dir=str(tmp_path/'out'), blocks=('colour', 'lbp'), weights='none', quick=True).run()
-    assert [row['path'] for row in json.loads((tmp_path/'out'/'inspection.json').read_text(encoding='utf-8'))['tables']['unreadable']]==cut
+    result = TrainingRun(photos, groups=str(data('coins_groups.csv')), output_dir=str(tmp_path/'out'),
+                         blocks=('colour', 'lbp'), weights='none', quick=True).run()
+    assert ([row['path']
+                       for row in json.loads((tmp_path/'out'/'inspection.json').read_text(encoding='utf-8'))['tables']['unreadable']]==cut)
     assert result['left_out']==2 and result['test_photos'] > 20
     report = (tmp_path/'out'/'report.html').read_text(encoding='utf-8').replace('<wbr>', '') # long names may break
     assert all(path in report for path in cut)
@@ -82,7 +85,8 @@ def test_coins_inspected():
     "Sources of one class, a coin under two labels, and sources that only the file names betray"
     found,codes = inspect('coins')
     assert '25 of 86' in codes['one_class_groups'].text and found.findings[0].code=='label_conflict'
-    assert set(found.duplicates[found.duplicates['conflict']]['path'])=={'10c/train__train_36_4.jpg', '50c/train__train_37_4.jpg'}
+    assert set(found.duplicates[found.duplicates['conflict']]['path'])=={'10c/train__train_36_4.jpg',
+            '50c/train__train_37_4.jpg'}
     hidden,codes = inspect('coins', groups=False)
     assert codes['hidden_groups'].level=='warning' and hidden.facts['hidden_groups']['gap']['value'] > .03
     suggested = hidden.tables['group_suggestions'].query('plausible')
@@ -91,7 +95,8 @@ def test_coins_inspected():
 def test_tiles_inspected():
     "Nearly all have a twin, some under another label, and a random split would shine"
     found,codes = inspect('magtile')
-    assert len(found.duplicates) >= 941 and found.duplicates['conflict'].sum() >= 14 and found.findings[0].code=='label_conflict'
+    assert (len(found.duplicates) >= 941 and found.duplicates['conflict'].sum() >= 14
+            and found.findings[0].code=='label_conflict')
     assert found.facts['group_gap']['gap']['low'] > .5 and 'instead of' in codes['random_split_flatters'].text
 
 def test_leaks_found():

@@ -25,12 +25,14 @@ BROKEN = ('truncated', 'empty', 'not_an_image')
 def amulet(*words): return subprocess.run([AMULET, *map(str, words)], capture_output=True, text=True, timeout=300)
 
 def settings(photos, output, seed=7):
-    return ['--data-dir', photos, '--groups', photos/'groups.csv', '--output-dir', output, '--weights', 'none', '--quick', '--seed', seed, '--test-size', .3]
+    return ['--data-dir', photos, '--groups', photos/'groups.csv', '--output-dir', output, '--weights', 'none',
+            '--quick', '--seed', seed, '--test-size', .3]
 
 def outputs(notebook):
     "Text of all outputs of a notebook, whatever their type"
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    return '\n'.join(''.join(text) for cell in cells for out in cell.get('outputs', []) for kind,text in out.get('data', {}).items() if kind.startswith('text/'))
+    return '\n'.join(''.join(text) for cell in cells for out in cell.get('outputs', [])
+                     for kind,text in out.get('data', {}).items() if kind.startswith('text/'))
 
 def result_of(output): return json.loads((output/'result.json').read_text(encoding='utf-8'))
 
@@ -66,7 +68,8 @@ def test_parameters_arrive(done):
 
 def test_everything_is_written(done):
     _,output = done
-    assert {p.name for p in output.iterdir()} >= {'train.ipynb', 'report.html', 'figures.json', 'result.json', 'config.json', 'manifest.csv', 'inspection.json', 'bundle'}
+    assert {p.name for p in output.iterdir()} >= {'train.ipynb', 'report.html', 'figures.json', 'result.json',
+                                                  'config.json', 'manifest.csv', 'inspection.json', 'bundle'}
     assert (output/'bundle'/'manifest.json').is_file()
 
 def test_broken_files_are_listed(done, broken):
@@ -108,7 +111,8 @@ def test_service_answers_as_python_does(done, photos):
     url,classifier = f'http://127.0.0.1:{port}',HybridClassifier(output/'bundle')
     held_out = pd.read_csv(output/'manifest.csv', keep_default_na=False).query('split=="test"').path[:100]
     assert len(held_out) >= 15
-    command = [AMULET, 'serve', '--model-dir', output/'bundle', '--port', str(port), '--spool-dir', output/'served'/'spool', '--log-level', 'warning']
+    command = [AMULET, 'serve', '--model-dir', output/'bundle', '--port', str(port), '--spool-dir',
+               output/'served'/'spool', '--log-level', 'warning']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(300):
@@ -125,7 +129,8 @@ def test_service_answers_as_python_does(done, photos):
             for got in (as_json, as_file):
                 assert got['predicted_class']==want.label and got['model_version']==want.model_version
                 assert list(got['probabilities'])==classifier.classes
-                np.testing.assert_allclose(list(got['probabilities'].values()), list(want.probabilities.values()), atol=1e-4)
+                np.testing.assert_allclose(list(got['probabilities'].values()), list(want.probabilities.values()),
+                                           atol=1e-4)
         assert httpx.get(f'{url}/health').json()['predictions_count']==2*len(held_out)
         process.send_signal(signal.SIGINT)
         said,told = process.communicate(timeout=30)
@@ -151,8 +156,10 @@ def test_predict_goes_on_past_a_broken_file(done, photos, broken, tmp_path):
 def test_interrupted_run_can_start_again(done, photos, tmp_path):
     "Ctrl-C in the middle leaves whole files only; the next start ends as if nothing had been"
     output = tmp_path/'out'
-    process = subprocess.Popen([AMULET, 'run', *map(str, settings(photos, output))], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a test run in the background is born deaf to Ctrl-C
+    process = subprocess.Popen([AMULET, 'run', *map(str, settings(photos, output))], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               # a test run in the background is born deaf to Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         until = time.monotonic()+120
         while not (output/'inspection.json').exists():

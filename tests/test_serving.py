@@ -65,7 +65,9 @@ def running(command, log, **env):
     given = clean(AMULET_PORT=port, **env)
     with open(log, 'w') as told:
         process = subprocess.Popen(command, stderr=told, stdout=subprocess.DEVNULL, env=given, cwd=log.parent)
-    process.url,process.port,process.log = f'http://127.0.0.1:{port}',port,log
+    process.url = f'http://127.0.0.1:{port}'
+    process.port = port
+    process.log = log
     try:
         for _ in range(600):
             try: httpx.get(f'{process.url}/health/live'); break
@@ -80,13 +82,16 @@ def running(command, log, **env):
 @contextmanager
 def slow(folder, nap=1., **settings):
     "The stand-in, which takes its time"
-    with running([sys.executable, '-c', SERVER], folder/'log', NAP=nap, **{f'AMULET_{k.upper()}': v for k,v in settings.items()}) as process: yield process
+    with running([sys.executable, '-c', SERVER], folder/'log', NAP=nap,
+                 **{f'AMULET_{k.upper()}': v for k,v in settings.items()}) as process:
+        yield process
 
 @contextmanager
 def real(folder, bundle, **settings):
     "`amulet serve` with a trained bundle"
     command = [BIN/'amulet', 'serve', '--model-dir', bundle, '--database-url', 'off']
-    with running(command, folder/'log', **{f'AMULET_{k.upper()}': v for k,v in settings.items()}) as process: yield process
+    with running(command, folder/'log', **{f'AMULET_{k.upper()}': v for k,v in settings.items()}) as process:
+        yield process
 
 @pytest.fixture
 def server(tmp_path):
@@ -136,7 +141,8 @@ def test_too_large_is_told_not_cut_off(server):
     def pieces():
         yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         for _ in range(60): yield b'x'*2**20
-    for request in (dict(files={'files': b'x'*60*2**20}), dict(content=pieces(), headers={'content-type': 'multipart/form-data; boundary=x'})):
+    for request in (dict(files={'files': b'x'*60*2**20}),
+                    dict(content=pieces(), headers={'content-type': 'multipart/form-data; boundary=x'})):
         r = httpx.post(f'{server.url}/predict/file', timeout=60, **request)
         assert (r.status_code, r.json()['error_code'])==(413, 'image_too_large')
 
@@ -161,7 +167,8 @@ def test_stops_gracefully(server, stop):
     assert 'Application shutdown complete' in told and 'Traceback' not in told
 
 def test_port_in_use(server, tmp_path):
-    again = subprocess.run([sys.executable, '-c', SERVER], capture_output=True, text=True, timeout=60, env=clean(AMULET_PORT=server.port))
+    again = subprocess.run([sys.executable, '-c', SERVER], capture_output=True, text=True, timeout=60,
+                           env=clean(AMULET_PORT=server.port))
     assert again.returncode==1 and '[port_in_use]' in again.stderr
 
 def test_a_full_line_says_so_at_once(tmp_path):
@@ -173,8 +180,10 @@ def test_a_full_line_says_so_at_once(tmp_path):
         refused = [r for r in got if r.status_code==503]
         assert sorted(r.status_code for r in got)==[200]*3+[503]*7
         assert all(r.json()['error_code']=='busy' and int(r.headers['retry-after']) >= 1 for r in refused)
-        assert [line['ms'] < 100 for line in map(json.loads, server.log.read_text().splitlines()) if line.get('code')=='busy']==[True]*7
-        batch = httpx.post(f'{server.url}/predict-batch', files=[('files', photo(g)) for g in (1, 2)]+[('files', b'no photo')], timeout=30).json()
+        assert [line['ms'] < 100 for line in map(json.loads, server.log.read_text().splitlines())
+                if line.get('code')=='busy']==[True]*7
+        batch = httpx.post(f'{server.url}/predict-batch',
+                           files=[('files', photo(g)) for g in (1, 2)]+[('files', b'no photo')], timeout=30).json()
         assert (batch['answered'], batch['failed'], batch['results'][2]['error_code'])==(2, 1, 'unsupported_format')
         assert 'rejects_total{reason="busy"} 7.0' in httpx.get(f'{server.url}/metrics').text
 
@@ -183,7 +192,8 @@ def test_who_hangs_up_leaves_the_line(tmp_path):
         worker,answers = ask(server.url)
         body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'+photo()+b'\r\n--x--\r\n'
         lines = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(8)]
-        head = b'POST /predict/file HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: %d\r\n\r\n' % len(body)
+        head = (b'POST /predict/file HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: '
+                b'%d\r\n\r\n') % len(body)
         for line in lines: line.sendall(head+body)
         until(lambda: httpx.get(f'{server.url}/health').json()['queue_depth'] >= 7)
         for line in lines: line.close()
@@ -206,9 +216,11 @@ def test_slow_and_wrong_senders(tmp_path):
         assert raw(server.port, head[:20])[0]==[408]
         assert raw(server.port, head, *[b'a: b\r\n']*8, pause=.1)[0]==[408]
         assert raw(server.port, head+b'Content-Length: 100000\r\n\r\n')[0]==[413]
-        assert raw(server.port, head+b'Transfer-Encoding: chunked\r\n\r\n', b'%x\r\n' % len(part)+part+b'\r\n', *[b'1000\r\n'+b'x'*4096+b'\r\n']*40)[0]==[413]
+        assert raw(server.port, head+b'Transfer-Encoding: chunked\r\n\r\n', b'%x\r\n' % len(part)+part+b'\r\n',
+                   *[b'1000\r\n'+b'x'*4096+b'\r\n']*40)[0]==[413]
         assert time.monotonic()-start < 40
-        for lie in (b'Content-Length: -1', b'Content-Length: 1e3', b'Content-Length: 5\r\nContent-Length: 6', b'Content-Length: 5\r\nTransfer-Encoding: chunked',
+        for lie in (b'Content-Length: -1', b'Content-Length: 1e3', b'Content-Length: 5\r\nContent-Length: 6',
+                    b'Content-Length: 5\r\nTransfer-Encoding: chunked',
                     b'Content-Length: 99999999999999999999999'):
             status,body = raw(server.port, head+lie+b'\r\n\r\nabcde')
             assert status[0] in (400, 413) and json.loads(body)['error_code'], lie
@@ -229,16 +241,23 @@ def test_60_clients(trained, tmp_path):
         photos.append(out.getvalue())
     here = HybridClassifier(trained/'bundle', enable_caching=False)
     want = [here.classify(p).top for p in photos]
-    with real(tmp_path, trained/'bundle', queue_seconds=60) as server, httpx.Client(limits=httpx.Limits(max_connections=60), timeout=60) as client:
+    with real(tmp_path, trained/'bundle',
+              queue_seconds=60) as server, httpx.Client(limits=httpx.Limits(max_connections=60), timeout=60) as client:
         def one(i):
             p = i%len(photos)
-            if i%3: r = client.post(f'{server.url}/v1/predict/file', files={'files': photos[p]}, headers={'x-request-id': f'request-{i:04d}'})
-            else: r = client.post(f'{server.url}/predict', json={'image_data': base64.b64encode(photos[p]).decode()}, headers={'x-request-id': f'request-{i:04d}'})
+            if i%3:
+                r = client.post(f'{server.url}/v1/predict/file', files={'files': photos[p]},
+                                headers={'x-request-id': f'request-{i:04d}'})
+            else:
+                r = client.post(f'{server.url}/predict', json={'image_data': base64.b64encode(photos[p]).decode()},
+                                headers={'x-request-id': f'request-{i:04d}'})
             return r.status_code,r.json().get('top_class')==want[p],r.headers['x-request-id']==f'request-{i:04d}'
         with ThreadPoolExecutor(60) as pool: assert set(pool.map(one, range(300)))=={(200, True, True)}
-        several = client.post(f'{server.url}/predict/file', files=[('files', p) for p in photos[:3]], data={'coverage': '0.8', 'time_budget_ms': '5000'}).json()
+        several = client.post(f'{server.url}/predict/file', files=[('files', p) for p in photos[:3]],
+                              data={'coverage': '0.8', 'time_budget_ms': '5000'}).json()
         assert several['coverage']==.8 and several['prediction_id']
-        told = client.post(f'{server.url}/feedback', json={'prediction_id': several['prediction_id'], 'true_label': several['top_class']}).json()
+        told = client.post(f'{server.url}/feedback',
+                           json={'prediction_id': several['prediction_id'], 'true_label': several['top_class']}).json()
         assert told['success'] and told['right'] in (True, None)
         info = client.get(f'{server.url}/info').json()
         assert info['classes']==here.classes and '# ' in info['card']
@@ -246,7 +265,8 @@ def test_60_clients(trained, tmp_path):
         assert health['predictions_count']==301 and health['memory_usage_mb'] > 30
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     asked = [line for line in lines if line['message']=='request' and line['path']=='/predict']
-    assert len(asked)==100 and all(line['status']==200 and line['ms'] > 0 and line['request_id'].startswith('request-') for line in asked)
+    assert len(asked)==100 and all(line['status']==200 and line['ms'] > 0 and line['request_id'].startswith('request-')
+                                   for line in asked)
     assert max(map(len, server.log.read_text().splitlines())) < 1000 # no photo in it
 
 def changed_bundle(source, target, note):
@@ -266,7 +286,9 @@ def test_reload_loses_no_request(trained, tmp_path):
         os.replace(tmp_path/'next', place)
     point_to('a')
     admin,line = make_key('admin')
-    data,stop,seen = (trained/'photo.png').read_bytes(),threading.Event(),[]
+    data = (trained/'photo.png').read_bytes()
+    stop = threading.Event()
+    seen = []
     with real(tmp_path, place, admin_key=line.split(':')[1]) as server:
         def version(): return httpx.get(f'{server.url}/health').json()['model_version']
         def keep_asking():
@@ -283,7 +305,8 @@ def test_reload_loses_no_request(trained, tmp_path):
             until(lambda: version()==versions[1], 60)
             (tmp_path/'b'/'model.json').write_text('{}')
             r = httpx.post(f'{server.url}/v1/admin/reload', headers={'authorization': f'Bearer {admin}'}, timeout=60)
-            assert (r.status_code, r.json()['error_code'])==(409, 'reload_failed') and 'changed_file' in r.json()['error_message'] and version()==versions[1]
+            assert (r.status_code, r.json()['error_code'])==(409,
+                                                             'reload_failed') and 'changed_file' in r.json()['error_message'] and version()==versions[1]
             point_to('a')
             r = httpx.post(f'{server.url}/admin/reload', headers={'authorization': f'Bearer {admin}'}, timeout=60)
             assert r.json()['previous_version']==versions[1] and version()==versions[0]
@@ -300,30 +323,38 @@ def test_keys_and_rates(trained, tmp_path):
     with real(tmp_path, trained/'bundle', settings=tmp_path/'service.toml') as server:
         def post(**headers): return httpx.post(f'{server.url}/predict/file', files={'files': photo()}, headers=headers)
         mine = {'x-api-key': key}
-        assert [post(**h).status_code for h in ({}, {'x-api-key': 'amk_no'}, mine, {'authorization': f'Bearer {key}'}, mine, mine)]==[401, 401, 200, 200, 200, 429]
+        assert [post(**h).status_code for h in ({}, {'x-api-key': 'amk_no'}, mine, {'authorization': f'Bearer {key}'},
+                                                mine, mine)]==[401, 401, 200, 200, 200, 429]
         assert int(post(**{'x-api-key': key}).headers['retry-after']) > 100
-        assert [httpx.get(f'{server.url}{p}').status_code for p in ('/health', '/docs', '/metrics', '/info')]==[200, 200, 401, 401]
+        assert [httpx.get(f'{server.url}{p}').status_code for p in ('/health', '/docs', '/metrics', '/info')]==[200,
+                200, 401, 401]
         told = server.log.read_text()
         assert '"caller": "shop"' in told and key not in told
 
-@pytest.mark.parametrize('wrong,told', [({'AMULET_PORT': 'http'}, 'AMULET_PORT'), ({'AMULET_QUEUE_SIZE': '-1'}, 'AMULET_QUEUE_SIZE'),
+@pytest.mark.parametrize('wrong,told',
+                         [({'AMULET_PORT': 'http'}, 'AMULET_PORT'), ({'AMULET_QUEUE_SIZE': '-1'}, 'AMULET_QUEUE_SIZE'),
                                         ({'AMULET_HOST': '0.0.0.0'}, 'no keys are set'),
-                                        ({'AMULET_SETTINGS': '/no/such/file.toml'}, 'No such file'), ({'AMULET_QUEUE_SISE': '3'}, "Did you mean 'queue_size'"),
-                                        ({'AMULET_API_KEYS': 'shop:sesam'}, 'no sha256'), ({'AMULET_CACHE': 'redis:/sesam'}, 'AMULET_CACHE'),
+                                        ({'AMULET_SETTINGS': '/no/such/file.toml'}, 'No such file'),
+                          ({'AMULET_QUEUE_SISE': '3'}, "Did you mean 'queue_size'"),
+                                        ({'AMULET_API_KEYS': 'shop:sesam'}, 'no sha256'),
+                          ({'AMULET_CACHE': 'redis:/sesam'}, 'AMULET_CACHE'),
                                         ({'AMULET_CORS_ORIGINS': '*'}, 'no web site')])
 def test_a_wrong_setting_stops_the_start(tmp_path, wrong, told):
     "Before anything is loaded, in one line, and without a secret in it"
     command = [BIN/'amulet', 'serve', '--model-dir', tmp_path, '--database-url', 'off']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean(**{'AMULET_PORT': 0, **wrong}), cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60,
+                          env=clean(**{'AMULET_PORT': 0, **wrong}), cwd=tmp_path)
     error = [line for line in done.stderr.splitlines() if line.startswith('error')]
-    assert done.returncode==1 and len(error)==1 and told in error[0] and 'sesam' not in done.stderr and 'Traceback' not in done.stderr
+    assert (done.returncode==1 and len(error)==1 and told in error[0] and 'sesam' not in done.stderr
+            and 'Traceback' not in done.stderr)
 
 def test_schemathesis_finds_nothing(trained, tmp_path):
     "What the document says is what the service does, for a minute of requests that were made up from it"
     key,line = make_key('tester')
     with real(tmp_path, trained/'bundle', api_keys=line, log_level='warning') as server:
         env = {**os.environ, 'SCHEMATHESIS_HOOKS': 'schemathesis_hooks', 'PYTHONPATH': str(ROOT/'tests')}
-        command = [BIN/'schemathesis', 'run', f'{server.url}/openapi.json', '-H', f'Authorization: Bearer {key}', '--max-time', '30', '--checks', 'all', '--no-color']
+        command = [BIN/'schemathesis', 'run', f'{server.url}/openapi.json', '-H', f'Authorization: Bearer {key}',
+                   '--max-time', '30', '--checks', 'all', '--no-color']
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
         assert done.returncode==0, done.stdout[-6000:]
         assert 'Traceback' not in server.log.read_text()

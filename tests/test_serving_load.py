@@ -14,7 +14,8 @@ import httpx
 import pytest
 from PIL import Image
 
-for name in ('sqlalchemy', 'alembic'): pytest.importorskip(name, reason=f"{name} is not installed; pip install 'amulet_hybrid[store]'")
+for name in ('sqlalchemy', 'alembic'):
+    pytest.importorskip(name, reason=f"{name} is not installed; pip install 'amulet_hybrid[store]'")
 
 import sqlalchemy as sa  # noqa: E402
 from test_store import door, ids_in, schema, wait  # noqa: E402, F401
@@ -56,7 +57,8 @@ class Service:
 
     def start(self):
         quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
-        self.process = subprocess.Popen([sys.executable, '-c', SERVER, *self.words], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, **quiet)
+        self.process = subprocess.Popen([sys.executable, '-c', SERVER, *self.words], cwd=ROOT,
+                                        env={**os.environ, 'PYTHONPATH': str(ROOT)}, **quiet)
         until = time.monotonic()+60
         while True:
             with suppress(httpx.TransportError):
@@ -122,7 +124,8 @@ def test_database_away_under_load(schema, door, tmp_path): # noqa: F811
             wait(lambda: len(told) > 50, 60)
             health = httpx.get(f'{service.url}/health').json()
             assert health['records']['database']=='down' and health['records']['spooled'] > 0
-            assert httpx.post(f'{service.url}/feedback', json={'prediction_id': told[0], 'true_label': 'clay'}).status_code==200
+            assert httpx.post(f'{service.url}/feedback',
+                              json={'prediction_id': told[0], 'true_label': 'clay'}).status_code==200
             door.open()
             wait(lambda: httpx.get(f'{service.url}/health').json()['records']['database']=='up', 30)
             door.shut()
@@ -141,9 +144,12 @@ def test_feedback_after_a_restart(tmp_path):
     try:
         key = httpx.post(f'{service.url}/predict/file', files={'files': photo(200)}).json()['prediction_id']
         service.kill(); service.start()
-        told = httpx.post(f'{service.url}/feedback', json={'prediction_id': key, 'true_label': 'clay', 'comment': 'seen by hand'})
+        told = httpx.post(f'{service.url}/feedback',
+                          json={'prediction_id': key, 'true_label': 'clay', 'comment': 'seen by hand'})
         assert (told.status_code, told.json()['right'])==(200, False)
-        assert httpx.post(f'{service.url}/feedback', json={'prediction_id': '0'*32, 'true_label': 'clay'}).status_code==404
+        assert httpx.post(f'{service.url}/feedback',
+                          json={'prediction_id': '0'*32, 'true_label': 'clay'}).status_code==404
     finally: service.stop()
-    with closing(Database(url)) as database, database.read() as db: row = db.execute(sa.select(metadata().tables['feedback'])).mappings().one()
+    with closing(Database(url)) as database, database.read() as db:
+        row = db.execute(sa.select(metadata().tables['feedback'])).mappings().one()
     assert (row['prediction_id'], row['true_label'])==(key, 'clay')

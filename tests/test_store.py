@@ -19,25 +19,37 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-for name in ('sqlalchemy', 'alembic'): pytest.importorskip(name, reason=f"{name} is not installed; pip install 'amulet_hybrid[store]'")
+for name in ('sqlalchemy', 'alembic'):
+    pytest.importorskip(name, reason=f"{name} is not installed; pip install 'amulet_hybrid[store]'")
 
 import sqlalchemy as sa  # noqa: E402
 
 from amulet_hybrid.core import StoreError  # noqa: E402
 from amulet_hybrid.store.database import HEAD, Database, metadata, migrate, open_database, revision, shape_row  # noqa: E402
 from amulet_hybrid.store.journal import Spool, pack_line, read_segment, spool_status  # noqa: E402
-from amulet_hybrid.store.records import PredictionLog, export_table, get_training_data, load_csv_to_db, prune, save_prediction, store_status  # noqa: E402
+from amulet_hybrid.store.records import (  # noqa: E402
+    PredictionLog,
+    export_table,
+    get_training_data,
+    load_csv_to_db,
+    prune,
+    save_prediction,
+    store_status,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 POSTGRES = os.environ.get('AMULET_TEST_POSTGRES', 'postgresql://postgres@127.0.0.1:5432/test')
-ANSWER = {'label': 'gold', 'top': 'gold', 'confidence': .93, 'probabilities': {'gold': .93, 'clay': .07}, 'prediction_set': ['gold', 'clay'], 'coverage': .9,
-          'novelty': .2, 'reason': '', 'route': 'neural', 'duration_ms': 4.5, 'cached': False, 'model_version': 'bright-1',
+ANSWER = {'label': 'gold', 'top': 'gold', 'confidence': .93, 'probabilities': {'gold': .93, 'clay': .07},
+          'prediction_set': ['gold', 'clay'], 'coverage': .9,
+          'novelty': .2, 'reason': '', 'route': 'neural', 'duration_ms': 4.5, 'cached': False,
+          'model_version': 'bright-1',
           'endpoint': '/predict', 'request_id': 'r', 'api_key': '', 'sha256': 'ab'*32}
 
 def postgres():
     "An engine on the server of the tests, or a skip that says how to get one"
     pytest.importorskip('psycopg', reason="psycopg is not installed; pip install 'amulet_hybrid[postgres]'")
-    engine = sa.create_engine(POSTGRES.replace('postgresql://', 'postgresql+psycopg://'), connect_args={'connect_timeout': 3}, isolation_level='AUTOCOMMIT')
+    engine = sa.create_engine(POSTGRES.replace('postgresql://', 'postgresql+psycopg://'),
+                              connect_args={'connect_timeout': 3}, isolation_level='AUTOCOMMIT')
     try: engine.connect().close()
     except sa.exc.OperationalError:
         pytest.skip('no PostgreSQL at AMULET_TEST_POSTGRES (default: database test at 127.0.0.1:5432); '
@@ -76,7 +88,8 @@ class Door:
                 url = sa.engine.make_url(POSTGRES)
                 far = socket.create_connection((url.host or '127.0.0.1', url.port or 5432))
                 self.ends += [near, far]
-                for a,b in ((near, far), (far, near)): threading.Thread(target=self._carry, args=(a, b), daemon=True).start()
+                for a,b in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(a, b), daemon=True).start()
 
     def _carry(self, a, b):
         with suppress(OSError):
@@ -91,7 +104,8 @@ class Door:
         for end in self.ends: end.close()
         self.ends = []
 
-    def url(self, schema): return sa.engine.make_url(schema).set(host='127.0.0.1', port=self.port).render_as_string(hide_password=False)
+    def url(self, schema):
+        return sa.engine.make_url(schema).set(host='127.0.0.1', port=self.port).render_as_string(hide_password=False)
 
 @pytest.fixture
 def door():
@@ -100,7 +114,8 @@ def door():
     door.shut()
 
 def ids_in(url, table='predictions', key='prediction_id'):
-    with closing(Database(url)) as database, database.read() as db: return [r[0] for r in db.execute(sa.select(metadata().tables[table].c[key]))]
+    with closing(Database(url)) as database, database.read() as db:
+        return [r[0] for r in db.execute(sa.select(metadata().tables[table].c[key]))]
 
 def wait(condition, seconds=15):
     until = time.monotonic()+seconds
@@ -109,7 +124,8 @@ def wait(condition, seconds=15):
         time.sleep(.02)
 
 def child(program, *words, **more):
-    return subprocess.Popen([sys.executable, '-c', program, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen([sys.executable, '-c', program, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **more)
 
 # Tables
 
@@ -132,20 +148,23 @@ def test_the_steps_lead_to_the_tables_of_the_code(url):
 
 def test_a_failed_step_changes_nothing(url):
     with closing(Database(url)) as database:
-        with database.write() as db: db.exec_driver_sql('CREATE TABLE feedback (x INTEGER)') # in the way of the last table
+        # in the way of the last table
+        with database.write() as db: db.exec_driver_sql('CREATE TABLE feedback (x INTEGER)')
         with pytest.raises(StoreError, match='feedback'): migrate(database)
         with database.read() as db: assert set(sa.inspect(db).get_table_names()) <= {'feedback', 'alembic_version'}
         assert revision(database)==''
 
 def test_tables_of_a_newer_version(url, tmp_path, caplog):
     "Plain calls stop, a service that is rolled back goes on"
-    with closing(open_database(url)) as database, database.write() as db: db.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with closing(open_database(url)) as database, database.write() as db:
+        db.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(StoreError) as caught: save_prediction(ANSWER, url)
     assert caught.value.code=='database_too_new'
     with PredictionLog(url, tmp_path/'spool') as kept: kept.record('prediction', ANSWER); assert kept.flush()
     assert len(ids_in(url))==1 and '9999' in caplog.text
 
-PROGRAM = 'import sys\nfrom amulet_hybrid.store.records import save_prediction\nprint(save_prediction({"label": sys.argv[2]}, sys.argv[1]))'
+PROGRAM = ('import sys\nfrom amulet_hybrid.store.records import save_prediction\nprint(save_prediction({"label": '
+           'sys.argv[2]}, sys.argv[1]))')
 
 def test_all_who_start_together_find_the_tables(url):
     started = [child(PROGRAM, url, i) for i in range(2)]
@@ -158,22 +177,27 @@ def test_all_who_start_together_find_the_tables(url):
 def test_rows_come_back_as_they_were(url):
     when = datetime(2026, 1, 31, 12, tzinfo=UTC)
     key = save_prediction({**ANSWER, 'created_at': when, 'reason': 'zero \0, half \ud800, 😀'}, url)
-    with closing(Database(url)) as database, database.read() as db: row = dict(db.execute(metadata().tables['predictions'].select()).mappings().one())
+    with closing(Database(url)) as database, database.read() as db:
+        row = dict(db.execute(metadata().tables['predictions'].select()).mappings().one())
     assert row=={**ANSWER, 'prediction_id': key, 'created_at': when, 'reason': 'zero \ufffd, half \ufffd, 😀'}
 
-@pytest.mark.parametrize('row', [{'colour': 1}, {'confidence': 'high'}, {'created_at': 'soon'}, {'probabilities': 'gold'}, {'cached': 'maybe'}, {'label': object()},
+@pytest.mark.parametrize('row', [{'colour': 1}, {'confidence': 'high'}, {'created_at': 'soon'},
+                                 {'probabilities': 'gold'}, {'cached': 'maybe'}, {'label': object()},
                                  {'label': ['gold']}])
 def test_bad_rows_are_refused(tmp_path, row):
     with pytest.raises(StoreError) as caught: save_prediction({**ANSWER, **row}, f'{tmp_path}/a.db')
     assert caught.value.code=='bad_row'
 
 def test_datasets_have_versions(url, tmp_path):
-    table = pd.DataFrame({'a': [1., 2.5, None], 'word': ['x', None, 'ü'], 'n': [1, 2, 3], 'flag': [True, False, True], 'kind': ['p', 'q', 'p'], 'pot': ['1', '1', '2']})
+    table = pd.DataFrame({'a': [1., 2.5, None], 'word': ['x', None, 'ü'], 'n': [1, 2, 3], 'flag': [True, False, True],
+                          'kind': ['p', 'q', 'p'], 'pot': ['1', '1', '2']})
     table.to_csv(tmp_path/'t.csv', index=False)
     first = load_csv_to_db(tmp_path/'t.csv', 'pots', url, target='kind', group='pot')
     assert (first.version, first.rows, first.kind, first.new)==(1, 3, 'table', True)
-    same,other = (load_csv_to_db(t, 'pots', url, target='kind', group='pot') for t in (tmp_path/'t.csv', table.iloc[:2]))
-    assert (same.version, same.new, same.dataset_id)==(1, False, first.dataset_id) and (other.version, other.new)==(2, True)
+    same,other = (load_csv_to_db(t, 'pots', url, target='kind', group='pot')
+                  for t in (tmp_path/'t.csv', table.iloc[:2]))
+    assert (same.version, same.new, same.dataset_id)==(1, False, first.dataset_id) and (other.version, other.new)==(2,
+            True)
     back = get_training_data('pots', 1, url)
     pd.testing.assert_frame_equal(back, table, check_dtype=False)
     assert len(get_training_data('pots', database=url))==2
@@ -182,7 +206,8 @@ def test_datasets_have_versions(url, tmp_path):
     with pytest.raises(StoreError, match='no column'): load_csv_to_db(table, 'pots', url, target='sort')
 
 def test_photos_are_known_by_digest(url):
-    photos = pd.DataFrame({'path': ['a/1.jpg', 'b/2.jpg'], 'label': ['a', 'b'], 'sha256': ['0'*64, '1'*64], 'width': [3, 4]})
+    photos = pd.DataFrame({'path': ['a/1.jpg', 'b/2.jpg'], 'label': ['a', 'b'], 'sha256': ['0'*64, '1'*64],
+                           'width': [3, 4]})
     assert load_csv_to_db(photos, 'photos', url).kind=='photos'
     pd.testing.assert_frame_equal(get_training_data('photos', database=url), photos, check_dtype=False)
 
@@ -195,25 +220,30 @@ def test_export(url, tmp_path, ending):
     start = datetime(2026, 1, 1, tzinfo=UTC)
     with closing(open_database(url)) as database:
         label = ('gold,"x"\n', None)
-        rows = [shape_row('predictions', {**ANSWER, 'prediction_id': f'{i:05d}', 'created_at': start+timedelta(hours=i), 'label': label[i%2]}) for i in range(2345)]
+        rows = [shape_row('predictions', {**ANSWER, 'prediction_id': f'{i:05d}', 'created_at': start
+                                          +timedelta(hours=i), 'label': label[i%2]}) for i in range(2345)]
         database.insert('predictions', rows)
         assert export_table(tmp_path/f'all.{ending}', database=database)==2345
         assert export_table(tmp_path/f'late.{ending}', since='2026-01-02T00:00:00', database=database)==2345-24
         assert export_table(tmp_path/f'none.{ending}', 'feedback', database=database)==0
     text = {'dtype': {'prediction_id': str}}
-    read = {'csv': lambda p: pd.read_csv(p, **text), 'jsonl': lambda p: pd.read_json(p, lines=True, **text), 'parquet': pd.read_parquet}[ending]
+    read = {'csv': lambda p: pd.read_csv(p, **text), 'jsonl': lambda p: pd.read_json(p, lines=True,
+            **text), 'parquet': pd.read_parquet}[ending]
     table = read(tmp_path/f'all.{ending}')
     assert list(table['prediction_id'])==[r['prediction_id'] for r in rows] and list(table.columns)==list(rows[0])
     assert list(pd.to_datetime(table['created_at'], format='ISO8601'))==[r['created_at'] for r in rows]
     assert table['label'].isna().sum()==1172 and table['label'][0]=='gold,"x"\n'
     told = table['probabilities'][0]
     assert (json.loads(told) if isinstance(told, str) else told)==ANSWER['probabilities']
-    assert {p.name for p in tmp_path.iterdir() if p.suffix==f'.{ending}'}=={f'{n}.{ending}' for n in ('all', 'late', 'none')}
+    assert {p.name for p in tmp_path.iterdir() if p.suffix==f'.{ending}'}=={f'{n}.{ending}'
+            for n in ('all', 'late', 'none')}
 
 def test_refusals_of_export(tmp_path):
-    wrong = {'bad_format': ('a.xls',), 'no_such_table': ('a.csv', 'users'), 'bad_setting': ('a.csv', 'training_data', '2026-01-01'), 'bad_row': ('a.csv', 'predictions', 'soon')}
+    wrong = {'bad_format': ('a.xls',), 'no_such_table': ('a.csv', 'users'),
+             'bad_setting': ('a.csv', 'training_data', '2026-01-01'), 'bad_row': ('a.csv', 'predictions', 'soon')}
     for code,words in wrong.items():
-        with pytest.raises(StoreError) as caught: export_table(tmp_path/words[0], *words[1:], database=f'{tmp_path}/a.db')
+        with pytest.raises(StoreError) as caught:
+            export_table(tmp_path/words[0], *words[1:], database=f'{tmp_path}/a.db')
         assert caught.value.code==code
     assert not list(tmp_path.glob('*.csv'))
 
@@ -221,8 +251,12 @@ def test_retention(url):
     now = datetime.now(UTC)
     with closing(open_database(url)) as database:
         ages = [0]*10+[100]*4500
-        database.insert('predictions', [shape_row('predictions', {'prediction_id': str(i), 'created_at': now-timedelta(days=d)}) for i,d in enumerate(ages)])
-        database.insert('feedback', [shape_row('feedback', {'feedback_id': str(d), 'prediction_id': '1', 'true_label': 'x', 'created_at': now-timedelta(days=d)}) for d in (1, 99)])
+        database.insert('predictions',
+                        [shape_row('predictions', {'prediction_id': str(i), 'created_at': now-timedelta(days=d)})
+                         for i,d in enumerate(ages)])
+        database.insert('feedback', [shape_row('feedback',
+                                               {'feedback_id': str(d), 'prediction_id': '1', 'true_label': 'x',
+                                                'created_at': now-timedelta(days=d)}) for d in (1, 99)])
         load_csv_to_db(pd.DataFrame({'x': [1], 'label': ['a']}), 'd', database)
         assert prune(90, database)=={'predictions': 4500, 'feedback': 1}
         assert prune(90, database)=={'predictions': 0, 'feedback': 0}
@@ -236,11 +270,13 @@ def test_rows_of_both_kinds(url, tmp_path):
         kept.record('feedback', {'feedback_id': 'f1', 'prediction_id': 'p1', 'true_label': 'clay', 'comment': '\0'})
         assert kept.find('p1')['label']=='gold' # spooled or written
         assert kept.flush()
-        assert kept.find('p1')['probabilities']==ANSWER['probabilities'] and kept.find('f1') is None and kept.find('"') is None
+        assert (kept.find('p1')['probabilities']==ANSWER['probabilities'] and kept.find('f1') is None
+                and kept.find('"') is None)
         for bad in ({'colour': 1}, {'label': object()}):
             with pytest.raises(StoreError, match='bad_row'): kept.record('prediction', bad)
         with pytest.raises(StoreError, match='bad_row'): kept.record('query', {})
-        assert {k: kept.stats()[k] for k in ('spooled', 'written', 'rejected', 'database')}=={'spooled': 0, 'written': 2, 'rejected': 0, 'database': 'up'}
+        assert {k: kept.stats()[k] for k in ('spooled', 'written', 'rejected', 'database')}=={'spooled': 0,
+                'written': 2, 'rejected': 0, 'database': 'up'}
     with pytest.raises(StoreError, match='closed'): kept.record('prediction', ANSWER)
     assert ids_in(url)==['p1'] and ids_in(url, 'feedback', 'feedback_id')==['f1']
     assert list((tmp_path/'spool').iterdir())==[]
@@ -326,7 +362,8 @@ def test_sqlite_file_that_cannot_be_opened(tmp_path):
 
 def test_locked_sqlite_waits(tmp_path):
     "Another one holds the file for a while: nobody who records notices"
-    with closing(open_database(f'{tmp_path}/amulet.db')) as other, PredictionLog(f'{tmp_path}/amulet.db', tmp_path/'spool') as kept:
+    with closing(open_database(f'{tmp_path}/amulet.db')) as other, PredictionLog(f'{tmp_path}/amulet.db',
+            tmp_path/'spool') as kept:
         with other.write():
             start = time.perf_counter()
             for _ in range(100): kept.record('prediction', ANSWER)
@@ -338,10 +375,13 @@ def test_locked_sqlite_waits(tmp_path):
 def test_rows_that_nobody_takes_are_set_aside(url, tmp_path, caplog):
     home = tmp_path/'spool'/'pid-1-dead'
     home.mkdir(parents=True)
-    def line(key, **more): return pack_line({'kind': 'prediction', 'id': key, 'row': {'prediction_id': key, 'created_at': '2026-01-31T00:00:00+00:00', **more}})
+    def line(key, **more):
+        return pack_line({'kind': 'prediction', 'id': key,
+                          'row': {'prediction_id': key, 'created_at': '2026-01-31T00:00:00+00:00', **more}})
     damaged = line('damaged').replace(b'2026', b'1926')
     nul = line('nul').decode()[9:].replace('"nul"', '"n\\u0000l"').encode()[:-1]
-    lines = [line('good'), damaged, line('bad', confidence='high'), line('odd', colour='red'), b'%08x %s\n' % (zlib.crc32(nul), nul), line(random.randbytes(9000).hex()),
+    lines = [line('good'), damaged, line('bad', confidence='high'), line('odd', colour='red'),
+             b'%08x %s\n' % (zlib.crc32(nul), nul), line(random.randbytes(9000).hex()),
              pack_line({'kind': 'query', 'row': {}}), pack_line(['no', 'row']), line('last'), line('torn')[:40]]
     (home/'0000000000001-dead-000001.jsonl').write_bytes(b''.join(lines))
     with PredictionLog(url, tmp_path/'spool') as kept:
@@ -360,7 +400,8 @@ def test_full_spool_says_so_and_recovers(schema, door, tmp_path):
     with PredictionLog(door.url(schema), tmp_path/'spool', patience=.2, max_bytes=5*2**20) as kept:
         with pytest.raises(StoreError) as caught:
             for _ in range(20_000): kept.record('prediction', ANSWER)
-        assert caught.value.code=='spool_full' and 4*2**20 < sum(p.stat().st_size for p in (tmp_path/'spool').rglob('*.jsonl')) <= 5*2**20
+        assert caught.value.code=='spool_full' and 4*2**20 < sum(p.stat().st_size
+                                                                 for p in (tmp_path/'spool').rglob('*.jsonl')) <= 5*2**20
         n = kept.stats()['spooled']
         door.open()
         assert kept.flush(30)
@@ -415,14 +456,18 @@ def test_close_ends_in_time(tmp_path):
 def test_set_aside_once(schema, door, tmp_path, caplog):
     "Not at each try while the database is away"
     with PredictionLog(door.url(schema), tmp_path/'spool', patience=.05, interval=.01) as kept:
-        for label in ('gold', 'clay'): kept.record('prediction', {**ANSWER, 'label': label, 'confidence': 'high' if label=='clay' else .5})
+        for label in ('gold', 'clay'):
+            kept.record('prediction', {**ANSWER, 'label': label, 'confidence': 'high' if label=='clay' else .5})
         time.sleep(.5)
         assert kept.stats()['rejected']==0
         door.open()
         assert kept.flush(10)
-    assert caplog.text.count('was set aside')==1 and len((tmp_path/'spool'/'rejected.jsonl').read_text().splitlines())==1 and len(ids_in(schema))==1
+    assert (caplog.text.count('was set aside')==1
+            and len((tmp_path/'spool'/'rejected.jsonl').read_text().splitlines())==1 and len(ids_in(schema))==1)
 
-@pytest.mark.parametrize('url', ['mysql://ann:hush@host/db', 'postgresql://ann:hush@127.0.0.1:1/db', 'postgresql://ann:hush@127.0.0.1:1/db?password=hush', 'postgresql://ann:hush@host:port/db'])
+@pytest.mark.parametrize('url', ['mysql://ann:hush@host/db', 'postgresql://ann:hush@127.0.0.1:1/db',
+                                 'postgresql://ann:hush@127.0.0.1:1/db?password=hush',
+                                 'postgresql://ann:hush@host:port/db'])
 def test_no_message_holds_a_password(url, tmp_path, caplog, capsys):
     caplog.set_level(logging.DEBUG)
     with pytest.raises(StoreError) as caught: save_prediction(ANSWER, url)
@@ -437,8 +482,10 @@ def test_no_message_holds_a_password(url, tmp_path, caplog, capsys):
 
 def test_command_line_hides_it_too(tmp_path):
     env = {**os.environ, 'AMULET_DATABASE_URL': 'postgresql://ann:hush@127.0.0.1:1/db'}
-    done = subprocess.run([sys.executable, '-c', 'from amulet_hybrid.cli.app import main; main()', 'store', 'status'], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode==1 and '[database_down]' in done.stderr and 'ann:***@' in done.stderr and 'hush' not in done.stderr+done.stdout
+    done = subprocess.run([sys.executable, '-c', 'from amulet_hybrid.cli.app import main; main()', 'store', 'status'],
+                          cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode==1 and '[database_down]' in done.stderr and 'ann:***@' in done.stderr
+            and 'hush' not in done.stderr+done.stdout)
 
 def test_status_makes_nothing(tmp_path):
     assert store_status(f'{tmp_path}/none.db', tmp_path/'spool')['tables']=={} and list(tmp_path.iterdir())==[]

@@ -25,8 +25,10 @@ def holes(load, share=.05, seed=0):
 def iris():
     "Flowers of which three each grow in one pot, with words, a leak, a row number, and a flower without a name"
     rng,table = np.random.default_rng(1),holes(load_iris)
-    table = table.assign(number=range(150), leak=table['kind'].map({'setosa': 7, 'versicolor': 3, 'virginica': 5}), soil=rng.choice(['clay','sand',None], 150),
-                         pot=[f'p{i//3}' for i in range(150)], seen=pd.Timestamp('2024-01-01'), said=[f'flower of {rng.random()}' for _ in range(150)], always=1.)
+    table = table.assign(number=range(150), leak=table['kind'].map({'setosa': 7, 'versicolor': 3, 'virginica': 5}),
+                         soil=rng.choice(['clay','sand',None], 150),
+                         pot=[f'p{i//3}' for i in range(150)], seen=pd.Timestamp('2024-01-01'),
+                         said=[f'flower of {rng.random()}' for _ in range(150)], always=1.)
     table.loc[4, 'kind'] = None
     return table
 
@@ -35,12 +37,14 @@ def done(iris, tmp_path_factory):
     "A finished run: its result, the run, and its folder"
     folder = tmp_path_factory.mktemp('table')
     iris.to_csv(folder/'iris.csv', index=False)
-    run = TableRun(folder/'iris.csv', target='kind', group='pot', output_dir=str(folder/'out'), quick=True, jobs=1, seed=3)
+    run = TableRun(folder/'iris.csv', target='kind', group='pot', output_dir=str(folder/'out'), quick=True, jobs=1,
+                   seed=3)
     return run.run(),run,folder/'out'
 
 def test_columns_are_sorted(iris):
     data = read_table(iris, 'kind', 'pot')
-    assert dict(zip(data.left_out['column'], data.left_out['reason'])).keys()=={'number', 'leak', 'seen', 'said', 'always'}
+    assert dict(zip(data.left_out['column'], data.left_out['reason'])).keys()=={'number', 'leak', 'seen', 'said',
+            'always'}
     assert data.words==['soil'] and len(data)==149 and data.features.shape[1]==5
     told = '\n'.join(text for _,text in data.notes)
     assert '1 rows have no kind' in told and 'leak says the same' in told and 'free text' in told
@@ -60,25 +64,31 @@ def test_database_gives_the_same(iris, tmp_path, url):
     for query in ('flowers', 'SELECT * FROM flowers'):
         data = read_table(source, 'kind', 'pot', query=query)
         assert data.labels.tolist()==want.labels.tolist() and data.groups.tolist()==want.groups.tolist()
-        pd.testing.assert_frame_equal(data.features[want.features.columns.drop('soil')], want.features.drop(columns='soil'))
-    for query,says in ((None, 'flowers, other'), ('flower', 'flowers, other'), ('SELECT nothing FROM flowers', 'bad_query')):
+        pd.testing.assert_frame_equal(data.features[want.features.columns.drop('soil')],
+                                      want.features.drop(columns='soil'))
+    for query,says in ((None, 'flowers, other'), ('flower', 'flowers, other'),
+                       ('SELECT nothing FROM flowers', 'bad_query')):
         with pytest.raises(DatasetError, match=says): read_table(source, 'kind', query=query)
 
 def test_parquet_and_semicolons(iris, tmp_path):
-    iris.to_parquet(tmp_path/'iris.parquet'); iris.to_csv(tmp_path/'iris.csv', sep=';', index=False, encoding='utf-8-sig')
+    iris.to_parquet(tmp_path/'iris.parquet')
+    iris.to_csv(tmp_path/'iris.csv', sep=';', index=False, encoding='utf-8-sig')
     a,b = (read_table(tmp_path/name, 'kind', 'pot') for name in ('iris.parquet', 'iris.csv'))
     pd.testing.assert_frame_equal(a.features, b.features, rtol=1e-5)
     assert a.name=='iris' and len(a)==149
 
-@pytest.mark.parametrize('change,code', [({'target': 'sort'}, 'no_such_column'), ({'group': 'sort'}, 'no_such_column'), ({'columns': ['x']}, 'no_such_column'),
+@pytest.mark.parametrize('change,code', [({'target': 'sort'}, 'no_such_column'), ({'group': 'sort'}, 'no_such_column'),
+                                         ({'columns': ['x']}, 'no_such_column'),
     ({'target': 'petal width (cm)'}, 'target_not_classes'),
-    ({'target': 'said'}, 'target_not_classes'), ({'columns': ['always']}, 'no_features'), ({'group': 'kind'}, 'bad_columns')])
+    ({'target': 'said'}, 'target_not_classes'), ({'columns': ['always']}, 'no_features'),
+                                         ({'group': 'kind'}, 'bad_columns')])
 def test_refusals_of_a_table(iris, change, code):
     with pytest.raises(DatasetError) as caught: read_table(iris, **{'target': 'kind', **change})
     assert caught.value.code==code
 
 def test_refusals_of_a_file(tmp_path):
-    (tmp_path/'empty.csv').write_text(''); (tmp_path/'bytes.csv').write_bytes(b'\xff\xfe\x00\x01'); (tmp_path/'no.parquet').write_text('x')
+    (tmp_path/'empty.csv').write_text('')
+    (tmp_path/'bytes.csv').write_bytes(b'\xff\xfe\x00\x01'); (tmp_path/'no.parquet').write_text('x')
     (tmp_path/'not.db').write_text('x'*2000)
     for name in ('empty.csv', 'bytes.csv', 'no.parquet'):
         with pytest.raises(DatasetError, match='bad_table'): read_table(tmp_path/name, 'kind')
@@ -95,7 +105,8 @@ def test_password_stays_at_home():
 
 def test_numbers_as_people_write_them():
     n = 40
-    table = pd.DataFrame({'a': [*map(str, np.arange(n)/7)], 'b': [True, None]*(n//2), 'c': [1., np.inf]*(n//2), 'd': np.arange(n)*1., 'e': np.arange(n)/9, 'y': [0., 1.]*(n//2)})
+    table = pd.DataFrame({'a': [*map(str, np.arange(n)/7)], 'b': [True, None]*(n//2), 'c': [1., np.inf]*(n//2),
+                          'd': np.arange(n)*1., 'e': np.arange(n)/9, 'y': [0., 1.]*(n//2)})
     table.loc[3, 'a'] = '?'
     data = read_table(table, 'y')
     assert set(data.labels)=={'0', '1'} and list(data.features)==['a', 'e'] and data.features['a'].isna().sum()==1
@@ -123,7 +134,8 @@ def test_words_are_learned_from_training_rows_only(done):
 
 def test_run_leaves_what_a_run_leaves(done):
     result,run,output = done
-    assert {p.name for p in output.iterdir()} >= {'bundle', 'config.json', 'figures.json', 'manifest.csv', 'report.html', 'result.json'}
+    assert {p.name for p in output.iterdir()} >= {'bundle', 'config.json', 'figures.json', 'manifest.csv',
+                                                  'report.html', 'result.json'}
     assert run.manifest.groupby('group')['split'].nunique().max()==1
     assert result['figures']['balanced_accuracy']['value'] > .8
     page = (output/'report.html').read_text(encoding='utf-8')
@@ -142,7 +154,8 @@ def test_bundle_answers_as_the_model(done, iris):
     strange = predict_table(loaded, iris.assign(soil='lava', **{'petal width (cm)': np.nan}))
     assert strange.filter(like='p_').notna().all().all()
 
-@pytest.mark.parametrize('features,code', [({'colour': 1}, 'unknown_feature'), ({'petal width (cm)': 'wide'}, 'bad_feature'), ({'petal width (cm)': [1]}, 'bad_feature'),
+@pytest.mark.parametrize('features,code', [({'colour': 1}, 'unknown_feature'), ({'petal width (cm)': 'wide'},
+        'bad_feature'), ({'petal width (cm)': [1]}, 'bad_feature'),
     ({'petal width (cm)': 1e400}, 'bad_feature'), ({'petal width (cm)': 10**400}, 'bad_feature'),
     ({}, 'no_features'), ({'petal width (cm)': None}, 'no_features'), ([1, 2], 'bad_features')])
 def test_refusals_of_a_row(done, features, code):
@@ -151,7 +164,8 @@ def test_refusals_of_a_row(done, features, code):
 
 def test_a_table_bundle_takes_no_photo(done):
     loaded = load_bundle(done[2]/'bundle')
-    with pytest.raises(FeatureError, match='needs_features'): loaded.extractor.extract(loaded.extractor.read(np.zeros((64, 64, 3), np.uint8)))
+    with pytest.raises(FeatureError, match='needs_features'):
+        loaded.extractor.extract(loaded.extractor.read(np.zeros((64, 64, 3), np.uint8)))
 
 def test_same_seed_same_bundle(done, tmp_path):
     result,run,output = done
@@ -178,5 +192,6 @@ def test_settings_and_small_classes(iris, tmp_path):
 @pytest.mark.parametrize('load,least', [(load_wine, .88), (load_breast_cancer, .88)])
 def test_known_tables_with_gaps(load, least, tmp_path):
     holes(load).to_csv(tmp_path/'data.csv', index=False)
-    figures = TableRun(tmp_path/'data.csv', target='kind', output_dir=str(tmp_path/'out'), quick=True, jobs=1).run()['figures']
+    figures = TableRun(tmp_path/'data.csv', target='kind', output_dir=str(tmp_path/'out'), quick=True,
+                       jobs=1).run()['figures']
     assert figures['balanced_accuracy']['value'] > least

@@ -16,7 +16,8 @@ from amulet_hybrid.jobs.tracking import TRACKERS, Tracker, make_tracker, run_par
 ROOT = Path(__file__).resolve().parent.parent
 HINT = "not installed; pip install 'amulet_hybrid[tracking]'"
 OWN = ('MLFLOW_', 'WANDB_', 'CI', 'GITHUB_', 'PYTEST_', 'DO_NOT_TRACK')
-FIGURES = {'accuracy': {'value': .9, 'low': .8, 'high': 1.}, 'ece': float('nan'), 'loss': float('inf'), 'test_photos': 27, 'random_split': {'block': 'hog', 'gap': .05}}
+FIGURES = {'accuracy': {'value': .9, 'low': .8, 'high': 1.}, 'ece': float('nan'), 'loss': float('inf'),
+           'test_photos': 27, 'random_split': {'block': 'hog', 'gap': .05}}
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
@@ -43,9 +44,11 @@ def output(tmp_path):
     "What a training run leaves, in small"
     folder = tmp_path/'out'
     (folder/'bundle').mkdir(parents=True)
-    config = {'data_dir': 'photos', 'output_dir': str(folder), 'groups': str(tmp_path/'groups.csv'), 'blocks': ['hog', 'lbp'], 'seed': 7, 'cache_dir': '', 'jobs': 2}
+    config = {'data_dir': 'photos', 'output_dir': str(folder), 'groups': str(tmp_path/'groups.csv'),
+              'blocks': ['hog', 'lbp'], 'seed': 7, 'cache_dir': '', 'jobs': 2}
     (folder/'config.json').write_text(json.dumps(config))
-    result = {'report': str(folder/'report.html'), 'digest': 'ab12', 'figures': {'accuracy': FIGURES['accuracy']}, 'test_photos': 27, 'notes': ['few']}
+    result = {'report': str(folder/'report.html'), 'digest': 'ab12', 'figures': {'accuracy': FIGURES['accuracy']},
+              'test_photos': 27, 'notes': ['few']}
     (folder/'result.json').write_text(json.dumps(result))
     (folder/'bundle'/'manifest.json').write_text(json.dumps({'data': {'fingerprint': 'f00d'}}))
     (folder/'report.html').write_text(f'<p>{folder} {Path.home()}/x')
@@ -57,7 +60,8 @@ def other(program, **env):
     "A program in a process without the variables that switch things off by themselves"
     keep = {k: v for k,v in os.environ.items() if not k.startswith(OWN)}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, env={**keep, **env}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, env={**keep, **env}, capture_output=True,
+                          text=True, timeout=120)
     assert done.returncode==0, done.stderr
     return done.stdout,done.stderr,time.perf_counter()-start
 
@@ -81,20 +85,25 @@ def test_wandb_without_key_is_refused(monkeypatch):
 
 def test_mlflow_records(mlflow, tmp_path, told):
     tracker = make_tracker('mlflow', tmp_path/'runs')
-    with tracker.run('first', {'seed': 42, 'cnn': {'side': None}, 'note': 'x'*9000, 'many': list(range(3)), **{f'p{i}': i for i in range(150)}}) as run:
+    with tracker.run('first', {'seed': 42, 'cnn': {'side': None}, 'note': 'x'*9000, 'many': list(range(3)),
+                               **{f'p{i}': i for i in range(150)}}) as run:
         run.figures(FIGURES)
         for step in range(3): run.figures({'train/loss': 1/(step+1)}, step)
         run.tag(kind='coins')
     assert not told() and (tmp_path/'runs'/'mlflow.db').is_file()
     found = tracker.client.get_run(run.handle)
-    assert found.data.metrics=={'accuracy': .9, 'accuracy_low': .8, 'accuracy_high': 1, 'test_photos': 27, 'random_split.gap': .05, 'train_loss': pytest.approx(1/3)}
+    assert found.data.metrics=={'accuracy': .9, 'accuracy_low': .8, 'accuracy_high': 1, 'test_photos': 27,
+                                'random_split.gap': .05, 'train_loss': pytest.approx(1/3)}
     assert [m.step for m in tracker.client.get_metric_history(run.handle, 'train_loss')]==[0, 1, 2]
-    assert len(found.data.params)==154 and found.data.params['seed']=='42' and found.data.params['cnn.side']=='' and len(found.data.params['note']) <= 500
-    assert {k: v for k,v in found.data.tags.items() if not k.startswith('mlflow.')}=={'not_finite': 'ece, loss', 'random_split.block': 'hog', 'kind': 'coins'}
+    assert (len(found.data.params)==154 and found.data.params['seed']=='42' and found.data.params['cnn.side']==''
+            and len(found.data.params['note']) <= 500)
+    assert {k: v for k,v in found.data.tags.items() if not k.startswith('mlflow.')}=={'not_finite': 'ece, loss',
+            'random_split.block': 'hog', 'kind': 'coins'}
     assert found.info.status=='FINISHED' and found.info.run_name=='first'
     assert str(ROOT) not in str(found.data) and str(Path.home()) not in str(found.data)
 
-ENDS = [(ConfigError('no', code='why'), 'FAILED', 'why'), (ValueError('no'), 'FAILED', 'ValueError'), (KeyboardInterrupt(), 'KILLED', 'KeyboardInterrupt')]
+ENDS = [(ConfigError('no', code='why'), 'FAILED', 'why'), (ValueError('no'), 'FAILED', 'ValueError'),
+        (KeyboardInterrupt(), 'KILLED', 'KeyboardInterrupt')]
 
 def test_mlflow_records_how_it_ended(mlflow, tmp_path):
     tracker = make_tracker('mlflow', tmp_path)
@@ -108,7 +117,8 @@ def test_mlflow_records_an_output(mlflow, tmp_path, output, told):
     tracker = make_tracker(f'mlflow:sqlite:///{tmp_path}/store/other.db')
     with tracker.run('out', run_parameters(config)) as run: sent = track_output(run, folder)
     assert not told()
-    assert sorted(files_of(tracker.client, run.handle))==sorted(sent)==['bundle/manifest.json', 'config.json', 'report.html', 'result.json', 'train.ipynb']
+    assert sorted(files_of(tracker.client, run.handle))==sorted(sent)==['bundle/manifest.json', 'config.json',
+                                                                        'report.html', 'result.json', 'train.ipynb']
     found = tracker.client.get_run(run.handle)
     assert found.data.params=={'data_dir': 'photos', 'groups': 'groups.csv', 'blocks': '["hog", "lbp"]', 'seed': '7'}
     assert found.data.tags['data_fingerprint']=='f00d' and found.data.metrics['accuracy_low']==.8
@@ -117,13 +127,17 @@ def test_mlflow_records_an_output(mlflow, tmp_path, output, told):
         assert str(tmp_path) not in text and str(Path.home())+os.sep not in text
 
 def test_mlflow_sends_nothing_home(mlflow, tmp_path):
-    out,_,_ = other(f'from amulet_hybrid.jobs.tracking import make_tracker\nt = make_tracker("mlflow", {str(tmp_path)!r})\n'
-                  'with t.run("x") as r: r.figures({"a": 1})\nfrom mlflow.telemetry.client import get_telemetry_client\nprint(get_telemetry_client())')
+    out,_,_ = other(f'from amulet_hybrid.jobs.tracking import make_tracker\nt = make_tracker("mlflow", '
+                    f'{str(tmp_path)!r})\n'
+                  'with t.run("x") as r: r.figures({"a": 1})\nfrom mlflow.telemetry.client import '
+                  'get_telemetry_client\nprint(get_telemetry_client())')
     assert out.strip().endswith('None')
 
 def test_two_runs_make_one_store(mlflow, tmp_path):
-    program = f'from amulet_hybrid.jobs.tracking import make_tracker\nwith make_tracker("mlflow", {str(tmp_path)!r}).run("x") as r: pass\nprint(r.alive)'
-    runs = [subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    program = (f'from amulet_hybrid.jobs.tracking import make_tracker\nwith make_tracker("mlflow", '
+               f'{str(tmp_path)!r}).run("x") as r: pass\nprint(r.alive)')
+    runs = [subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            for _ in range(3)]
     assert [r.communicate(timeout=120)[0].strip().split('\n')[-1] for r in runs]==['True', 'True', 'True']
 
 @pytest.mark.parametrize('silent', [False, True])

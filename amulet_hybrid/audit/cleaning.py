@@ -19,30 +19,41 @@ from .inspector import Inspection
 from ..data.quality import FATAL, ISSUES, SUFFIXES, has_issue
 
 # %% ../../nbs/55_audit/40_cleaning.ipynb #1bec573a
-ACTIONS = {'keep': 'copied as it is', 'rename': 'copied under a name that fits its content', 'crop': 'saved as PNG without the rows that are lost', 'leave_out': 'not copied'}
+ACTIONS = {'keep': 'copied as it is', 'rename': 'copied under a name that fits its content',
+           'crop': 'saved as PNG without the rows that are lost', 'leave_out': 'not copied'}
 
 def plan_fixes(
     found:Inspection
-) -> pd.DataFrame: # A row a file: path, label, action (one of `ACTIONS`), target (path in the copy, '' if left out), reason, look (what a person should decide)
+# A row a file: path, label, action (one of `ACTIONS`), target (path in the copy, '' if left out), reason, look (what a
+# person should decide)
+) -> pd.DataFrame:
     "What becomes of each file"
     m = found.manifest
-    fatal,action,reason = has_issue(m, FATAL),np.full(len(m), 'keep', object),np.full(len(m), '', object)
+    fatal = has_issue(m, FATAL)
+    action = np.full(len(m), 'keep', object)
+    reason = np.full(len(m), '', object)
     said = dict(zip(found.unreadable['path'], found.unreadable['reason']))
     alike = pd.Series(range(len(m)))[~fatal].groupby(m['pixels'].to_numpy()[~fatal]).agg(list)
     for rows in (rows for rows in alike if len(rows) > 1):
         labels = m['label'].iloc[rows].unique()
         best = min(rows, key=lambda i: (-m['width'].iloc[i]*m['height'].iloc[i], m['path'].iloc[i]))
         for i in rows:
-            if len(labels) > 1: action[i],reason[i] = 'leave_out',f'the same photo is filed as {" and as ".join(sorted(labels))}'
+            if len(labels) > 1:
+                action[i],reason[i] = 'leave_out',f'the same photo is filed as {" and as ".join(sorted(labels))}'
             elif i!=best: action[i],reason[i] = 'leave_out',f'the same photo as {m["path"].iloc[best]}'
-    for i in np.flatnonzero(fatal): action[i],reason[i] = 'leave_out',f'{m["issues"].iloc[i].split()[0]}: {said[m["path"].iloc[i]]}'
+    for i in np.flatnonzero(fatal):
+        action[i],reason[i] = 'leave_out',f'{m["issues"].iloc[i].split()[0]}: {said[m["path"].iloc[i]]}'
     for code,what in (('wrong_extension', 'rename'), ('partly_decoded', 'crop')):
-        for i in np.flatnonzero(has_issue(m, [code]) & (action!='leave_out')): action[i],reason[i] = what,ISSUES[code].words
-    look = [', '.join(c for c in ('label_conflict', 'label_suspect', 'near_duplicate') if c in codes.split()) if a!='leave_out' else '' for codes,a in zip(m['issues'], action)]
-    table = pd.DataFrame({'path': m['path'], 'label': m['label'], 'action': action, 'target': '', 'reason': reason, 'look': look, 'group': m['group'], 'split': m['split']})
+        for i in np.flatnonzero(has_issue(m, [code]) & (action!='leave_out')):
+            action[i],reason[i] = what,ISSUES[code].words
+    look = [', '.join(c for c in ('label_conflict', 'label_suspect', 'near_duplicate') if c in codes.split())
+            if a!='leave_out' else '' for codes,a in zip(m['issues'], action)]
+    table = pd.DataFrame({'path': m['path'], 'label': m['label'], 'action': action, 'target': '', 'reason': reason,
+                          'look': look, 'group': m['group'], 'split': m['split']})
     table['target'] = _targets(table, m['format'])
     return table
 
+# %% ../../nbs/55_audit/40_cleaning.ipynb #c35d33c4
 def _targets(table, formats):
     "Where each file goes: its own path, with the right ending, and never the path of another"
     taken,targets = set(table['path']),[]
@@ -50,7 +61,8 @@ def _targets(table, formats):
         path = PurePosixPath(row.path)
         elsewhere = path.is_absolute() or '..' in path.parts
         if elsewhere: path = PurePosixPath(row.split or '.')/row.label/path.name
-        if row.action in ('rename', 'crop'): path = path.with_suffix('.png' if row.action=='crop' else SUFFIXES[kind][0])
+        if row.action in ('rename', 'crop'):
+            path = path.with_suffix('.png' if row.action=='crop' else SUFFIXES[kind][0])
         if row.action in ('rename', 'crop') or elsewhere:
             stem,n = path.stem,1
             while str(path) in taken: path,n = path.with_name(f'{stem}-{n}{path.suffix}'),n+1
@@ -66,33 +78,47 @@ def write_clean_copy(
     plan:pd.DataFrame|None=None # As from `plan_fixes`, perhaps changed by hand
 ) -> pd.DataFrame: # The plan that was carried out
     "Copy what is fit for training; the originals are only read"
-    plan,output,root = plan_fixes(found) if plan is None else plan,Path(output_dir),Path(root)
+    plan = plan_fixes(found) if plan is None else plan
+    output = Path(output_dir)
+    root = Path(root)
     for target in plan['target']: _inside(output, target) # a wrong plan changes nothing
-    for stale in sorted(set(_earlier(output, root, found.facts.get('scanned', True)))-set(plan['target'])): _inside(output, stale).unlink(missing_ok=True)
-    with atomic_write(output/LOG) as part: plan.to_csv(part, index=False) # before the first copy: an interrupted one is known by it
-    for row in progress(plan[plan['action']!='leave_out'].itertuples(), 'Copying', int((plan['action']!='leave_out').sum())):
+    for stale in sorted(set(_earlier(output, root, found.facts.get('scanned', True)))-set(plan['target'])):
+        _inside(output, stale).unlink(missing_ok=True)
+    # before the first copy: an interrupted one is known by it
+    with atomic_write(output/LOG) as part: plan.to_csv(part, index=False)
+    for row in progress(plan[plan['action']!='leave_out'].itertuples(), 'Copying',
+                        int((plan['action']!='leave_out').sum())):
         source,target = root/row.path,_inside(output, row.target)
-        if row.action!='crop' and target.exists() and target.stat().st_size==source.stat().st_size and file_digest(target)==file_digest(source): continue
+        if (row.action!='crop' and target.exists() and target.stat().st_size==source.stat().st_size
+            and file_digest(target)==file_digest(source)):
+            continue
         with atomic_write(target) as part:
             if row.action=='crop': Image.fromarray(read_image(source, found.config.image_limits())).save(part, 'PNG')
             else: shutil.copyfile(source, part)
-    kept = plan.loc[plan['action']!='leave_out', ['target', 'label', 'group', 'split']].rename(columns={'target': 'path'})
+    kept = plan.loc[plan['action']!='leave_out',
+                    ['target', 'label', 'group', 'split']].rename(columns={'target': 'path'})
     with atomic_write(output/PHOTOS) as part: kept.to_csv(part, index=False)
     return plan
 
+# %% ../../nbs/55_audit/40_cleaning.ipynb #00e1be2a
 LOG,PHOTOS = 'fixes.csv', 'photos.csv'
 
 def _inside(output, target):
     "A path of the copy, and never one beside it"
     path = output/target
-    if not path.resolve().is_relative_to(output.resolve()): raise DatasetError(f'{target!r} lies outside of the copy', code='bad_setting', where=output/LOG)
+    if not path.resolve().is_relative_to(output.resolve()):
+        raise DatasetError(f'{target!r} lies outside of the copy', code='bad_setting', where=output/LOG)
     return path
 
+# %% ../../nbs/55_audit/40_cleaning.ipynb #e236a46b
 def _earlier(output, root, scanned):
     "Files that an earlier copy made; refuses a folder that holds anything else, or that the next scan would take for a class"
     if output.resolve()==root.resolve() or scanned and root.resolve() in output.resolve().parents:
-        raise DatasetError('the copy would lie inside the originals', code='bad_setting', where=output, advice='Name a folder elsewhere')
+        raise DatasetError('the copy would lie inside the originals', code='bad_setting', where=output,
+                           advice='Name a folder elsewhere')
     if not output.exists() or not any(output.iterdir()):
         with atomic_write(output/LOG) as part: part.write_text('path,target\n', encoding='utf-8')
-    if not (output/LOG).is_file(): raise DatasetError('this folder holds something else', code='bad_setting', where=output, advice='Name a new folder, or empty this one')
+    if not (output/LOG).is_file():
+        raise DatasetError('this folder holds something else', code='bad_setting', where=output,
+                           advice='Name a new folder, or empty this one')
     return pd.read_csv(output/LOG, dtype=str, keep_default_na=False)['target'].loc[lambda t: t!=''].tolist()

@@ -40,13 +40,15 @@ class InspectionConfig(Config):
     corruption_threshold:float=0. # Share of the rows of a truncated photo that may be missing, in [0, 1)
     duplicates:dict|None=None # Overrides of `DuplicateConfig`
     limits:dict|None=None # Overrides of `ImageLimits`
-    weights:str='none' # A file or folder of backbone weights sharpens the suspicion of labels; 'none': classical features alone
+    # A file or folder of backbone weights sharpens the suspicion of labels; 'none': classical features alone
+    weights:str='none'
     cv_folds:int=5 # Of the probes
     jobs:int=0 # Threads; 0: one a core
     seed:int=0
 
     def __post_init__(self):
-        if not 0 <= self.corruption_threshold < 1: raise ConfigError(f'`corruption_threshold` must be in [0, 1), got {self.corruption_threshold}')
+        if not 0 <= self.corruption_threshold < 1:
+            raise ConfigError(f'`corruption_threshold` must be in [0, 1), got {self.corruption_threshold}')
         if self.cv_folds < 2: raise ConfigError(f'`cv_folds` must be at least 2, got {self.cv_folds}')
         self.image_limits(); self.duplicate_config()
 
@@ -71,6 +73,7 @@ class Finding:
 
     def __str__(self): return f'{self.text} {self.advice}'.strip()
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #06681b2f
 @dataclass
 class Inspection:
     "What was found in a folder; `manifest` has a row for every file, usable or not"
@@ -114,7 +117,9 @@ class Inspection:
         stops,warnings = ([f for f in self.findings if f.level==level] for level in LEVELS[:2])
         photos = f'{len(self.usable):,} usable photos of {len(self.manifest):,} files'
         if stops: return f'Not ready to train ({photos}): {stops[0].text}'
-        if warnings: return f'{photos}; {len(warnings)} thing{"s" if len(warnings)>1 else ""} to look at before you train on them.'
+        if warnings:
+            return (f'{photos}; {len(warnings)} thing{"s" if len(warnings)>1 else ""} to look at before you train on '
+                    f'them.')
         return f'{photos}, and nothing that speaks against training on them.'
 
     def to_html(self, read_photo=None) -> str: # A whole page
@@ -131,14 +136,18 @@ class Inspection:
         page = self.to_html(lambda path: read_image(folder/path, self.config.image_limits(), at_least=200))
         write_manifest(self.manifest, output_dir)
         with atomic_write(paths['report']) as part: part.write_text(page, encoding='utf-8')
-        with atomic_write(paths['inspection']) as part: part.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)+'\n', encoding='utf-8')
+        with atomic_write(paths['inspection']) as part:
+            part.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)+'\n',
+                            encoding='utf-8')
         return paths
 
     def to_dict(self) -> dict: # What JSON can hold
         "All but the manifest"
-        return {'title': self.title, 'root': str(self.root), 'key': self.key, 'verdict': self.verdict, 'photos': len(self.manifest), 'usable': len(self.usable),
+        return {'title': self.title, 'root': str(self.root), 'key': self.key, 'verdict': self.verdict,
+                'photos': len(self.manifest), 'usable': len(self.usable),
                 'findings': [vars(f) for f in self.findings], 'facts': self.facts, 'config': self.config.to_dict(),
-                'tables': {name: json.loads(table.to_json(orient='records', default_handler=str)) for name,table in self.tables.items()},
+                'tables': {name: json.loads(table.to_json(orient='records', default_handler=str))
+                           for name,table in self.tables.items()},
                 'columns': {name: list(table.columns) for name,table in self.tables.items()}}
 
     @classmethod
@@ -147,11 +156,14 @@ class Inspection:
         folder = Path(output_dir)
         try:
             found = json.loads((folder/FILES['inspection']).read_text(encoding='utf-8'))
-            tables = {name: pd.DataFrame(found['tables'][name], columns=columns) for name,columns in found['columns'].items()}
-            return cls(pd.read_parquet(folder/FILES['parquet']), [Finding(**f) for f in found['findings']], tables, found['facts'],
+            tables = {name: pd.DataFrame(found['tables'][name], columns=columns)
+                      for name,columns in found['columns'].items()}
+            return cls(pd.read_parquet(folder/FILES['parquet']), [Finding(**f) for f in found['findings']], tables,
+                       found['facts'],
                        InspectionConfig.from_dict(found['config']), Path(found['root']), found['title'], found['key'])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DatasetError(f'holds no inspection that can be read: {error}', where=folder, advice='Inspect again') from error
+            raise DatasetError(f'holds no inspection that can be read: {error}', where=folder,
+                               advice='Inspect again') from error
 
     def __repr__(self): return f'Inspection({self.verdict})'
 
@@ -159,6 +171,7 @@ class Inspection:
         rows = ''.join(f'<li><b>{f.level}</b>: {html.escape(str(f))}</li>' for f in self.findings)
         return f'<p><b>{html.escape(self.verdict)}</b></p><ol>{rows}</ol>' + self.classes.to_html(border=0)
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #7f23b4a4
 def write_manifest(
     manifest:pd.DataFrame,
     output_dir:str|Path # Folder; made if absent
@@ -167,16 +180,20 @@ def write_manifest(
     with atomic_write(Path(output_dir)/FILES['manifest']) as part: manifest.to_csv(part, index=False)
     with atomic_write(Path(output_dir)/FILES['parquet']) as part: manifest.to_parquet(part, index=False)
 
-FILES = {'manifest': 'manifest.csv', 'parquet': 'manifest.parquet', 'inspection': 'inspection.json', 'report': 'inspection.html'}
+# %% ../../nbs/55_audit/30_inspector.ipynb #377df03d
+FILES = {'manifest': 'manifest.csv', 'parquet': 'manifest.parquet', 'inspection': 'inspection.json',
+         'report': 'inspection.html'}
 
 # %% ../../nbs/55_audit/30_inspector.ipynb #99e5a74c
 def _name_groups(given, cluster, paths):
     "One name a cluster: what the user called it, or its first path"
     names = pd.DataFrame({'cluster': cluster, 'given': given, 'path': paths})
     first = names.groupby('cluster')['path'].transform('min')
-    known = names[names['given']!=''].groupby('cluster')['given'].agg(lambda g: '+'.join(sorted(set(g))[:3]) + ('+...' if len(set(g))>3 else ''))
+    known = names[names['given']!=''].groupby('cluster')['given'].agg(lambda g: '+'.join(sorted(set(g))[:3])
+                                                                      + ('+...' if len(set(g))>3 else ''))
     return names['cluster'].map(known).astype(object).fillna(first).to_numpy()
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #4f70d9d6
 def join_groups(
     given:pd.Series, # Group of each photo as the user says, '' where nothing is said
     duplicates:pd.DataFrame, # Columns cluster, path
@@ -184,16 +201,22 @@ def join_groups(
 ) -> np.ndarray: # (n,) group of each photo, never ''
     "Groups that hold every duplicate cluster and every given group whole"
     position = pd.Series(np.arange(len(paths)), index=paths)
-    pairs = [chain_pairs(given.reset_index(drop=True)), *(np.stack([rows[:-1], rows[1:]], 1) for rows in (position[c['path']].to_numpy() for _,c in duplicates.groupby('cluster')))]
+    pairs = [chain_pairs(given.reset_index(drop=True)),
+             *(np.stack([rows[:-1], rows[1:]], 1)
+               for rows in (position[c['path']].to_numpy() for _,c in duplicates.groupby('cluster')))]
     return _name_groups(given.to_numpy(), clusters(len(paths), np.concatenate(pairs)), paths.to_numpy())
 
 # %% ../../nbs/55_audit/30_inspector.ipynb #02582cf6
 def _probe_extractor(config, cache_dir):
     "Blocks for the probes"
-    small = {'colour': make_extractor('colour'), 'hog': make_extractor('hog', sides=(64,)), 'lbp': make_extractor('lbp', side=128, radii=(1,2))}
+    small = {'colour': make_extractor('colour'), 'hog': make_extractor('hog', sides=(64,)),
+             'lbp': make_extractor('lbp', side=128, radii=(1,2))}
     if config.weights=='none': return small
-    return {**small, 'cnn': HybridFeatureExtractor(FeatureConfig(blocks=('cnn:mobilenet_v2',), weights=config.weights, cnn_side=224), cache_dir).extractors['cnn:mobilenet_v2']}
+    return {**small, 'cnn': HybridFeatureExtractor(FeatureConfig(blocks=('cnn:mobilenet_v2',), weights=config.weights,
+                                                                 cnn_side=224),
+                                                   cache_dir).extractors['cnn:mobilenet_v2']}
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #1804ae13
 @dataclass
 class _Probe:
     "What the probes need: photos of classes that can be folded"
@@ -203,6 +226,7 @@ class _Probe:
     names:np.ndarray # Of the classes
     groups:np.ndarray
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #0033ddb1
 def _make_probe(good, vectors):
     "Photos of classes with at least two groups; None if there are no two such classes"
     enough = groups_per_class(good['label'], good['group'])
@@ -212,46 +236,66 @@ def _make_probe(good, vectors):
     return _Probe(rows, {k: v[rows] for k,v in vectors.items()}, y, names, good['group'].to_numpy(str)[rows])
 
 # %% ../../nbs/55_audit/30_inspector.ipynb #d7017466
-def _gap_facts(gap): return {'random': gap.random.to_dict(), 'grouped': gap.grouped.to_dict(), 'gap': gap.gap.to_dict(), 'real': gap.real, 'words': gap.words}
+def _gap_facts(gap):
+    return {'random': gap.random.to_dict(), 'grouped': gap.grouped.to_dict(), 'gap': gap.gap.to_dict(),
+            'real': gap.real, 'words': gap.words}
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #a69ae91a
 def _suspects(probe, proba, paths, sure=.7):
     "Photos whose label the probe doubts, worst first, each with its nearest photos of the suggested class"
     label = probe.names[probe.y]
     found = find_label_issues(label, proba, probe.names)
     found = found[found['suspect'] & (found['probability_suggested'] > sure)]
-    space = np.concatenate([(v-v.mean(0))/max(1e-9, np.linalg.norm(v-v.mean(0), axis=1).mean()) for v in probe.X.values()], axis=1)
-    beside = [paths[neighbours(space, label, row, wanted, 3)].tolist() for row,wanted in zip(found['row'], found['suggested'])]
-    return found.assign(path=paths[found['row']], neighbours=beside).drop(columns=['row', 'suspect']).reset_index(drop=True)
+    space = np.concatenate([(v-v.mean(0))/max(1e-9, np.linalg.norm(v-v.mean(0), axis=1).mean())
+                            for v in probe.X.values()], axis=1)
+    beside = [paths[neighbours(space, label, row, wanted, 3)].tolist()
+              for row,wanted in zip(found['row'], found['suggested'])]
+    return found.assign(path=paths[found['row']],
+                        neighbours=beside).drop(columns=['row', 'suspect']).reset_index(drop=True)
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #9f915e93
 def _hidden_groups(seen, probe, suggested, config):
     "The gap that groups read from file names would open"
     for best in suggested[suggested['plausible']].head(2).itertuples():
-        joined = clusters(len(seen), np.concatenate([chain_pairs(groups_from_pattern(seen['path'], best.pattern)), chain_pairs(seen['group'])]))
+        joined = clusters(len(seen), np.concatenate([chain_pairs(groups_from_pattern(seen['path'], best.pattern)),
+                                                     chain_pairs(seen['group'])]))
         try: gap = group_gap(probe.X, probe.names[probe.y], joined, config.cv_folds, config.seed)
         except SplitError: continue # such groups would leave nothing to test on
-        return {'pattern': best.pattern, 'groups': int(len(np.unique(joined))), 'example': best.example, **_gap_facts(gap)}
+        return {'pattern': best.pattern, 'groups': int(len(np.unique(joined))), 'example': best.example,
+                **_gap_facts(gap)}
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #e8d5b12d
 def _ask_probes(good, vectors, given, config):
     "Tables and facts that need models"
     probe = _make_probe(good, vectors)
     if probe is None: return {},{}
     seen,sources = good.iloc[probe.rows].reset_index(drop=True),given.iloc[probe.rows].reset_index(drop=True)
-    tables,facts,labels = {},{},probe.names[probe.y]
+    tables = {}
+    facts = {}
+    labels = probe.names[probe.y]
 
     def ask_labels():
-        proba = quick_proba(probe.X, probe.y, folds(labels, np.arange(len(labels)), config.cv_folds, config.seed), config.seed)
+        proba = quick_proba(probe.X, probe.y, folds(labels, np.arange(len(labels)), config.cv_folds, config.seed),
+                            config.seed)
         tables['label_issues'] = _suspects(probe, proba, seen['path'].to_numpy())
     def ask_groups():
-        if seen['group'].duplicated().any(): facts['group_gap'] = _gap_facts(group_gap(probe.X, labels, probe.groups, config.cv_folds, config.seed))
+        if seen['group'].duplicated().any():
+            facts['group_gap'] = _gap_facts(group_gap(probe.X, labels, probe.groups, config.cv_folds, config.seed))
         tables['group_suggestions'] = suggest_groups(seen['path'], seen['label'])
-        if not (given!='').any() and (found := _hidden_groups(seen, probe, tables['group_suggestions'], config)): facts['hidden_groups'] = found
+        if not (given!='').any() and (found := _hidden_groups(seen, probe, tables['group_suggestions'], config)):
+            facts['hidden_groups'] = found
     def ask_shortcuts(): tables['shortcuts'] = shortcuts(seen, labels, probe.groups, seed=config.seed).reset_index()
-    def ask_names(): tables['name_conflicts'] = name_conflicts(seen['path'], seen['label'], probe.X, config.seed, probe.groups).drop(columns='row')
+    def ask_names():
+        tables['name_conflicts'] = name_conflicts(seen['path'], seen['label'], probe.X, config.seed,
+                                                  probe.groups).drop(columns='row')
     def ask_sources():
         found = one_class_groups(seen['label'][sources!=''], sources[sources!=''])
-        tables['one_class_groups'],facts['one_class_groups'] = found.table,{'several': found.several, 'rule': found.rule, 'words': found.words}
+        tables['one_class_groups'],facts['one_class_groups'] = found.table,{'several': found.several,
+                'rule': found.rule, 'words': found.words}
 
-    for step in progress([ask_labels, ask_groups, ask_shortcuts, ask_names, ask_sources], 'Asking probes', unit='probe'): step()
+    for step in progress([ask_labels, ask_groups, ask_shortcuts, ask_names, ask_sources], 'Asking probes',
+                         unit='probe'):
+        step()
     return tables,facts
 
 # %% ../../nbs/55_audit/30_inspector.ipynb #719951dd
@@ -278,7 +322,8 @@ class DatasetInspector:
             photo = Photo(rgb)
             return {name: e.extract_features(photo) for name,e in extractors.items()}
         with closing(MeasurementStore(self.cache_dir/STORE)) if self.cache_dir else nullcontext() as store:
-            measured = measure_files(manifest['path'].tolist(), root, self.config.image_limits(), describe, keys, store, self.config.jobs)
+            measured = measure_files(manifest['path'].tolist(), root, self.config.image_limits(), describe, keys,
+                                     store, self.config.jobs)
             key = self._key(manifest, root, store) if store else ''
         found = _judge(manifest, measured, self.config, root)
         found.key,found.title = key,Path(data).name if not isinstance(data, pd.DataFrame) else root.name
@@ -288,7 +333,9 @@ class DatasetInspector:
     def _key(self, manifest, root, store):
         "Digest of what the result depends on, or '' where a file cannot be trusted to be the same next time"
         digests = unchanged_digests(manifest['path'].tolist(), root, store)
-        return json_digest([__version__, VERSION, self.config.to_dict(), manifest[['path', 'label', 'group', 'split']].to_numpy().tolist(), digests]) if digests else ''
+        return json_digest([__version__, VERSION, self.config.to_dict(),
+                            manifest[['path', 'label', 'group', 'split']].to_numpy().tolist(),
+                            digests]) if digests else ''
 
     def run(self,
         data:str|Path, # Folder, or CSV with columns path and label
@@ -298,7 +345,8 @@ class DatasetInspector:
     ) -> Inspection:
         "Inspect and write the report; nothing is done twice where nothing has changed"
         output_dir = Path(output_dir)
-        if self.cache_dir is None: return DatasetInspector(self.config, output_dir/'cache').run(data, output_dir, groups, group_by)
+        if self.cache_dir is None:
+            return DatasetInspector(self.config, output_dir/'cache').run(data, output_dir, groups, group_by)
         manifest,root = make_manifest(data, groups, group_by)
         if all((output_dir/file).exists() for file in FILES.values()):
             with closing(MeasurementStore(self.cache_dir/STORE)) as store: key = self._key(manifest, root, store)
@@ -311,158 +359,212 @@ class DatasetInspector:
         found.save(output_dir)
         return found
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #2eec9169
 STORE,VERSION = 'inspection.sqlite',1
 
 def _checked(manifest):
     "A manifest with the columns that are needed, index renewed"
     if missing := [c for c in ('path', 'label') if c not in manifest]:
-        raise DatasetError(f'the column {missing[0]!r} is missing', code='bad_table', advice='`make_manifest` gives what is needed')
+        raise DatasetError(f'the column {missing[0]!r} is missing', code='bad_table',
+                           advice='`make_manifest` gives what is needed')
     return manifest.assign(**{c: '' for c in ('group', 'split') if c not in manifest}).reset_index(drop=True)
 
 # %% ../../nbs/55_audit/30_inspector.ipynb #e9d031ee
 def _mark(issues, code, rows): return [f'{i} {code}'.strip() if hit else i for i,hit in zip(issues, rows)]
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #c0cd4e06
 def _judge(manifest, measured, config, root):
     "Everything that follows from what was measured"
     m = pd.concat([manifest, measured.table.drop(columns='reason')], axis=1)
     ok = ~has_issue(m, FATAL)
-    if not ok.any(): raise DatasetError(f'none of the {len(m)} files is a photo we can read', code='no_photos', where=root,
-                                        advice=f'The first says: {measured.table["reason"].iloc[0]}')
-    unreadable = m.assign(code=m['issues'].str.split().str[0], reason=measured.table['reason']).loc[~ok, ['path', 'label', 'code', 'reason']].reset_index(drop=True)
+    if not ok.any():
+        raise DatasetError(f'none of the {len(m)} files is a photo we can read', code='no_photos', where=root,
+                           advice=f'The first says: {measured.table["reason"].iloc[0]}')
+    unreadable = m.assign(code=m['issues'].str.split().str[0], reason=measured.table['reason']).loc[~ok,
+            ['path', 'label', 'code', 'reason']].reset_index(drop=True)
     good,prints = m[ok].reset_index(drop=True),measured.prints[ok]
     for code,hit in set_issues(good).items(): good['issues'] = _mark(good['issues'], code, hit)
     good['quality'],good['phash'] = quality_score(good),[f'{code:016x}' for code in perceptual_hashes(prints).tolist()]
-    duplicates = duplicate_table(good, near_duplicates(prints if config.check_duplicates else prints[:0], config.duplicate_config(), config.jobs))
+    duplicates = duplicate_table(good, near_duplicates(prints if config.check_duplicates else prints[:0],
+                                                       config.duplicate_config(), config.jobs))
     kinds = good['path'].map(dict(zip(duplicates['path'], duplicates['kind'])))
     conflicts = set(duplicates.loc[duplicates['conflict'], 'path'])
-    marks = {'duplicate': kinds.isin(['exact', 'pixels']), 'near_duplicate': kinds.isin(['near', 'rotated', 'mirrored']), 'label_conflict': good['path'].isin(conflicts)}
+    marks = {'duplicate': kinds.isin(['exact', 'pixels']),
+             'near_duplicate': kinds.isin(['near', 'rotated', 'mirrored']),
+             'label_conflict': good['path'].isin(conflicts)}
     for code,hit in marks.items():
         good['issues'] = _mark(good['issues'], code, hit)
     given = good['group'].copy()
     good['group'] = join_groups(given, duplicates, good['path'])
     tables = {'unreadable': unreadable, 'duplicates': duplicates, 'classes': _class_table(m, good)}
     if good['split'].nunique() > 1: tables['leakage'] = leakage(good)
-    facts = {'cv': vars(recommend_cv(good['label'], good['group'])), 'augmentation': _augmentation(good), 'balance': _balance(good), 'groups_given': bool((given!='').any()),
+    facts = {'cv': vars(recommend_cv(good['label'], good['group'])), 'augmentation': _augmentation(good),
+             'balance': _balance(good), 'groups_given': bool((given!='').any()),
              'leakage': _leakage_words(good, given) if 'leakage' in tables else []}
     if not config.quick_mode:
         more,answers = _ask_probes(good, {k: v[ok] for k,v in measured.vectors.items()}, given, config)
         tables,facts = tables|more,facts|answers
-        if 'label_issues' in more: good['issues'] = _mark(good['issues'], 'label_suspect', good['path'].isin(more['label_issues']['path']))
+        if 'label_issues' in more:
+            good['issues'] = _mark(good['issues'], 'label_suspect', good['path'].isin(more['label_issues']['path']))
     for column in ('quality', 'phash'): m[column] = ('' if column=='phash' else np.nan)
     m.loc[ok, ['issues', 'quality', 'phash', 'group']] = good[['issues', 'quality', 'phash', 'group']].to_numpy()
     m['quality'] = m['quality'].astype(float)
     return Inspection(m, _findings(m, good, given, tables, facts), tables, facts, config, Path(root).resolve())
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #b7030a8b
 def _leakage_words(good, given):
     "In the user's own groups, or in ours where theirs are not parted"
     return (leakage_notes(good.assign(group=given)) if (given!='').any() else []) or leakage_notes(good)
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #904bafd4
 def _class_table(m, good):
     "Files, usable photos and groups of each class"
-    table = m.groupby('label').agg(files=('path', 'size')).join(good.groupby('label').agg(photos=('path', 'size'), groups=('group', 'nunique'))).fillna(0).astype(int)
+    table = m.groupby('label').agg(files=('path', 'size')).join(good.groupby('label').agg(photos=('path', 'size'),
+            groups=('group', 'nunique'))).fillna(0).astype(int)
     return table.assign(share=(table['photos']/table['photos'].sum()).round(3)).reset_index()
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #8d2f2680
 def _balance(good):
     "How many photos and classes, and how even"
     d = analyze_distribution(good)
-    return {'classes': len(d.classes), 'photos': len(good), 'imbalance_ratio': round(d.imbalance_ratio, 2), 'effective_classes': round(d.effective_classes, 2),
+    return {'classes': len(d.classes), 'photos': len(good), 'imbalance_ratio': round(d.imbalance_ratio, 2),
+            'effective_classes': round(d.effective_classes, 2),
             'smallest': d.smallest_class}
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #ac8996c0
 def _augmentation(good):
     "Preset by the size of the set, and why"
     n = len(good)
     preset,why = ('light', 'Fewer than 500 photos: strong changes would drown what few there are') if n < 500 else \
-                 ('medium', '500 to 2,000 photos bear more variety') if n <= 2000 else ('heavy', 'More than 2,000 photos: variety costs nothing but time')
+                 ('medium', '500 to 2,000 photos bear more variety') if n <= 2000 else ('heavy',
+            'More than 2,000 photos: variety costs nothing but time')
     return {'preset': preset, 'reason': f'{why}.'}
 
 # %% ../../nbs/55_audit/30_inspector.ipynb #a3c20b5c
 def _count(n, one, many=None): return f'{n:,} {one if n==1 else many or one+"s"}'
-def _some(names, most=4): return ', '.join(map(str, names[:most])) + (f' and {len(names)-most} more' if len(names)>most else '')
+def _some(names, most=4):
+    return ', '.join(map(str, names[:most])) + (f' and {len(names)-most} more' if len(names)>most else '')
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #7e37a7e6
 def _findings(m, good, given, tables, facts):
     "All sentences, in the order of what to mend first"
-    rest = [*_split_findings(tables, facts), *_lost_findings(m, tables), *_probe_findings(tables, facts), *_group_findings(good, given, facts),
+    rest = [*_split_findings(tables, facts), *_lost_findings(m, tables), *_probe_findings(tables, facts),
+            *_group_findings(good, given, facts),
             *_twin_findings(tables['duplicates']), *_size_findings(tables['classes'], facts), *_mark_findings(m)]
     return [*_conflict_findings(tables['duplicates']), *sorted(rest, key=lambda f: LEVELS.index(f.level))]
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #6ed24f48
 def _conflict_findings(duplicates):
     "The same photo under two labels"
     conflicts = duplicates[duplicates['conflict']]
     if len(conflicts):
         first = conflicts[conflicts['cluster']==conflicts['cluster'].iloc[0]].drop_duplicates('label')
         n = conflicts['cluster'].nunique()
-        yield Finding('warning', 'label_conflict', f'{_count(n, "picture is", "pictures are")} filed under more than one class ({len(conflicts)} photos), '
+        yield Finding('warning', 'label_conflict',
+                      f'{_count(n, "picture is", "pictures are")} filed under more than one class ({len(conflicts)} '
+                      f'photos), '
                       f'for example {" and ".join(first["path"][:2])}.',
                       'One of the labels is wrong, or the photo shows both: decide which, and delete the others.')
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #afc5004e
 def _split_findings(tables, facts):
     "Whether an honest test is possible, and whether the split that the folder brings is one"
     if facts['cv']['refusal']: yield Finding('stop', 'no_honest_split', facts['cv']['refusal'])
     classes = tables['classes']
     if len(gone := classes[classes['photos']==0]):
-        yield Finding('stop', 'empty_class', f'No photo of {_some(gone["label"].tolist())} can be read.', 'Replace the files, or leave the class out.')
+        yield Finding('stop', 'empty_class', f'No photo of {_some(gone["label"].tolist())} can be read.',
+                      'Replace the files, or leave the class out.')
     if facts['leakage']:
-        yield Finding('warning', 'split_leaks', f'The split that the folder brings is not honest: {"; ".join(facts["leakage"][:2])}.',
+        yield Finding('warning', 'split_leaks',
+                      f'The split that the folder brings is not honest: {"; ".join(facts["leakage"][:2])}.',
                       'A score from this split is too good. Let amulet make its own: leave the photos in class folders.')
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #aa60b89d
 def _lost_findings(m, tables):
     if len(lost := tables['unreadable']):
         kinds = _some([f'{n} {code}' for code,n in lost['code'].value_counts().items()], 9)
-        yield Finding('warning', 'unreadable', f'{len(lost)} of {len(m)} files cannot be used and are left out ({kinds}).', 'Copy them again from where they came from.')
+        yield Finding('warning', 'unreadable',
+                      f'{len(lost)} of {len(m)} files cannot be used and are left out ({kinds}).',
+                      'Copy them again from where they came from.')
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #849f72d0
 def _probe_findings(tables, facts):
     "What small models could tell"
     if (hidden := facts.get('hidden_groups')) and hidden['real']:
-        yield Finding('warning', 'hidden_groups', f'File names betray {_count(hidden["groups"], "source")} of several photos each, and the photos of one resemble each other. '
+        yield Finding('warning', 'hidden_groups',
+                      f'File names betray {_count(hidden["groups"], "source")} of several photos each, and the photos '
+                      f'of one resemble each other. '
                       f'{hidden["words"]}',
-                      f'If they show one object or one scene, inspect and train with --group-by \'{hidden["pattern"]}\'.')
+                      f'If they show one object or one scene, inspect and train with --group-by '
+                      f'\'{hidden["pattern"]}\'.')
     if (gap := facts.get('group_gap')) and gap['real']:
         yield Finding('warning', 'random_split_flatters', f'Photos of one group resemble each other. {gap["words"]}',
                       'Split by group only, as amulet does, and never compare with figures from a random split.')
     if len(labels := tables.get('label_issues', ())):
         first = labels.iloc[0]
-        yield Finding('warning', 'label_suspects', f'{_count(len(labels), "label is", "labels are")} suspect, first of all {first["path"]}: it looks like {first["suggested"]}.',
+        yield Finding('warning', 'label_suspects',
+                      f'{_count(len(labels), "label is", "labels are")} suspect, first of all {first["path"]}: it '
+                      f'looks like {first["suggested"]}.',
                       'Look at them in the report; nothing was changed.')
-    easy = [r for r in tables['shortcuts'].itertuples() if r.predictive in ('clear', 'strong')] if 'shortcuts' in tables else []
+    easy = [r for r in tables['shortcuts'].itertuples() if r.predictive in ('clear',
+            'strong')] if 'shortcuts' in tables else []
     if easy:
         scores = _some([f'{r.balanced_accuracy:.2f} from {r.family}' for r in easy], 6)
         yield Finding('warning' if any(r.predictive=='strong' for r in easy) else 'info', 'shortcuts',
-                      f'The class can be guessed without seeing the thing: balanced accuracy {scores}, where chance is {easy[0].chance:.2f}.',
-                      'A model may learn that instead of the thing: photograph the classes alike, or test on photos from elsewhere.')
+                      f'The class can be guessed without seeing the thing: balanced accuracy {scores}, where chance is '
+                      f'{easy[0].chance:.2f}.',
+                      'A model may learn that instead of the thing: photograph the classes alike, or test on photos '
+                      'from elsewhere.')
     if len(named := tables.get('name_conflicts', ())):
-        yield Finding('info', 'name_conflicts', f'{_count(len(named), "file name contradicts its", "file names contradict their")} picture, for example {named["path"].iloc[0]}.',
+        yield Finding('info', 'name_conflicts',
+                      f'{_count(len(named), "file name contradicts its", "file names contradict their")} picture, for '
+                      f'example {named["path"].iloc[0]}.',
                       'See the report.')
     sources = facts.get('one_class_groups')
     if sources and not sources['rule'] and len(tables['one_class_groups']):
-        yield Finding('warning', 'one_class_groups', sources['words'], 'Photograph the classes together, or read the figures of these sources with care.')
+        yield Finding('warning', 'one_class_groups', sources['words'],
+                      'Photograph the classes together, or read the figures of these sources with care.')
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #3f9b914c
 def _group_findings(good, given, facts):
     sizes = good['group'].value_counts()
     if sizes.iloc[0] > max(20, len(good)/3):
-        yield Finding('warning', 'large_group', f'One group ({sizes.index[0]}) holds {sizes.iloc[0]} of {len(good)} photos.',
+        yield Finding('warning', 'large_group',
+                      f'One group ({sizes.index[0]}) holds {sizes.iloc[0]} of {len(good)} photos.',
                       'Parts and folds will be uneven; see whether the group is one.')
     if not facts['groups_given'] and 'hidden_groups' not in facts:
         yield Finding('info', 'no_groups', 'No groups were given.',
-                      'If several photos show one object or one scene, say so (--groups or --group-by), or the score will be too good.')
+                      'If several photos show one object or one scene, say so (--groups or --group-by), or the score '
+                      'will be too good.')
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #4ec14ff9
 def _twin_findings(duplicates):
     if len(duplicates):
         same = int(duplicates['kind'].isin(['exact', 'pixels']).sum())
-        yield Finding('info', 'duplicates', f'{_count(len(duplicates), "photo")} show what another file shows, in {_count(duplicates["cluster"].nunique(), "cluster")}; '
+        yield Finding('info', 'duplicates',
+                      f'{_count(len(duplicates), "photo")} show what another file shows, in '
+                      f'{_count(duplicates["cluster"].nunique(), "cluster")}; '
                       f'{same} of them are equal to the last pixel.',
-                      'Each cluster is kept in one part of every split. A cleaned copy (--fix) holds one of each that is equal.')
+                      'Each cluster is kept in one part of every split. A cleaned copy (--fix) holds one of each that '
+                      'is equal.')
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #e208c0d2
 def _size_findings(classes, facts):
     balance = facts['balance']
     if len(few := classes[(classes['photos']<20) & (classes['photos']>0)]):
-        yield Finding('info', 'few_photos', f'Fewer than 20 photos: {_some(few["label"].tolist())}.', 'Expect wide intervals.')
+        yield Finding('info', 'few_photos', f'Fewer than 20 photos: {_some(few["label"].tolist())}.',
+                      'Expect wide intervals.')
     if balance['imbalance_ratio'] >= 3:
-        yield Finding('info', 'imbalance', f'The largest class has {balance["imbalance_ratio"]:.1f} times the photos of the smallest ({balance["smallest"]}); '
+        yield Finding('info', 'imbalance',
+                      f'The largest class has {balance["imbalance_ratio"]:.1f} times the photos of the smallest '
+                      f'({balance["smallest"]}); '
                       f'the {balance["classes"]} classes are as mixed as {balance["effective_classes"]:.1f} even ones.', 'Read balanced accuracy, not accuracy.')
 
+# %% ../../nbs/55_audit/30_inspector.ipynb #b1d95856
 def _mark_findings(m):
     "One line for each kind of mark that photos carry"
     counts = m['issues'].str.split().explode().value_counts()
     for code,n in counts.items():
         if code not in (*FATAL, 'label_conflict', 'label_suspect', 'duplicate', 'near_duplicate'):
-            yield Finding('info', code, f'{_count(n, "photo is", "photos are")} marked {code.replace("_", " ")}: {ISSUES[code].words}.', f'{ISSUES[code].advice}.')
+            yield Finding('info', code, f'{_count(n, "photo is", "photos are")} marked {code.replace("_", " ")}: '
+                                        f'{ISSUES[code].words}.', f'{ISSUES[code].advice}.')

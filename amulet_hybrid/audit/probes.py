@@ -33,21 +33,27 @@ def _blocks(X, n):
     "Blocks as float32 arrays of `n` rows"
     blocks = [np.asarray(b, dtype=np.float32) for b in (X.values() if isinstance(X, Mapping) else [X])]
     if not blocks or any(b.ndim!=2 or len(b)!=n or not b.shape[1] for b in blocks):
-        raise ConfigError(f'{n} photos need as many rows in every block, got {[b.shape for b in blocks]}', code='bad_arrays', where='X')
-    if not all(np.isfinite(b).all() for b in blocks): raise ConfigError('features hold NaN or infinity', code='bad_arrays', where='X', advice='Leave unreadable photos out')
+        raise ConfigError(f'{n} photos need as many rows in every block, got {[b.shape for b in blocks]}',
+                          code='bad_arrays', where='X')
+    if not all(np.isfinite(b).all() for b in blocks):
+        raise ConfigError('features hold NaN or infinity', code='bad_arrays', where='X',
+                          advice='Leave unreadable photos out')
     return blocks
 
+# %% ../../nbs/55_audit/10_probes.ipynb #3cc6e338
 def _coordinates(blocks, train, seed):
     "All photos along the principal axes of the training photos; each block weighs the same"
     from sklearn.utils.extmath import randomized_svd
     parts = []
     for block in blocks:
         mean,std = block[train].mean(0), block[train].std(0)
-        parts.append((block-mean)*(np.where(std > 1e-6, 1/np.maximum(std, 1e-6), 0)*np.sqrt(1000/block.shape[1]/len(blocks))).astype(np.float32))
+        parts.append((block-mean)*(np.where(std > 1e-6, 1/np.maximum(std, 1e-6),
+                                            0)*np.sqrt(1000/block.shape[1]/len(blocks))).astype(np.float32))
     Z = np.hstack(parts)
     axes = randomized_svd(Z[train], min(AXES, len(train), Z.shape[1]), n_iter=2, random_state=seed)[2]
     return Z@axes.T
 
+# %% ../../nbs/55_audit/10_probes.ipynb #63cc7d9f
 def quick_proba(
     X:np.ndarray|Mapping[str,np.ndarray], # (n, n_features), or blocks by name
     y:ArrayLike, # (n,) class names or indices
@@ -57,23 +63,31 @@ def quick_proba(
     "Calibrated out-of-fold probabilities of a linear probe, in seconds"
     classes,codes = np.unique(np.asarray(y), return_inverse=True)
     fold = np.asarray(fold)
-    if fold.shape!=codes.shape: raise ConfigError(f'{len(codes)} labels need as many fold numbers, got {fold.shape}', code='bad_arrays', where='fold')
+    if fold.shape!=codes.shape:
+        raise ConfigError(f'{len(codes)} labels need as many fold numbers, got {fold.shape}', code='bad_arrays',
+                          where='fold')
     blocks,logits = _blocks(X, len(codes)), np.zeros((len(codes), len(classes)))
     with threadpool_limits(1): # small problems: more threads of the linear algebra only wait for each other
         for f in np.unique(fold):
             train,test = np.flatnonzero(fold!=f), np.flatnonzero(fold==f)
-            if len(np.unique(codes[train])) < 2: raise SplitError(f'outside fold {f} there are no two classes', code='one_class', advice='Make the folds with `split.folds`')
+            if len(np.unique(codes[train])) < 2:
+                raise SplitError(f'outside fold {f} there are no two classes', code='one_class',
+                                 advice='Make the folds with `split.folds`')
             Z = _coordinates(blocks, train, derive_seed(seed, 'axes', int(f)))
-            logits[test] = model_logits(make_model('logistic_balanced').fit(Z[train], codes[train]), Z[test], len(classes))
+            logits[test] = model_logits(make_model('logistic_balanced').fit(Z[train], codes[train]), Z[test],
+                                        len(classes))
     return TemperatureScaler().fit(logits, codes).predict_proba(logits)
 
 # %% ../../nbs/55_audit/10_probes.ipynb #f1bab35a
 def _testable(y, groups):
     "Photos whose class has two groups or more"
     several = groups_per_class(y, groups) > 1
-    if several.sum() < 2: raise SplitError('fewer than two classes have two groups', code='class_too_small', advice='Nothing can be asked by group before there are more sources')
+    if several.sum() < 2:
+        raise SplitError('fewer than two classes have two groups', code='class_too_small',
+                         advice='Nothing can be asked by group before there are more sources')
     return np.isin(y, [str(c) for c in several.index[several]])
 
+# %% ../../nbs/55_audit/10_probes.ipynb #6b545d74
 @dataclass(frozen=True)
 class GroupGap:
     "Balanced accuracy of the quick probe in random and in grouped folds"
@@ -92,14 +106,21 @@ class GroupGap:
     @property
     def words(self) -> str:
         "One sentence for a report"
-        r,g,half = self.random.value, self.grouped.value, (self.gap.high-self.gap.low)/2
+        r = self.random.value
+        g = self.grouped.value
+        half = (self.gap.high-self.gap.low)/2
         out = f' Left out, as they have one group only: {", ".join(self.left_out)}.' if self.left_out else ''
-        if self.real: return f'A random split would overstate balanced accuracy by {self.gap.value:.2f} +- {half:.2f}: {r:.2f} instead of {g:.2f}.'+out
-        if self.gap.high < 0: return f'A random split does not flatter: balanced accuracy {r:.2f}, by group {g:.2f}.'+out
-        return f'Random and grouped folds cannot be told apart: balanced accuracy {r:.2f} and {g:.2f}, difference {self.gap.value:.2f} +- {half:.2f}.'+out
+        if self.real:
+            return (f'A random split would overstate balanced accuracy by {self.gap.value:.2f} +- {half:.2f}: {r:.2f} '
+                    f'instead of {g:.2f}.')+out
+        if self.gap.high < 0:
+            return f'A random split does not flatter: balanced accuracy {r:.2f}, by group {g:.2f}.'+out
+        return (f'Random and grouped folds cannot be told apart: balanced accuracy {r:.2f} and {g:.2f}, difference '
+                f'{self.gap.value:.2f} +- {half:.2f}.')+out
 
     def _repr_html_(self): return f'<p>{self.words.replace("+-", "±").replace("<", "&lt;")}</p>'
 
+# %% ../../nbs/55_audit/10_probes.ipynb #d063dd76
 def group_gap(
     X:np.ndarray|Mapping[str,np.ndarray], # (n, n_features), or blocks by name
     y:ArrayLike, # (n,) class names or indices
@@ -110,16 +131,23 @@ def group_gap(
     "How much a random split would overstate; raises `SplitError` where no grouped folds exist"
     label,group = np.asarray(y).astype(str), np.asarray(groups).astype(str)
     blocks = {str(i): b for i,b in enumerate(_blocks(X, len(label)))}
-    if len(group)!=len(label): raise ConfigError(f'{len(label)} photos need as many groups, got {len(group)}', code='bad_arrays', where='groups')
-    if len(np.unique(group))==len(label): raise SplitError('every photo is a group of its own', code='no_groups', advice='There is no difference to measure')
+    if len(group)!=len(label):
+        raise ConfigError(f'{len(label)} photos need as many groups, got {len(group)}', code='bad_arrays',
+                          where='groups')
+    if len(np.unique(group))==len(label):
+        raise SplitError('every photo is a group of its own', code='no_groups',
+                         advice='There is no difference to measure')
     keep = _testable(label, group)
     left_out = tuple(np.unique(label[~keep]).tolist())
-    label,group,blocks = label[keep], group[keep], {name: b[keep] for name,b in blocks.items()}
+    label = label[keep]
+    group = group[keep]
+    blocks = {name: b[keep] for name,b in blocks.items()}
     classes,codes = np.unique(label, return_inverse=True)
     grouped = folds(label, group, k, seed)
     random = folds(label, np.arange(len(label)), len(np.unique(grouped)), seed)
     proba_r,proba_g = quick_proba(blocks, codes, random, seed), quick_proba(blocks, codes, grouped, seed)
-    value_r,value_g = (evaluate_predictions(codes, p, classes.tolist(), group, 1000, seed=seed).interval('balanced_accuracy') for p in (proba_r, proba_g))
+    value_r,value_g = (evaluate_predictions(codes, p, classes.tolist(), group, 1000,
+                                            seed=seed).interval('balanced_accuracy') for p in (proba_r, proba_g))
     gap = paired_difference(codes, proba_r, proba_g, groups=group, n_boot=1000, seed=seed)
     return GroupGap(value_r, value_g, gap, len(label), len(np.unique(group)), left_out)
 
@@ -135,7 +163,8 @@ FAMILIES:dict[str,tuple[str,...]] = {
 def _columns(table, names):
     "The columns of a family as numbers: text as codes by frequency, NaN kept apart; constant ones left out"
     table = pd.DataFrame(table).reset_index(drop=True)
-    if 'aspect' in names and 'aspect' not in table and {'width', 'height'} <= set(table): table['aspect'] = table['width']/table['height'].clip(lower=1)
+    if 'aspect' in names and 'aspect' not in table and {'width', 'height'} <= set(table):
+        table['aspect'] = table['width']/table['height'].clip(lower=1)
     if 'bytes_per_pixel' in names and 'bytes_per_pixel' not in table and {'bytes', 'width', 'height'} <= set(table):
         table['bytes_per_pixel'] = table['bytes']/(table['width']*table['height']).clip(lower=1)
     out = {}
@@ -150,12 +179,14 @@ def _columns(table, names):
         out[name] = number.fillna(number.min()-1 if number.notna().any() else 0.)
     return pd.DataFrame(out)
 
+# %% ../../nbs/55_audit/10_probes.ipynb #9e8b8ab7
 def _strength(balanced, chance):
     "How strong, in a word, from the share of the way between chance and certainty"
     if balanced.low <= chance+.02: return 'no'
     way = (balanced.value-chance)/(1-chance)
     return 'weak' if way < .15 else 'clear' if way < .4 else 'strong'
 
+# %% ../../nbs/55_audit/10_probes.ipynb #6868ed35
 def shortcuts(
     table:pd.DataFrame, # Manifest; what it lacks is passed over, NaN is borne
     y:ArrayLike, # (n,) class of each photo
@@ -163,14 +194,20 @@ def shortcuts(
     families:Mapping[str,Sequence[str]]|None=None, # Name -> columns; default: `FAMILIES`
     seed:int=0,
     n_jobs:int=1 # Threads of the forest
-) -> pd.DataFrame: # Index family; `columns`, `balanced_accuracy`, `low`, `high`, `chance`, `predictive` ('no', 'weak', 'clear', 'strong'), `words`; the strongest first
+# Index family; `columns`, `balanced_accuracy`, `low`, `high`, `chance`, `predictive` ('no', 'weak', 'clear', 'strong'),
+# `words`; the strongest first
+) -> pd.DataFrame:
     "How well the class is guessed from what says nothing about the thing"
     from sklearn.ensemble import ExtraTreesClassifier
     label = np.asarray(y).astype(str)
     group = np.asarray(np.arange(len(label)) if groups is None else groups).astype(str)
-    if not len(table)==len(label)==len(group): raise ConfigError(f'{len(table)} rows, {len(label)} labels and {len(group)} groups do not match', code='bad_arrays', where='table')
+    if not len(table)==len(label)==len(group):
+        raise ConfigError(f'{len(table)} rows, {len(label)} labels and {len(group)} groups do not match',
+                          code='bad_arrays', where='table')
     keep = _testable(label, group)
-    label,group,table = label[keep], group[keep], table[keep]
+    label = label[keep]
+    group = group[keep]
+    table = table[keep]
     fold = folds(label, group, 5, seed)
     classes,codes = np.unique(label, return_inverse=True)
     chance,rows = 1/len(classes), []
@@ -179,15 +216,20 @@ def shortcuts(
         if not X.shape[1]: continue
         proba = np.zeros((len(label), len(classes)))
         for f in np.unique(fold):
-            forest = ExtraTreesClassifier(60, min_samples_leaf=3, class_weight='balanced', max_features=None, random_state=derive_seed(seed, family, int(f)), n_jobs=n_jobs)
+            forest = ExtraTreesClassifier(60, min_samples_leaf=3, class_weight='balanced', max_features=None,
+                                          random_state=derive_seed(seed, family, int(f)), n_jobs=n_jobs)
             forest.fit(X[fold!=f].to_numpy(), codes[fold!=f])
             proba[np.ix_(fold==f, forest.classes_)] = forest.predict_proba(X[fold==f].to_numpy())
-        found = evaluate_predictions(codes, proba, classes.tolist(), group, 500, seed=seed).interval('balanced_accuracy')
+        found = evaluate_predictions(codes, proba, classes.tolist(), group, 500,
+                                     seed=seed).interval('balanced_accuracy')
         strength = _strength(found, chance)
-        words = f'{family} ({", ".join(X)}) guesses the class with balanced accuracy {found.value:.2f} ({found.low:.2f} to {found.high:.2f}); chance is {chance:.2f}'
-        rows.append((family, ', '.join(X), found.value, found.low, found.high, chance, strength, words[0].upper()+words[1:]+('' if strength=='no' else f': a {strength} shortcut')))
+        words = (f'{family} ({", ".join(X)}) guesses the class with balanced accuracy {found.value:.2f} '
+                 f'({found.low:.2f} to {found.high:.2f}); chance is {chance:.2f}')
+        rows.append((family, ', '.join(X), found.value, found.low, found.high, chance, strength,
+                     words[0].upper()+words[1:]+('' if strength=='no' else f': a {strength} shortcut')))
     columns = ['family', 'columns', 'balanced_accuracy', 'low', 'high', 'chance', 'predictive', 'words']
-    return pd.DataFrame(rows, columns=columns).sort_values('balanced_accuracy', ascending=False, kind='stable').set_index('family')
+    return pd.DataFrame(rows, columns=columns).sort_values('balanced_accuracy', ascending=False,
+                                                           kind='stable').set_index('family')
 
 # %% ../../nbs/55_audit/10_probes.ipynb #fa593080
 @dataclass(frozen=True, eq=False)
@@ -208,28 +250,34 @@ class OneClassGroups:
 
     def _repr_html_(self): return f'<p>{self.words}</p>'+self.table.head(10).to_html(index=False, border=0)
 
+# %% ../../nbs/55_audit/10_probes.ipynb #ed58987e
 def one_class_groups(
     labels:ArrayLike, # (n,) class of each photo
     groups:ArrayLike # (n,) group of each photo
 ) -> OneClassGroups:
     "Which sources hold one class only, and whether that is the rule of the set"
-    t = pd.DataFrame({'label': np.asarray(labels), 'group': np.asarray(groups)}).groupby('group', sort=True)['label'].agg(['first', 'nunique', 'size']).reset_index()
+    t = pd.DataFrame({'label': np.asarray(labels), 'group': np.asarray(groups)}).groupby('group',
+            sort=True)['label'].agg(['first', 'nunique', 'size']).reset_index()
     t = t[t['size'] > 1]
     pure = t[t['nunique']==1].rename(columns={'first': 'label', 'size': 'photos'})[['group', 'label', 'photos']]
-    return OneClassGroups(pure.sort_values('photos', ascending=False, kind='stable', ignore_index=True), len(t), bool(len(t)) and len(pure) >= .8*len(t))
+    return OneClassGroups(pure.sort_values('photos', ascending=False, kind='stable', ignore_index=True), len(t),
+                          bool(len(t)) and len(pure) >= .8*len(t))
 
 # %% ../../nbs/55_audit/10_probes.ipynb #bc8b487b
 _END = r'\.[^./]+$'
 
 def _stems(paths): return [PurePosixPath(p).stem for p in paths]
 
+# %% ../../nbs/55_audit/10_probes.ipynb #32fb9966
 def _affixes(stems, labels, behind=False):
     "Beginnings (or ends) of names that were put before (or behind) names which also occur with another, in the same class"
     met,classes = defaultdict(set), defaultdict(set)
     for stem,label in zip(stems, labels):
         for cut in re.finditer(r'[_\-. ]+', stem):
             affix,core = (stem[cut.start():], stem[:cut.start()]) if behind else (stem[:cut.end()], stem[cut.end():])
-            if (re.search(r'\d$', core) and re.match('[^A-Za-z0-9]+[A-Za-z]', affix)) if behind else (re.match('[A-Za-z].*[0-9]', core) and re.search('[A-Za-z]', affix)):
+            if (re.search(r'\d$', core) and re.match('[^A-Za-z0-9]+[A-Za-z]',
+                                                     affix)) if behind else (re.match('[A-Za-z].*[0-9]', core)
+                    and re.search('[A-Za-z]', affix)):
                 met[label, core].add(affix); classes[affix].add(label)
     witnessed:dict[str,int] = defaultdict(int)
     whole,several = set(zip(labels, stems)), min(2, len(set(labels)))
@@ -239,12 +287,15 @@ def _affixes(stems, labels, behind=False):
             for affix in those: witnessed[affix] += 1
     taken = set()
     for stem in stems: # the shortest that will do, so that as much of the name as possible remains
-        fits = [a for a,n in witnessed.items() if n > 2 and len(a) < len(stem) and (stem.endswith(a) if behind else stem.startswith(a))]
+        fits = [a for a,n in witnessed.items() if n > 2 and len(a) < len(stem)
+                and (stem.endswith(a) if behind else stem.startswith(a))]
         if fits: taken.add(min(fits, key=len))
     return sorted(taken, key=lambda a: (-len(a), a))
 
+# %% ../../nbs/55_audit/10_probes.ipynb #2d0aaa1c
 def _any_of(words): return f'(?:{"|".join(map(re.escape, words))})?' if words else ''
 
+# %% ../../nbs/55_audit/10_probes.ipynb #7b19f49d
 def _readings(paths, labels):
     "Kind and pattern of each way to read the names"
     stems = _stems(paths)
@@ -252,32 +303,44 @@ def _readings(paths, labels):
     front,end = f'(?:^|/){_any_of(before)}', _any_of(behind)+_END
     if before: yield 'words before the name',f'([^/]+)/{_any_of(before)}([^/]+){_END}'
     if behind: yield 'words behind the name',f'([^/]+)/{_any_of(before)}([^/]+?){end}'
-    if any(re.search(r'( ?\(\d+\)| - Copy)$', s) for s in stems): yield 'marks of copies',rf'([^/]+)/([^/]+?)(?: ?\(\d+\)| - Copy)*{_END}'
-    if any(re.search(r'[_\-. ]+[A-Za-z]{0,6}\d+$', s) for s in stems): yield 'number behind the name',rf'{front}([^/]+?)[_\-. ]+(?:burst|frame|crop|cover)?\d+{end}'
+    if any(re.search(r'( ?\(\d+\)| - Copy)$', s) for s in stems):
+        yield 'marks of copies',rf'([^/]+)/([^/]+?)(?: ?\(\d+\)| - Copy)*{_END}'
+    if any(re.search(r'[_\-. ]+[A-Za-z]{0,6}\d+$', s) for s in stems):
+        yield 'number behind the name',rf'{front}([^/]+?)[_\-. ]+(?:burst|frame|crop|cover)?\d+{end}'
     deep = [p for p in paths if len(parts := p.split('/')) - (parts[0].lower() in SPLITS) > 2]
     if len(deep) > .5*len(paths): yield 'folder','([^/]+/[^/]+)/[^/]+$'
 
+# %% ../../nbs/55_audit/10_probes.ipynb #1aba068b
 def _judge(kind, pattern, paths, labels):
     "One row of `suggest_groups`"
     found = groups_from_pattern(pd.Series(paths), pattern).to_numpy(str)
     group = np.where(found!='', found, paths)
-    size,n,k = pd.Series(group).value_counts(), len(group), len(set(labels))
+    size = pd.Series(group).value_counts()
+    n = len(group)
+    k = len(set(labels))
     with_siblings,largest = float(size[size>1].sum()/n), float(size.iloc[0]/n)
-    why = ('nearly every photo is alone' if with_siblings < .2 else f'only {len(size)} groups for {k} classes' if len(size) < 3*k else
+    why = ('nearly every photo is alone' if with_siblings < .2 else f'only {len(size)} groups for {k} classes'
+           if len(size) < 3*k else
            f'one group holds {largest:.0%} of the photos' if largest > .25 else '')
     name = str(size.index[0])
     example = f'{name}: {", ".join(PurePosixPath(p).name for p in np.asarray(paths)[group==name][:3])}'
     return kind,pattern,len(size),round(n/len(size), 1),example,not why,why
 
+# %% ../../nbs/55_audit/10_probes.ipynb #d40cff75
 def suggest_groups(
     paths:Iterable[str], # (n,) relative to the root
     labels:ArrayLike # (n,) class of each photo
-) -> pd.DataFrame: # A row a reading: `kind`, `pattern` (for `group_by`), `groups`, `photos_per_group`, `example`, `plausible`, `why_not`; the best first
+# A row a reading: `kind`, `pattern` (for `group_by`), `groups`, `photos_per_group`, `example`, `plausible`, `why_not`;
+# the best first
+) -> pd.DataFrame:
     "Groups that the file names betray"
     names,classes = [str(p) for p in paths], np.asarray(labels).astype(str).tolist()
-    if len(names)!=len(classes): raise ConfigError(f'{len(names)} paths and {len(classes)} labels do not match', code='bad_arrays', where='labels')
+    if len(names)!=len(classes):
+        raise ConfigError(f'{len(names)} paths and {len(classes)} labels do not match', code='bad_arrays',
+                          where='labels')
     rows = [_judge(kind, pattern, names, classes) for kind,pattern in _readings(names, classes)]
-    table = pd.DataFrame(rows, columns=['kind', 'pattern', 'groups', 'photos_per_group', 'example', 'plausible', 'why_not'])
+    table = pd.DataFrame(rows, columns=['kind', 'pattern', 'groups', 'photos_per_group', 'example', 'plausible',
+                                        'why_not'])
     return table.sort_values('plausible', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../../nbs/55_audit/10_probes.ipynb #f72f13af
@@ -292,8 +355,10 @@ def _pseudo_labels(paths, labels):
         keep = np.isin(word, list(values.index))
         if not 2 <= len(values) <= 4 or keep.mean() < .9 or any(v in SPLITS for v in values.index): continue
         share = pd.crosstab(labels[keep], word[keep].astype(str))
-        if ((share > 1).sum() >= min(2, len(share))).all() and (share > 1).all(axis=1).mean() >= .5: yield word,keep,list(values.index)
+        if ((share > 1).sum() >= min(2, len(share))).all() and (share > 1).all(axis=1).mean() >= .5:
+            yield word,keep,list(values.index)
 
+# %% ../../nbs/55_audit/10_probes.ipynb #166de773
 def name_conflicts(
     paths:Iterable[str], # (n,) relative to the root
     labels:ArrayLike, # (n,) class of each photo
@@ -302,10 +367,12 @@ def name_conflicts(
     groups:ArrayLike|None=None, # (n,) group of each photo; None: each photo alone
     visible:float=.85, # Balanced accuracy from which on a word can be seen
     sure:float=.9 # Probability of the other word from which on a photo is listed
-) -> pd.DataFrame: # `row`, `path`, `label`, `word`, `suggested`, `probability`, `balanced_accuracy` (of the word); the surest first
+# `row`, `path`, `label`, `word`, `suggested`, `probability`, `balanced_accuracy` (of the word); the surest first
+) -> pd.DataFrame:
     "Photos whose picture contradicts a word in their file name"
     files,label = [str(p) for p in paths], np.asarray(labels).astype(str)
-    if len(files)!=len(label): raise ConfigError(f'{len(files)} paths and {len(label)} labels do not match', code='bad_arrays', where='labels')
+    if len(files)!=len(label):
+        raise ConfigError(f'{len(files)} paths and {len(label)} labels do not match', code='bad_arrays', where='labels')
     blocks,group = _blocks(X, len(files)), np.asarray(np.arange(len(files)) if groups is None else groups)
     rows,done = [], set()
     for word,keep,values in _pseudo_labels(files, label):
@@ -316,11 +383,14 @@ def name_conflicts(
         except SplitError: continue
         names,codes = np.unique(given, return_inverse=True)
         proba = quick_proba({str(i): b[keep] for i,b in enumerate(blocks)}, given, fold, seed)
-        seen = evaluate_predictions(codes, proba, names.tolist(), group[keep], 200, seed=seed).interval('balanced_accuracy').value
+        seen = evaluate_predictions(codes, proba, names.tolist(), group[keep], 200,
+                                    seed=seed).interval('balanced_accuracy').value
         if seen < visible: continue
         issues = find_label_issues(given, proba, names.tolist())
         for issue in issues[issues['probability_suggested'] >= sure].to_dict('records'):
             row = kept[issue['row']]
-            rows.append((row, files[row], label[row], issue['given'], issue['suggested'], issue['probability_suggested'], seen))
-    table = pd.DataFrame(rows, columns=['row', 'path', 'label', 'word', 'suggested', 'probability', 'balanced_accuracy'])
+            rows.append((row, files[row], label[row], issue['given'], issue['suggested'],
+                         issue['probability_suggested'], seen))
+    table = pd.DataFrame(rows, columns=['row', 'path', 'label', 'word', 'suggested', 'probability',
+                                        'balanced_accuracy'])
     return table.sort_values('probability', ascending=False, kind='stable', ignore_index=True)

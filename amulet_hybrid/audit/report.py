@@ -26,7 +26,8 @@ def plot_classes(
     ax.barh(rows, classes['photos'], color='#a9c7dd', height=.62, label='photos')
     ax.barh(rows, classes['groups'], color=ACCENT, height=.26, label='groups')
     for row,(photos,groups) in enumerate(zip(classes['photos'], classes['groups'])):
-        ax.text(photos, row, f' {photos:,}' + (f' in {groups:,}' if groups!=photos else ''), va='center', fontsize=8, color=INK)
+        ax.text(photos, row, f' {photos:,}' + (f' in {groups:,}' if groups!=photos else ''), va='center', fontsize=8,
+                color=INK)
     ax.set_xlim(0, 1.15*max(1, classes['photos'].max()))
     ax.xaxis.set_visible(False)
     ax.spines['bottom'].set_visible(False)
@@ -36,35 +37,45 @@ def plot_classes(
 # %% ../../nbs/55_audit/20_report.ipynb #1b40e21d
 CLUSTERS,SHOWN,SUSPECTS,WORST = 12,5,12,5 # how many are shown: clusters, photos of each, suspects, photos of each kind
 
-_FIGURES = {'blurred': 'blur', 'dark': 'brightness', 'bright': 'brightness', 'low_contrast': 'contrast', 'clipped': 'clipping', 'noisy': 'noise', 'low_information': 'information',
-            'odd_aspect_ratio': 'aspect', 'low_resolution': 'width', 'grey_among_colour': 'colourfulness', 'odd_background': 'border_spread'}
+_FIGURES = {'blurred': 'blur', 'dark': 'brightness', 'bright': 'brightness', 'low_contrast': 'contrast',
+            'clipped': 'clipping', 'noisy': 'noise', 'low_information': 'information',
+            'odd_aspect_ratio': 'aspect', 'low_resolution': 'width', 'grey_among_colour': 'colourfulness',
+            'odd_background': 'border_spread'}
 
 def _cluster_cards(duplicates, conflict):
     "Clusters to show: (heading, [(path, caption)])"
     cards = []
     for _,rows in duplicates[duplicates['conflict']==conflict].groupby('cluster', sort=False):
         if len(cards)==CLUSTERS: break
-        shown = pd.concat([(first := rows.drop_duplicates('label')), rows.drop(first.index)]) if conflict else rows # one of each label comes first
+        # one of each label comes first
+        shown = pd.concat([(first := rows.drop_duplicates('label')), rows.drop(first.index)]) if conflict else rows
         heading = f'{len(rows)} photos' + (f', of which {SHOWN} are shown' if len(shown) > SHOWN else '')
-        cards.append((heading, [(r.path, f'{r.label}' if r.kind in ('exact', 'pixels', 'near') else f'{r.label} ({r.kind})') for r in shown.head(SHOWN).itertuples()]))
+        cards.append((heading, [(r.path, f'{r.label}' if r.kind in ('exact', 'pixels', 'near')
+                                 else f'{r.label} ({r.kind})') for r in shown.head(SHOWN).itertuples()]))
     return cards
 
+# %% ../../nbs/55_audit/20_report.ipynb #8055e34a
 def _worst(manifest):
     "The worst photos of each quality issue: (code, words, number, [(path, caption)])"
     for code,issue in ISSUES.items():
         rows = manifest[has_issue(manifest, [code])]
-        if not len(rows) or issue.fatal or code in ('duplicate', 'near_duplicate', 'label_conflict', 'label_suspect'): continue
+        if not len(rows) or issue.fatal or code in ('duplicate', 'near_duplicate', 'label_conflict', 'label_suspect'):
+            continue
         figure = _FIGURES.get(code)
         high = code in ('bright', 'clipped', 'noisy', 'odd_aspect_ratio', 'odd_background')
         rows = rows.sort_values(figure or 'path', ascending=not high, kind='stable').head(WORST)
-        captions = [f'{r.label}, {figure.replace("_", " ")} {getattr(r, figure):.3g}' if figure else str(r.label) for r in rows.itertuples()]
+        captions = [f'{r.label}, {figure.replace("_", " ")} {getattr(r, figure):.3g}' if figure else str(r.label)
+                    for r in rows.itertuples()]
         yield code,issue,int(has_issue(manifest, [code]).sum()),list(zip(rows['path'], captions))
 
+# %% ../../nbs/55_audit/20_report.ipynb #77b3b3d4
 def _suspect_cards(labels):
     "Suspected labels with the photos beside them"
-    return [{'path': r.path, 'given': r.given, 'suggested': r.suggested, 'probability': r.probability_suggested, 'beside': r.neighbours}
+    return [{'path': r.path, 'given': r.given, 'suggested': r.suggested, 'probability': r.probability_suggested,
+             'beside': r.neighbours}
             for r in labels.head(SUSPECTS).itertuples()]
 
+# %% ../../nbs/55_audit/20_report.ipynb #56f005ab
 def _pictures(paths, read_photo):
     "Thumbnails by path; a reason in place of one that can't be read"
     def small(path):
@@ -72,6 +83,7 @@ def _pictures(paths, read_photo):
         except Exception as error: return f'cannot be shown: {error}' # whatever a reader raises, the report goes on
     with ThreadPoolExecutor(4) as pool: return dict(zip(paths, pool.map(small, paths)))
 
+# %% ../../nbs/55_audit/20_report.ipynb #426423dc
 BODY = '''<p class="lead">{{ found.verdict }}</p>
 {% for f in found.findings if f.level!='info' %}{% if loop.first %}<section><h2>What to mend first</h2><ol class="todo">{% endif %}
 <li class="{{ f.level }}">{{ f.text|breakable }}{% if f.advice %} <small>{{ f.advice|breakable }}</small>{% endif %}</li>{% if loop.last %}</ol></section>{% endif %}{% endfor %}
@@ -114,11 +126,13 @@ def _words_of_balance(b):
     return (f'{b["photos"]:,} photos of {b["classes"]} classes, as mixed as {b["effective_classes"]:.1f} even ones; '
             f'the largest has {b["imbalance_ratio"]:.1f} times the photos of the smallest ({b["smallest"]}).')
 
+# %% ../../nbs/55_audit/20_report.ipynb #ef0e2aa7
 def _words_of_folds(cv):
     "The recommended cross-validation in a sentence"
     rounds = f', {cv["repeats"]} times' if cv['repeats'] > 1 else ''
     return cv['refusal'] or f'{cv["kind"]}, {cv["k"]} folds{rounds}. {cv["reason"].rstrip(".")}.'
 
+# %% ../../nbs/55_audit/20_report.ipynb #de8497b7
 def render_photo_report(
     found:Any, # An `Inspection`
     read_photo:Callable[[str],np.ndarray]|None=None # Path -> RGB array; None: no photos are shown
@@ -129,17 +143,24 @@ def render_photo_report(
     conflicts,plain = _cluster_cards(duplicates, True),_cluster_cards(duplicates, False)
     suspects = _suspect_cards(tables['label_issues']) if len(tables.get('label_issues', ())) else []
     worst = list(_worst(found.manifest))
-    wanted = [path for *_,photos in conflicts+plain+worst for path,_ in photos] + [path for s in suspects for path in (s['path'], *s['beside'])]
+    wanted = [path for *_,photos in conflicts+plain+worst for path,_ in photos] + [path for s in suspects
+            for path in (s['path'], *s['beside'])]
     def parts(name, columns=None, most=40):
         if not len(tables.get(name, ())): return None
         return table_parts(tables[name][columns] if columns else tables[name], most)
-    settings = pd.DataFrame([(k, str(v)) for k,v in found.config.to_dict().items() if v not in (None, '')], columns=['setting', 'value'])
+    settings = pd.DataFrame([(k, str(v)) for k,v in found.config.to_dict().items() if v not in (None, '')],
+                            columns=['setting', 'value'])
     n_clusters = duplicates.groupby('conflict')['cluster'].nunique()
     return render_page(
         BODY, f'{found.title}: inspection', found=found, classes=figure_source(plot_classes(tables['classes'])),
-        balance=_words_of_balance(facts['balance']), cv_words=_words_of_folds(facts['cv']), augmentation=facts['augmentation'],
-        conflicts=conflicts, clusters=plain, n_conflicts=int(n_clusters.get(True, 0)), n_clusters=int(n_clusters.get(False, 0)),
-        suspects=suspects, n_suspects=len(tables.get('label_issues', ())), gap=facts.get('group_gap'), hidden=facts.get('hidden_groups'), suggestions=parts('group_suggestions'),
-        shortcuts=parts('shortcuts', ['family', 'columns', 'balanced_accuracy', 'low', 'high', 'predictive']), chance=f'{1/facts["balance"]["classes"]:.3f}',
-        leaks=parts('leakage'), worst=worst, names=parts('name_conflicts'), unreadable=parts('unreadable', most=200), settings=table_parts(settings),
+        balance=_words_of_balance(facts['balance']), cv_words=_words_of_folds(facts['cv']),
+        augmentation=facts['augmentation'],
+        conflicts=conflicts, clusters=plain, n_conflicts=int(n_clusters.get(True, 0)),
+        n_clusters=int(n_clusters.get(False, 0)),
+        suspects=suspects, n_suspects=len(tables.get('label_issues', ())), gap=facts.get('group_gap'),
+        hidden=facts.get('hidden_groups'), suggestions=parts('group_suggestions'),
+        shortcuts=parts('shortcuts', ['family', 'columns', 'balanced_accuracy', 'low', 'high', 'predictive']),
+        chance=f'{1/facts["balance"]["classes"]:.3f}',
+        leaks=parts('leakage'), worst=worst, names=parts('name_conflicts'), unreadable=parts('unreadable', most=200),
+        settings=table_parts(settings),
         pictures=_pictures(list(dict.fromkeys(wanted)), read_photo) if read_photo else {})

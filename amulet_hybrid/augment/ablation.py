@@ -31,6 +31,7 @@ class Arm:
     "Ways to treat small classes; besides these, each preset of augmentation is one"
     nothing,weights,sampler = 'nothing','class weights','balanced sampler'
 
+# %% ../../nbs/60_augment/60_ablation.ipynb #3f7e42c8
 @dataclass(frozen=True)
 class StudyConfig(Config):
     "What is compared, and how"
@@ -41,15 +42,21 @@ class StudyConfig(Config):
     model:str='logistic' # Key of `amulet_hybrid.learn.candidates.MODELS`; must take weights
     folds:int=5 # Grouped
     dimensions:int=256 # Axes that the model sees
-    pretend:str='medium' # Preset with which it is shown what augmenting before splitting would have pretended; '': not shown
+    # Preset with which it is shown what augmenting before splitting would have pretended; '': not shown
+    pretend:str='medium'
     seed:int=0
 
     def __post_init__(self):
         if unknown := sorted(({*self.presets} | ({self.pretend} if self.pretend else set()))-set(PRESETS)):
-            raise ConfigError(f'no preset is called {unknown[0]!r}', code='unknown_preset', advice=f'Known: {", ".join(PRESETS)}')
-        if not has_fit_parameter(make_model(self.model), 'sample_weight'): raise ConfigError(f'the model {self.model!r} takes no weights', advice="For example 'logistic' or 'svm'")
-        if self.folds < 2 or self.max_repeats < 1: raise ConfigError(f'`folds` must be 2 or more and `max_repeats` 1 or more, got {self.folds} and {self.max_repeats}')
+            raise ConfigError(f'no preset is called {unknown[0]!r}', code='unknown_preset',
+                              advice=f'Known: {", ".join(PRESETS)}')
+        if not has_fit_parameter(make_model(self.model), 'sample_weight'):
+            raise ConfigError(f'the model {self.model!r} takes no weights', advice="For example 'logistic' or 'svm'")
+        if self.folds < 2 or self.max_repeats < 1:
+            raise ConfigError(f'`folds` must be 2 or more and `max_repeats` 1 or more, got {self.folds} and '
+                              f'{self.max_repeats}')
 
+# %% ../../nbs/60_augment/60_ablation.ipynb #81e150fd
 @dataclass
 class _Pool:
     "Measured copies of every photo, for one preset"
@@ -62,15 +69,20 @@ class _Pool:
         wanted = self.number < copies[self.source]
         return self.rows[wanted],self.source[wanted]
 
+# %% ../../nbs/60_augment/60_ablation.ipynb #d43cb774
 def _copies_of(manifest, root, counts, config, blocked, seed) -> Iterator[np.ndarray]:
     "Copies of every photo, the photo decoded once"
     for path,label,n in zip(manifest['path'], manifest['label'], counts):
         if not n: continue
         rgb = read_image(Path(root)/path)
-        for copy in range(n): yield apply_steps(rgb, draw_steps(config, np.random.default_rng(derive_seed(seed, 'copy', path, copy, 0)), blocked.get(label, ())))
+        for copy in range(n):
+            yield apply_steps(rgb, draw_steps(config, np.random.default_rng(derive_seed(seed, 'copy', path, copy, 0)),
+                                              blocked.get(label, ())))
 
+# %% ../../nbs/60_augment/60_ablation.ipynb #916deec9
 def _make_pool(manifest, root, extractor, counts, preset, blocked, seed):
-    rows = stream_rows(extractor, _copies_of(manifest, root, counts, AugmentationConfig(preset), blocked, seed), int(counts.sum()), f'Measuring {preset}')
+    rows = stream_rows(extractor, _copies_of(manifest, root, counts, AugmentationConfig(preset), blocked, seed),
+                       int(counts.sum()), f'Measuring {preset}')
     source = np.repeat(np.arange(len(counts)), counts)
     return _Pool(rows, source, np.arange(len(source))-np.repeat(np.cumsum(counts)-counts, counts))
 
@@ -78,23 +90,31 @@ def _make_pool(manifest, root, extractor, counts, preset, blocked, seed):
 class _Fold:
     "The training and test rows of one fold, and what models think"
     def __init__(self, X, y, groups, train, test, sizes, config):
-        self.y,self.groups,self.train,self.test,self.config = y,groups,train,test,config
+        self.y = y
+        self.groups = groups
+        self.train = train
+        self.test = test
+        self.config = config
         self.scaler = BlockScaler(sizes, dimensions=config.dimensions).fit(X[train])
         self.Z,self.Z_test = self.scaler.transform(X[train]),self.scaler.transform(X[test])
 
     def copies(self, n):
         "How often each photo of the set is copied in this fold"
         c,out = self.config,np.zeros(n, int)
-        out[self.train] = plan_copies(self.y[self.train], self.groups[self.train], c.target_samples, c.augmentation_factor, c.max_repeats, c.seed)
+        out[self.train] = plan_copies(self.y[self.train], self.groups[self.train], c.target_samples,
+                                      c.augmentation_factor, c.max_repeats, c.seed)
         return out
 
     def proba(self, arm, pool, n_classes):
         "Probabilities of the test rows"
-        Z,y,weight = self.Z,self.y[self.train],np.ones(len(self.train))
+        Z = self.Z
+        y = self.y[self.train]
+        weight = np.ones(len(self.train))
         even = (len(y)/n_classes/np.maximum(np.bincount(y, minlength=n_classes), 1))[y]
         if arm==Arm.weights: weight = even
         elif arm==Arm.sampler:
-            drawn = np.random.default_rng(derive_seed(self.config.seed, 'sampler')).choice(len(y), len(y), p=even/even.sum())
+            drawn = np.random.default_rng(derive_seed(self.config.seed, 'sampler')).choice(len(y), len(y),
+                    p=even/even.sum())
             Z,y = Z[drawn],y[drawn]
         elif pool is not None:
             rows,source = pool.take(self.copies(len(self.y)))
@@ -105,6 +125,7 @@ class _Fold:
         out[:,model.classes_] = model.predict_proba(self.Z_test)
         return out
 
+# %% ../../nbs/60_augment/60_ablation.ipynb #d6ce6337
 def class_differences(
     y:np.ndarray, # (n,) class indices
     proba_a:np.ndarray, # (n, classes)
@@ -132,24 +153,30 @@ def class_differences(
 @dataclass(frozen=True, repr=False)
 class AugmentationStudy:
     "With and without; made by `evaluate_augmentation`"
-    table:pd.DataFrame # By arm: made (photos a fold), macro_f1, smallest_f1, and the differences from `nothing` with their ends
+    # By arm: made (photos a fold), macro_f1, smallest_f1, and the differences from `nothing` with their ends
+    table:pd.DataFrame
     per_class:pd.DataFrame # Arm x class: difference of F1 from `nothing`, as text with its interval
     choice:str # Arm that helps, or 'nothing'
     smallest:str # Class with the fewest photos
     n:int # Photos
     n_groups:int # Groups
-    pretended:dict[str,float] = field(default_factory=dict) # Macro F1 in honest folds without and with made photos, and as augmenting before splitting shows it
+    # Macro F1 in honest folds without and with made photos, and as augmenting before splitting shows it
+    pretended:dict[str,float] = field(default_factory=dict)
     proba:dict[str,np.ndarray] = field(default_factory=dict) # Arm -> (n, classes) out of fold
 
     @property
     def notes(self) -> list[str]:
         "What it comes to, in sentences"
         t = self.table
-        out = [f'{self.choice} helps: macro F1 {t.macro_f1[self.choice]:.3f} instead of {t.macro_f1[Arm.nothing]:.3f}' if self.choice!=Arm.nothing else
-               f'Nothing that was tried helps surely: macro F1 is {t.macro_f1[Arm.nothing]:.3f} without, and no interval lies above that']
-        if len(harm := t.index[t['macro_f1_high'] < 0]): out.append(f'{", ".join(harm)} {"does" if len(harm)==1 else "do"} harm')
+        out = [f'{self.choice} helps: macro F1 {t.macro_f1[self.choice]:.3f} instead of {t.macro_f1[Arm.nothing]:.3f}'
+               if self.choice!=Arm.nothing else
+               f'Nothing that was tried helps surely: macro F1 is {t.macro_f1[Arm.nothing]:.3f} without, and no '
+               f'interval lies above that']
+        if len(harm := t.index[t['macro_f1_high'] < 0]):
+            out.append(f'{", ".join(harm)} {"does" if len(harm)==1 else "do"} harm')
         if p := self.pretended:
-            out.append(f'Who augments before splitting ({p["preset"]}) would report {p["pretended"]:.3f}; in honest folds the same photos give {p["honest"]:.3f}')
+            out.append(f'Who augments before splitting ({p["preset"]}) would report {p["pretended"]:.3f}; in honest '
+                       f'folds the same photos give {p["honest"]:.3f}')
         return out
 
     def __repr__(self): return f'AugmentationStudy({self.notes[0]})'
@@ -160,17 +187,22 @@ class AugmentationStudy:
         out = t[['made']].copy()
         for name in ('macro_f1', 'smallest_f1'):
             out[name] = t[name].round(3)
-            out[f'{name}_difference'] = [str(Interval(*row)) if arm!=Arm.nothing else '' for arm,row in zip(t.index, t[[f'{name}_by', f'{name}_low', f'{name}_high']].to_numpy())]
+            out[f'{name}_difference'] = [str(Interval(*row)) if arm!=Arm.nothing else '' for arm,row in zip(t.index,
+                    t[[f'{name}_by', f'{name}_low', f'{name}_high']].to_numpy())]
         return out
 
-    def _repr_html_(self): return self.shown().to_html(border=0)+'<ul>'+''.join(f'<li>{html.escape(n)}.</li>' for n in self.notes)+'</ul>'
+    def _repr_html_(self):
+        return self.shown().to_html(border=0)+'<ul>'+''.join(f'<li>{html.escape(n)}.</li>' for n in self.notes)+'</ul>'
 
+# %% ../../nbs/60_augment/60_ablation.ipynb #7c29be0f
 def _macro_f1(y, proba): return float(np.mean(_class_f1(y, proba)))
 
+# %% ../../nbs/60_augment/60_ablation.ipynb #a48d9fa9
 def _class_f1(y, proba):
     called,k = proba.argmax(1),proba.shape[1]
     return np.array([2*((called==c)&(y==c)).sum()/max(1, (called==c).sum()+(y==c).sum()) for c in range(k)])
 
+# %% ../../nbs/60_augment/60_ablation.ipynb #23109775
 def evaluate_augmentation(
     manifest:pd.DataFrame, # Columns path, label, group; rows of `test` are left out where there is a split
     root:str|Path, # Where the paths begin
@@ -186,7 +218,8 @@ def evaluate_augmentation(
     fold = folds(m['label'], m['group'], config.folds, config.seed)
     measured = extractor.extract_manifest(m, root)
     X,sizes = np.hstack(list(measured.values())),tuple(v.shape[1] for v in measured.values())
-    parts = [_Fold(X, y, groups, np.flatnonzero(fold!=f), np.flatnonzero(fold==f), sizes, config) for f in np.unique(fold)]
+    parts = [_Fold(X, y, groups, np.flatnonzero(fold!=f), np.flatnonzero(fold==f), sizes, config)
+             for f in np.unique(fold)]
     counts = np.max([part.copies(len(m)) for part in parts], axis=0)
     arms:dict[str,Any] = {Arm.nothing: None, Arm.weights: None, Arm.sampler: None}
     for preset in dict.fromkeys((*config.presets, *([config.pretend] if config.pretend else []))):
@@ -195,13 +228,19 @@ def evaluate_augmentation(
     for part in progress(parts, 'Comparing', unit='fold'):
         for arm,pool in arms.items(): proba[arm][part.test] = part.proba(arm, pool, len(classes))
     made = int(np.mean([part.copies(len(m)).sum() for part in parts]))
-    return _judge(m, y, groups, classes, proba, made, config, _pretended(X, y, sizes, arms[config.pretend], proba, config) if config.pretend else {})
+    return _judge(m, y, groups, classes, proba, made, config,
+                  _pretended(X, y, sizes, arms[config.pretend], proba, config) if config.pretend else {})
 
-def _columns(name, value, by): return {name: value, f'{name}_by': by.value, f'{name}_low': by.low, f'{name}_high': by.high}
+# %% ../../nbs/60_augment/60_ablation.ipynb #2c875a4d
+def _columns(name, value, by):
+    return {name: value, f'{name}_by': by.value, f'{name}_low': by.low, f'{name}_high': by.high}
 
+# %% ../../nbs/60_augment/60_ablation.ipynb #ee39f21b
 def _judge(m, y, groups, classes, proba, made, config, pretended):
     smallest = int(np.bincount(y, minlength=len(classes)).argmin())
-    rows,per_class,sure = {},{},{}
+    rows = {}
+    per_class = {}
+    sure = {}
     for arm,p in proba.items():
         macro = paired_difference(y, p, proba[Arm.nothing], 'macro_f1', groups, seed=config.seed)
         each = class_differences(y, p, proba[Arm.nothing], groups, seed=config.seed)
@@ -209,10 +248,12 @@ def _judge(m, y, groups, classes, proba, made, config, pretended):
                      **_columns('smallest_f1', float(_class_f1(y, p)[smallest]), each[smallest])}
         per_class[arm] = dict(zip(classes, map(str, each)))
         if arm!=Arm.nothing: # all arms together shall deceive no more often than one may
-            strict = paired_difference(y, p, proba[Arm.nothing], 'macro_f1', groups, seed=config.seed, confidence=1-.05/(len(proba)-1))
+            strict = paired_difference(y, p, proba[Arm.nothing], 'macro_f1', groups, seed=config.seed,
+                                       confidence=1-.05/(len(proba)-1))
             if strict.low > 0: sure[arm] = rows[arm]['macro_f1']
     choice = max(sure, key=lambda arm: sure[arm]) if sure else Arm.nothing
-    return AugmentationStudy(pd.DataFrame(rows).T.astype({'made': int}).rename_axis('arm'), pd.DataFrame(per_class).T.rename_axis('arm'), choice, str(classes[smallest]), len(m),
+    return AugmentationStudy(pd.DataFrame(rows).T.astype({'made': int}).rename_axis('arm'),
+                             pd.DataFrame(per_class).T.rename_axis('arm'), choice, str(classes[smallest]), len(m),
                              len(np.unique(groups)), pretended, proba)
 
 # %% ../../nbs/60_augment/60_ablation.ipynb #2ff1556f
@@ -222,6 +263,8 @@ def _pretended(X, y, sizes, pool, proba, config):
     part = folds(labels, [''] * len(labels), config.folds, config.seed) # no photo knows its brothers
     found = np.zeros((len(labels), proba[config.pretend].shape[1]))
     for f in np.unique(part):
-        fold = _Fold(rows, labels, np.arange(len(labels)), np.flatnonzero(part!=f), np.flatnonzero(part==f), sizes, config)
+        fold = _Fold(rows, labels, np.arange(len(labels)), np.flatnonzero(part!=f), np.flatnonzero(part==f), sizes,
+                     config)
         found[fold.test] = fold.proba(Arm.nothing, None, found.shape[1])
-    return {'preset': config.pretend, 'pretended': _macro_f1(labels, found), 'honest': _macro_f1(y, proba[config.pretend]), 'without': _macro_f1(y, proba[Arm.nothing])}
+    return {'preset': config.pretend, 'pretended': _macro_f1(labels, found),
+            'honest': _macro_f1(y, proba[config.pretend]), 'without': _macro_f1(y, proba[Arm.nothing])}

@@ -21,19 +21,25 @@ from ..data.split import group_codes
 # %% ../../nbs/60_augment/40_fidelity.ipynb #5447ffbb
 def _refuse(message, code='bad_arrays'): raise ConfigError(message, code=code)
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #a72e9ac9
 def _two_sets(real, made, least=2):
     "Both as float64 arrays that fit each other"
     a,b = np.asarray(real, np.float64),np.asarray(made, np.float64)
-    if a.ndim!=2 or b.ndim!=2 or a.shape[1]!=b.shape[1]: _refuse(f'two arrays of rows of one width are needed, got {a.shape} and {b.shape}')
-    if min(len(a), len(b)) < least: _refuse(f'at least {least} rows of each are needed, got {len(a)} and {len(b)}', 'too_few_photos')
-    if not (np.isfinite(a).all() and np.isfinite(b).all()): _refuse('there are numbers that are not finite: leave photos out that could not be read')
+    if a.ndim!=2 or b.ndim!=2 or a.shape[1]!=b.shape[1]:
+        _refuse(f'two arrays of rows of one width are needed, got {a.shape} and {b.shape}')
+    if min(len(a), len(b)) < least:
+        _refuse(f'at least {least} rows of each are needed, got {len(a)} and {len(b)}', 'too_few_photos')
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        _refuse('there are numbers that are not finite: leave photos out that could not be read')
     return a,b
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #6b5e844c
 def _spread_rows(x):
     "Centred rows whose squares sum to the covariance, no more of them than columns"
     x = (x-x.mean(0))/math.sqrt(len(x)-1)
     return np.linalg.qr(x, mode='r') if len(x) > x.shape[1] else x
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #a402624f
 def compute_fid(
     real:ArrayLike, # (n, d) features of real photos
     made:ArrayLike # (m, d) features of made photos
@@ -55,8 +61,11 @@ class LimitFID:
     n:int # Photos of the smaller set
     warning:str='' # Why not to build on it
 
-    def __str__(self): return f'{self.value:.3f} at infinity (plain {self.plain:.3f} with {self.n} photos)' + (f'. {self.warning}' if self.warning else '')
+    def __str__(self):
+        return f'{self.value:.3f} at infinity (plain {self.plain:.3f} with {self.n} photos)' + (f'. {self.warning}'
+                if self.warning else '')
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #275bce85
 FEW = 100
 
 def fid_infinity(
@@ -74,8 +83,10 @@ def fid_infinity(
     if axes < a.shape[1]:
         directions = np.linalg.svd(a-a.mean(0), full_matrices=False)[2][:axes].T
         a,b = a@directions,b@directions
-    rng,sizes = np.random.default_rng(derive_seed(seed, 'fid')),np.unique(np.linspace(max(axes+2, n//3), n, points).round().astype(int))
-    draws = [(s, compute_fid(a[rng.choice(len(a), s, False)], b[rng.choice(len(b), s, False)])) for s in sizes for _ in range(repeats)]
+    rng = np.random.default_rng(derive_seed(seed, 'fid'))
+    sizes = np.unique(np.linspace(max(axes+2, n//3), n, points).round().astype(int))
+    draws = [(s, compute_fid(a[rng.choice(len(a), s, False)], b[rng.choice(len(b), s, False)])) for s in sizes
+             for _ in range(repeats)]
     x,y = 1/np.array([s for s,_ in draws], float),np.array([f for _,f in draws])
     line,covariance = (np.polyfit(x, y, 1, cov=True) if len(sizes) > 1 else (np.array([0, y.mean()]), np.zeros((2,2))))
     warning = f'{n} photos are few: plain FID says more about their number than about them' if n < FEW else ''
@@ -84,10 +95,12 @@ def fid_infinity(
 # %% ../../nbs/60_augment/40_fidelity.ipynb #6bdf6af0
 def _kernel(x, y): return (x@y.T/x.shape[1]+1)**3
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #d9a0bd44
 def _discrepancy(kxx, kyy, kxy):
     n,m = len(kxx),len(kyy)
     return (kxx.sum()-np.trace(kxx))/(n*(n-1)) + (kyy.sum()-np.trace(kyy))/(m*(m-1)) - 2*kxy.mean()
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #2d7b5ccb
 def compute_kid(
     real:ArrayLike, # (n, d) features of real photos
     made:ArrayLike, # (m, d) features of made photos
@@ -98,7 +111,8 @@ def compute_kid(
     "Unbiased kernel distance between two sets of features"
     a,b = _two_sets(real, made)
     if not subsets: return float(_discrepancy(_kernel(a, a), _kernel(b, b), _kernel(a, b)))
-    if not 2 <= subset_size <= min(len(a), len(b)): raise ConfigError(f'`subset_size` must be in 2..{min(len(a), len(b))}, got {subset_size}')
+    if not 2 <= subset_size <= min(len(a), len(b)):
+        raise ConfigError(f'`subset_size` must be in 2..{min(len(a), len(b))}, got {subset_size}')
     rng,found = np.random.RandomState(seed),[]
     for _ in range(subsets):
         x,y = a[rng.choice(len(a), subset_size, replace=False)],b[rng.choice(len(b), subset_size, replace=False)]
@@ -117,6 +131,7 @@ class Distance:
     def __str__(self): return f'{self.value:.4f} [{self.low:.4f}, {self.high:.4f}], p {self.p_value:.3f}'
     def __contains__(self, x): return self.low <= x <= self.high
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #a817207d
 def _units(groups_real, groups_made, n, m):
     "Number of the group of every row, the real ones first; a row without one is a group of its own"
     names = [np.asarray([''] * k if g is None else g, object) for g,k in ((groups_real, n), (groups_made, m))]
@@ -124,6 +139,7 @@ def _units(groups_real, groups_made, n, m):
         if name.shape!=(k,): _refuse(f'{k} rows need as many group names, got {name.shape}')
     return group_codes(np.concatenate(names))
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #9fb3769c
 def _deals(unit, is_made, permutations, rng) -> Iterator[np.ndarray]: # (n+m,) bool
     "Labels dealt anew: groups with both kinds are swapped or not, the others are shuffled"
     count = unit.max()+1
@@ -136,6 +152,7 @@ def _deals(unit, is_made, permutations, rng) -> Iterator[np.ndarray]: # (n+m,) b
         dealt[alone] = rng.permutation(side[alone])
         yield np.asarray(np.where(both[unit], is_made ^ swap[unit], dealt[unit]))
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #907f4665
 def _weighted(kernel, inside):
     "Distances for rows of `inside`, (draws, n+m) numbers 1 (made), 0 (real) or NaN (left out)"
     w,r = np.nan_to_num(inside),np.nan_to_num(1-inside)
@@ -144,6 +161,7 @@ def _weighted(kernel, inside):
     n,m = r.sum(1),w.sum(1)
     return ((kr*r).sum(1)-r@diagonal)/(n*(n-1)) + ((kw*w).sum(1)-w@diagonal)/(m*(m-1)) - 2*(kr*w).sum(1)/(n*m)
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #4e0fb581
 def kid_test(
     real:ArrayLike, # (n, d) features of real photos
     made:ArrayLike, # (m, d) features of made photos
@@ -155,20 +173,26 @@ def kid_test(
 ) -> Distance:
     "Kernel distance with an interval and a permutation test"
     a,b = _two_sets(real, made, 4)
-    if permutations < 20 or not 0 < confidence < 1: raise ConfigError(f'`permutations` must be 20 or more and `confidence` in (0, 1), got {permutations} and {confidence}')
+    if permutations < 20 or not 0 < confidence < 1:
+        raise ConfigError(f'`permutations` must be 20 or more and `confidence` in (0, 1), got {permutations} and '
+                          f'{confidence}')
     pooled,is_made = np.concatenate([a, b]),np.arange(len(a)+len(b)) >= len(a)
     kernel,unit = _kernel(pooled, pooled),_units(groups_real, groups_made, len(a), len(b))
     value = float(_weighted(kernel, is_made[None].astype(float))[0])
-    deals = np.array([d for d in _deals(unit, is_made, permutations, np.random.default_rng(derive_seed(seed, 'deals'))) if 1 < d.sum() < len(d)-1], float)
+    deals = np.array([d for d in _deals(unit, is_made, permutations, np.random.default_rng(derive_seed(seed, 'deals')))
+                      if 1 < d.sum() < len(d)-1], float)
     chance = _weighted(kernel, deals)
     low,high = np.quantile(chance, [(1-confidence)/2, (1+confidence)/2])
     wide = _normal(confidence)*_jackknife(kernel, is_made.astype(float), unit)
-    return Distance(value, value-max(float(high), wide), value+max(-float(low), wide), float((1+(chance >= value).sum())/(1+len(chance))))
+    return Distance(value, value-max(float(high), wide), value+max(-float(low), wide),
+                    float((1+(chance >= value).sum())/(1+len(chance))))
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #54cbf00e
 def _normal(confidence):
     from scipy.stats import norm
     return float(norm.ppf((1+confidence)/2))
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #751bdb55
 def _jackknife(kernel, inside, unit):
     "Standard error from leaving out a group at a time"
     left = np.where(unit[None]==np.arange(unit.max()+1)[:,None], np.nan, inside[None])
@@ -179,6 +203,7 @@ def _jackknife(kernel, inside, unit):
 # %% ../../nbs/60_augment/40_fidelity.ipynb #5cf74062
 def _squared(x, y): return np.maximum((x**2).sum(1)[:,None]+(y**2).sum(1)-2*x@y.T, 0)
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #041e201c
 def _among(points, cloud, k):
     "Share of `points` within the k-th neighbour's distance of one of `cloud`"
     reach,hit = np.empty(len(cloud)),np.zeros(len(points), bool)
@@ -188,6 +213,7 @@ def _among(points, cloud, k):
         hit |= (_squared(points, some) <= reach[None,start:start+1000]).any(1)
     return float(hit.mean())
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #704337e3
 def precision_recall(
     real:ArrayLike, # (n, d) features of real photos
     made:ArrayLike, # (m, d) features of made photos
@@ -209,14 +235,18 @@ def real_floor(
 ) -> pd.DataFrame: # Columns `kid` and `fid`; one row a deal
     "Distances that two halves of the real photos have"
     a = np.asarray(real, np.float64)
-    unit,rng,rows = _units(groups, None, len(a), 0),np.random.default_rng(derive_seed(seed, 'halves')),[]
+    unit = _units(groups, None, len(a), 0)
+    rng = np.random.default_rng(derive_seed(seed, 'halves'))
+    rows = []
     size = np.bincount(unit)
     for _ in range(deals):
         order = rng.permutation(len(size))
         first = np.isin(unit, order[np.cumsum(size[order]) <= len(a)/2+1e-9])
-        if 2 <= first.sum() <= len(a)-2: rows.append((compute_kid(a[first], a[~first]), compute_fid(a[first], a[~first])))
+        if 2 <= first.sum() <= len(a)-2:
+            rows.append((compute_kid(a[first], a[~first]), compute_fid(a[first], a[~first])))
     return pd.DataFrame(rows, columns=['kid', 'fid'])
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #4bea0011
 def _verdict(n, m, test, floor):
     "What the figures of a class come to"
     if min(n, m) < LEAST or not len(floor): return 'too few to tell'
@@ -224,15 +254,20 @@ def _verdict(n, m, test, floor):
     if test.value <= usual: return 'like real ones'
     return 'unlike real ones' if test.p_value < .01 and test.low > usual else 'a little off'
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #598e0553
 FEWEST = 15 # photos of each, below which a line through FID has no end that means anything
 
-VERDICTS = {'unlike real ones': 'are unlike the real ones: look at them before training on them', 'a little off': 'are farther off than real photos are from each other',
-            'too few to tell': 'are too few to be judged', 'like real ones': 'are as near to the real ones as those are to each other'}
+VERDICTS = {'unlike real ones': 'are unlike the real ones: look at them before training on them',
+            'a little off': 'are farther off than real photos are from each other',
+            'too few to tell': 'are too few to be judged',
+            'like real ones': 'are as near to the real ones as those are to each other'}
 
 @dataclass(frozen=True, repr=False)
 class FidelityReport:
     "How far made photos are from real ones; made by `fidelity_by_class`"
-    table:pd.DataFrame # By class: real, made, kid, kid_low, kid_high, p_value, kid_floor, fid, fid_floor, fid_infinity, precision, recall, verdict
+    # By class: real, made, kid, kid_low, kid_high, p_value, kid_floor, fid, fid_floor, fid_infinity, precision, recall,
+    # verdict
+    table:pd.DataFrame
     space:str # What the rows are
 
     @property
@@ -241,25 +276,38 @@ class FidelityReport:
         t = self.table
         said = ((words, t.index[t['verdict']==verdict]) for verdict,words in VERDICTS.items())
         out = [f'Made photos of {", ".join(map(str, names))} {words}' for words,names in said if len(names)]
-        few = f'The smallest class has {t["real"].min()} real photos; with so few, plain FID says more about their number than about them'
+        few = (f'The smallest class has {t["real"].min()} real photos; with so few, plain FID says more about their '
+               f'number than about them')
         return out+([f'{few}: compare it with its floor, or read KID'] if t['real'].min() < FEW else [])
 
-    def __repr__(self): return f'FidelityReport({self.space}: {", ".join(f"{k} {v}" for k,v in self.table["verdict"].value_counts().items())})'
-    def _repr_html_(self): return self.table.round(3).to_html(border=0)+'<ul>'+''.join(f'<li>{n}.</li>' for n in self.notes)+'</ul>'
+    def __repr__(self):
+        return (f'FidelityReport({self.space}: '
+                f'{", ".join(f"{k} {v}" for k,v in self.table["verdict"].value_counts().items())})')
+    def _repr_html_(self):
+        return self.table.round(3).to_html(border=0)+'<ul>'+''.join(f'<li>{n}.</li>' for n in self.notes)+'</ul>'
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #8c7a0f8f
 def _judge_class(a, b, groups_a, groups_b, permutations, seed):
     "A row of the report"
-    n,m,row = len(a),len(b),dict.fromkeys(('kid', 'kid_low', 'kid_high', 'p_value', 'kid_floor', 'fid', 'fid_floor', 'fid_infinity', 'precision', 'recall'), math.nan)
+    n = len(a)
+    m = len(b)
+    row = dict.fromkeys(('kid', 'kid_low', 'kid_high', 'p_value', 'kid_floor', 'fid', 'fid_floor', 'fid_infinity',
+                         'precision', 'recall'), math.nan)
     if min(n, m) < LEAST: return {'real': n, 'made': m, **row, 'verdict': 'too few to tell'}
     test,floor = kid_test(a, b, groups_a, groups_b, permutations, seed=seed),real_floor(a, groups_a, seed=seed)
     half,rng = n//2,np.random.default_rng(derive_seed(seed, 'equal'))
     k = min(half, m)
-    fid = np.mean([compute_fid(a[rng.choice(n, k, False)], b[rng.choice(m, k, False)]) for _ in range(10)]) # as many as in half of the real ones
+    # as many as in half of the real ones
+    fid = np.mean([compute_fid(a[rng.choice(n, k, False)], b[rng.choice(m, k, False)]) for _ in range(10)])
     precision,recall = precision_recall(a, b, min(3, min(n, m)-1))
-    return {'real': n, 'made': m, 'kid': test.value, 'kid_low': test.low, 'kid_high': test.high, 'p_value': test.p_value,
-            'kid_floor': floor['kid'].quantile(.95) if len(floor) else math.nan, 'fid': float(fid), 'fid_floor': floor['fid'].mean() if len(floor) else math.nan,
-            'fid_infinity': fid_infinity(a, b, seed=seed).value if k >= FEWEST else math.nan, 'precision': precision, 'recall': recall, 'verdict': _verdict(n, m, test, floor)}
+    return {'real': n, 'made': m, 'kid': test.value, 'kid_low': test.low, 'kid_high': test.high,
+            'p_value': test.p_value,
+            'kid_floor': floor['kid'].quantile(.95) if len(floor) else math.nan, 'fid': float(fid),
+            'fid_floor': floor['fid'].mean() if len(floor) else math.nan,
+            'fid_infinity': fid_infinity(a, b, seed=seed).value if k >= FEWEST else math.nan, 'precision': precision,
+            'recall': recall, 'verdict': _verdict(n, m, test, floor)}
 
+# %% ../../nbs/60_augment/40_fidelity.ipynb #ef494f6c
 def fidelity_by_class(
     real:ArrayLike, # (n, d) features of real photos
     labels_real:ArrayLike, # (n,)
@@ -276,8 +324,10 @@ def fidelity_by_class(
     scale = np.where((s := a.std(0)) > 1e-9, s, np.inf)
     a,b = ((x-a.mean(0))/scale for x in (a, b))
     y,z = np.asarray(labels_real),np.asarray(labels_made)
-    if y.shape!=(len(a),) or z.shape!=(len(b),): _refuse(f'{len(a)} and {len(b)} rows need as many labels, got {y.shape} and {z.shape}')
+    if y.shape!=(len(a),) or z.shape!=(len(b),):
+        _refuse(f'{len(a)} and {len(b)} rows need as many labels, got {y.shape} and {z.shape}')
     def part(g, rows): return None if g is None else np.asarray(g, object)[rows]
-    rows = {c: _judge_class(a[y==c], b[z==c], part(groups_real, y==c), part(groups_made, z==c), permutations, seed) for c in np.unique(z) if (y==c).any()}
+    rows = {c: _judge_class(a[y==c], b[z==c], part(groups_real, y==c), part(groups_made, z==c), permutations, seed)
+            for c in np.unique(z) if (y==c).any()}
     if not rows: _refuse('no class has real and made photos')
     return FidelityReport(pd.DataFrame(rows).T.rename_axis('class').infer_objects(), space)

@@ -41,9 +41,15 @@ def plan_copies(
 ) -> np.ndarray: # (n,) copies to make of each photo
     "Copies that bring every class to its target, with the fewest repeats"
     y,g = np.asarray(labels),group_codes(groups)
-    if target_samples and augmentation_factor: raise ConfigError('`target_samples` and `augmentation_factor` are two ways to say one thing', advice='Give one of them')
-    if not len(y) or len(y)!=len(g): raise ConfigError(f'labels and groups must be as many as photos, and there must be some; got {len(y)} and {len(g)}', code='bad_arrays')
-    order,copies,most = np.random.default_rng(derive_seed(seed, 'copies')).permutation(len(y)),np.zeros(len(y), int),int(pd.Series(y).value_counts().max())
+    if target_samples and augmentation_factor:
+        raise ConfigError('`target_samples` and `augmentation_factor` are two ways to say one thing',
+                          advice='Give one of them')
+    if not len(y) or len(y)!=len(g):
+        raise ConfigError(f'labels and groups must be as many as photos, and there must be some; got {len(y)} and '
+                          f'{len(g)}', code='bad_arrays')
+    order = np.random.default_rng(derive_seed(seed, 'copies')).permutation(len(y))
+    copies = np.zeros(len(y), int)
+    most = int(pd.Series(y).value_counts().max())
     for label in np.unique(y):
         rows = order[y[order]==label]
         n = len(rows)
@@ -64,9 +70,11 @@ def training_photos(
     if missing: raise DatasetError(f'the column {missing[0]!r} is missing', code='bad_table', where='manifest')
     split = manifest['split'].fillna('')
     if (without := int((split=='').sum())):
-        raise SplitError(f'{without} of {len(manifest)} photos are in no part yet; who augments before splitting tests on copies of training photos', code='augment_before_split',
+        raise SplitError(f'{without} of {len(manifest)} photos are in no part yet; who augments before splitting tests '
+                         f'on copies of training photos', code='augment_before_split',
                          advice='Split first: `amulet augment` does it by itself, in Python `split_dataset_stratified`')
-    if wrong := sorted(set(split)-set(SPLITS.values())): raise SplitError(f'no split is called {wrong[0]!r}', code='bad_split', advice='train, val, test')
+    if wrong := sorted(set(split)-set(SPLITS.values())):
+        raise SplitError(f'no split is called {wrong[0]!r}', code='bad_split', advice='train, val, test')
     check_groups(split, manifest['group'])
     train = manifest[split=='train'].reset_index(drop=True)
     if not len(train): raise SplitError('there are no training photos', code='no_photos')
@@ -92,17 +100,23 @@ class AugmentFolderConfig(Config):
 
     def __post_init__(self):
         if self.preset!='auto': AugmentationConfig(self.preset, self.strength, self.without)
-        for name,low,high in (('target_samples', 0, 10**7), ('augmentation_factor', 0, 1000), ('quality_threshold', 0, 100), ('max_repeats', 1, 10**4), ('max_tries', 1, 1000),
-                              ('jpeg_quality', 1, 100), ('least_distance', 0, 255), ('most_distance', self.least_distance, 255)):
-            if not low <= getattr(self, name) <= high: raise ConfigError(f'`{name}` must be in {low:g}..{high:g}, got {getattr(self, name)}')
-        if self.max_side and not 32 <= self.max_side <= 5000: raise ConfigError(f'`max_side` must be 0 or in 32..5000, got {self.max_side}')
+        for name,low,high in (('target_samples', 0, 10**7), ('augmentation_factor', 0, 1000),
+                              ('quality_threshold', 0, 100), ('max_repeats', 1, 10**4), ('max_tries', 1, 1000),
+                              ('jpeg_quality', 1, 100), ('least_distance', 0, 255),
+                              ('most_distance', self.least_distance, 255)):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f'`{name}` must be in {low:g}..{high:g}, got {getattr(self, name)}')
+        if self.max_side and not 32 <= self.max_side <= 5000:
+            raise ConfigError(f'`max_side` must be 0 or in 32..5000, got {self.max_side}')
 
     def operations(self,
         n_photos:int # In the training set
     ) -> AugmentationConfig:
         "What may happen to a photo"
-        return AugmentationConfig(preset_for(n_photos) if self.preset=='auto' else self.preset, self.strength, self.without)
+        return AugmentationConfig(preset_for(n_photos) if self.preset=='auto' else self.preset, self.strength,
+                                  self.without)
 
+# %% ../../nbs/60_augment/30_folder.ipynb #fc30b3f6
 class Probe(Protocol):
     "A model that says what it sees"
     classes:Sequence[str]
@@ -113,10 +127,12 @@ class Probe(Protocol):
     ) -> np.ndarray: # (n, classes)
         "Probabilities"
 
+# %% ../../nbs/60_augment/30_folder.ipynb #a133371b
 def small_view(rgb:np.ndarray) -> np.ndarray: # (32, 32, 3) int16
     "What is left of a photo from afar"
     return cv2.resize(rgb, (32, 32), interpolation=cv2.INTER_AREA).astype(np.int16)
 
+# %% ../../nbs/60_augment/30_folder.ipynb #aaabd7b8
 def view_distance(a:np.ndarray, b:np.ndarray) -> float: # Grey levels, 0..255
     "Mean difference of two small views"
     return float(np.abs(a-b).mean())
@@ -133,17 +149,27 @@ class _Task:
     @property
     def key(self) -> str: return f'{self.path}|{self.copies[0]}'
 
+# %% ../../nbs/60_augment/30_folder.ipynb #dbb92e3d
 class _Maker:
     "Makes the copies of one source"
     def __init__(self, config, operations, blocked, probe, root, output, limits):
-        self.config,self.operations,self.blocked,self.probe,self.root,self.output,self.limits = config,operations,blocked,probe,root,output,limits
+        self.config = config
+        self.operations = operations
+        self.blocked = blocked
+        self.probe = probe
+        self.root = root
+        self.output = output
+        self.limits = limits
         self.column = {c: i for i,c in enumerate(probe.classes)} if probe else {}
 
     def __call__(self, task):
         "Rows of made photos, reasons why others were refused, and the numbers of the copies that could not be made"
         try: source = self._read(task.path)
         except ImageError as error: return task,[],{error.code: len(task.copies)},task.copies
-        first,views,rows,refused = self._figures([source], task.label),[small_view(source)],[],Counter()
+        first = self._figures([source], task.label)
+        views = [small_view(source)]
+        rows = []
+        refused = Counter()
         step = max(1, min(8, 8_000_000//source.size*3))
         waiting = [task.copies[i:i+step] for i in range(0, len(task.copies), step)]
         failed:list[int] = []
@@ -151,10 +177,13 @@ class _Maker:
             for attempt in range(self.config.max_tries):
                 if not some: break
                 drawn = [self._draw(source, task, n, attempt) for n in some]
-                for n,(seed,steps,rgb),quality,known in zip(some, drawn, *self._figures([d[2] for d in drawn], task.label)):
+                for n,(seed,steps,rgb),quality,known in zip(some, drawn,
+                                                            *self._figures([d[2] for d in drawn], task.label)):
                     view = small_view(rgb)
-                    if reason := self._refusal(view, views, quality, known, *(f[0] for f in first)): refused[reason] += 1; continue
-                    rows.append(self._write(task, n, seed, attempt, steps, rgb, quality, known, view_distance(view, views[0])))
+                    if reason := self._refusal(view, views, quality, known, *(f[0] for f in first)):
+                        refused[reason] += 1; continue
+                    rows.append(self._write(task, n, seed, attempt, steps, rgb, quality, known,
+                                            view_distance(view, views[0])))
                     views.append(view)
                 done = {row['copy'] for row in rows}
                 some = [n for n in some if n not in done]
@@ -174,7 +203,8 @@ class _Maker:
 
     def _figures(self, photos, label):
         "Quality of each, and probability of its label with whether that is the first"
-        quality = quality_score(pd.DataFrame([{**photo_figures(p), 'width': p.shape[1], 'height': p.shape[0]} for p in photos])).tolist()
+        quality = quality_score(pd.DataFrame([{**photo_figures(p), 'width': p.shape[1], 'height': p.shape[0]}
+                                              for p in photos])).tolist()
         if not self.probe or label not in self.column: return quality,[(math.nan, True)]*len(photos)
         proba = self.probe.predict_proba(photos)
         return quality,[(float(p[self.column[label]]), bool(p.argmax()==self.column[label])) for p in proba]
@@ -189,17 +219,23 @@ class _Maker:
         return ''
 
     def _write(self, task, n, seed, attempt, steps, rgb, quality, known, distance):
-        data = cv2.imencode('.jpg', cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), (cv2.IMWRITE_JPEG_QUALITY, self.config.jpeg_quality))[1].tobytes()
+        data = cv2.imencode('.jpg', cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR),
+                            (cv2.IMWRITE_JPEG_QUALITY, self.config.jpeg_quality))[1].tobytes()
         path = task.target.format(f'{n:03d}')
-        part = self.output/f'{path}.part' # no wait for the disk: what a cut of power leaves half-written is known by its digest, and made again
+        # no wait for the disk: what a cut of power leaves half-written is known by its digest, and made again
+        part = self.output/f'{path}.part'
         part.write_bytes(data)
         os.replace(part, self.output/path)
-        return {'path': path, 'label': task.label, 'source': task.path, 'copy': n, 'seed': seed, 'tries': attempt+1, 'operations': '+'.join(s[0] for s in steps),
-                'parameters': json.dumps(steps), 'quality': quality, 'distance': round(distance, 2), 'probability': round(known[0], 4), 'sha256': bytes_digest(data)}
+        return {'path': path, 'label': task.label, 'source': task.path, 'copy': n, 'seed': seed, 'tries': attempt+1,
+                'operations': '+'.join(s[0] for s in steps),
+                'parameters': json.dumps(steps), 'quality': quality, 'distance': round(distance, 2),
+                'probability': round(known[0], 4), 'sha256': bytes_digest(data)}
 
 # %% ../../nbs/60_augment/30_folder.ipynb #bf5faaf6
-def _refuse(message, where, code='bad_setting', advice='Name a new folder'): raise DatasetError(message, code=code, where=where, advice=advice)
+def _refuse(message, where, code='bad_setting', advice='Name a new folder'):
+    raise DatasetError(message, code=code, where=where, advice=advice)
 
+# %% ../../nbs/60_augment/30_folder.ipynb #7303b475
 PHOTOS,SETTINGS = AUGMENTED
 JOURNAL,MANIFEST = 'made.jsonl', 'manifest.csv'
 
@@ -211,24 +247,32 @@ def _place(path, label, split):
     folder = ''.join('_' if c in '/\\:' else c for c in label) or '_'
     return str(PurePosixPath(split, folder, *(parts[1:] if len(parts) > 1 and parts[0]==label else parts)))
 
+# %% ../../nbs/60_augment/30_folder.ipynb #c6e49afb
 def _places(manifest):
     places = [_place(*row) for row in zip(manifest['path'], manifest['label'], manifest['split'])]
     if len(twice := [p for p,n in Counter(places).items() if n > 1]):
         raise DatasetError(f'two photos would both be {twice[0]}', code='bad_dataset', advice='Rename one of them')
     return places
 
+# %% ../../nbs/60_augment/30_folder.ipynb #70baf62c
 @dataclass(frozen=True, repr=False)
 class AugmentedFolder:
     "What was made; from `AugmentationPipeline.run`"
     output:Path
-    manifest:pd.DataFrame # A row a photo, real ones first: path, label, group, split, made, source, operations, parameters, seed, quality, distance, probability
+    # A row a photo, real ones first: path, label, group, split, made, source, operations, parameters, seed, quality,
+    # distance, probability
+    manifest:pd.DataFrame
     table:pd.DataFrame # By class: real, made, wanted, most_copies, and how many draws were refused, by reason
     preset:str # That was used
     notes:list[str] = field(default_factory=list) # What a person should know
 
-    def __repr__(self): return f'AugmentedFolder({int(self.manifest["made"].sum())} photos made of {int(self.table["real"].sum())}, preset {self.preset})'
-    def _repr_html_(self): return self.table.to_html(border=0)+'<ul>'+''.join(f'<li>{n}.</li>' for n in self.notes)+'</ul>'
+    def __repr__(self):
+        return (f'AugmentedFolder({int(self.manifest["made"].sum())} photos made of {int(self.table["real"].sum())}, '
+                f'preset {self.preset})')
+    def _repr_html_(self):
+        return self.table.to_html(border=0)+'<ul>'+''.join(f'<li>{n}.</li>' for n in self.notes)+'</ul>'
 
+# %% ../../nbs/60_augment/30_folder.ipynb #43f9ca42
 class AugmentationPipeline:
     "Makes training photos on disk"
     def __init__(self,
@@ -238,7 +282,10 @@ class AugmentationPipeline:
         jobs:int=0, # Threads; 0: one a core
         limits:ImageLimits=LIMITS # What is let in
     ):
-        self.config,self.probe,self.jobs,self.limits = config,probe,jobs,limits
+        self.config = config
+        self.probe = probe
+        self.jobs = jobs
+        self.limits = limits
         self.blocked = {label: tuple(sorted(names)) for label,names in sorted((blocked or {}).items()) if names}
 
     def plan(self,
@@ -246,7 +293,8 @@ class AugmentationPipeline:
     ) -> pd.DataFrame: # Training rows, with the column copies
         "How many copies of each training photo are wanted"
         c,train = self.config,training_photos(manifest)
-        return train.assign(copies=plan_copies(train['label'], train['group'], c.target_samples, c.augmentation_factor, c.max_repeats, c.seed))
+        return train.assign(copies=plan_copies(train['label'], train['group'], c.target_samples, c.augmentation_factor,
+                                               c.max_repeats, c.seed))
 
     def run(self,
         manifest:pd.DataFrame, # Columns path, label, group, split; paths relative to `root`
@@ -257,7 +305,8 @@ class AugmentationPipeline:
         "Make what is planned; started again, it goes on where it stopped"
         plan,output = self.plan(manifest),Path(output_dir)
         operations = self.config.operations(len(plan))
-        for label in set(plan['label']): draw_steps(operations, np.random.default_rng(0), self.blocked.get(label, ())) # says at once if nothing is left
+        # says at once if nothing is left
+        for label in set(plan['label']): draw_steps(operations, np.random.default_rng(0), self.blocked.get(label, ()))
         places = dict(zip(manifest['path'], _places(manifest)))
         self._claim(output, Path(root), manifest, operations)
         known = _journal(output)
@@ -272,7 +321,8 @@ class AugmentationPipeline:
 
     def _task(self, path, label, copies, places):
         place = PurePosixPath(places[path])
-        return _Task(path, label, list(copies), str(place.with_name(place.stem.replace('{', '(').replace('}', ')')+'-made{}.jpg')))
+        return _Task(path, label, list(copies),
+                     str(place.with_name(place.stem.replace('{', '(').replace('}', ')')+'-made{}.jpg')))
 
     def _make(self, work, tasks, known, output):
         "Results of tasks in order, from the journal where they are there"
@@ -298,34 +348,47 @@ class AugmentationPipeline:
 
     def _claim(self, output, root, manifest, operations):
         "Take the folder, or refuse one that holds something else"
-        if output.resolve()==root.resolve() or root.resolve() in output.resolve().parents: # the next scan would take it for a class
+        # the next scan would take it for a class
+        if output.resolve()==root.resolve() or root.resolve() in output.resolve().parents:
             _refuse('the made photos would lie among the real ones', output, advice='Name a folder elsewhere')
-        settings = {'config': self.config.to_dict(), 'preset': operations.preset, 'blocked': self.blocked, 'probe': self.probe.name if self.probe else '',
-                    'photos': json_digest(manifest[['path', 'label', 'group', 'split']].fillna('').astype(str).to_numpy().tolist())}
+        settings = {'config': self.config.to_dict(), 'preset': operations.preset, 'blocked': self.blocked,
+                    'probe': self.probe.name if self.probe else '',
+                    'photos': json_digest(manifest[['path', 'label', 'group',
+                                                    'split']].fillna('').astype(str).to_numpy().tolist())}
         settings = json.loads(json.dumps(settings))
         if (output/SETTINGS).is_file():
             try: same = json.loads((output/SETTINGS).read_text(encoding='utf-8'))==settings
             except ValueError: same = False
-            if not same: _refuse('it holds photos made of others or with other settings', output, 'other_settings', 'Name a new folder, or remove this one')
+            if not same:
+                _refuse('it holds photos made of others or with other settings', output, 'other_settings',
+                        'Name a new folder, or remove this one')
         elif output.exists() and any(output.iterdir()): _refuse('this folder holds something else', output)
-        with atomic_write(output/SETTINGS) as part: part.write_text(json.dumps(settings, indent=2, sort_keys=True)+'\n', encoding='utf-8')
+        with atomic_write(output/SETTINGS) as part:
+            part.write_text(json.dumps(settings, indent=2, sort_keys=True)+'\n', encoding='utf-8')
 
     def _finish(self, manifest, root, output, plan, done, places, operations, originals):
         if originals: _copy(root, output, places)
-        group = {p: g if g and g==g else places[p] for p,g in zip(manifest['path'], manifest['group'])} # a photo without one gets its own, so that its copies stay with it
-        real = manifest.assign(made=False, source='', group=manifest['path'].map(group), path=manifest['path'].map(places) if originals else manifest['path'])
+        # a photo without one gets its own, so that its copies stay with it
+        group = {p: g if g and g==g else places[p] for p,g in zip(manifest['path'], manifest['group'])}
+        real = manifest.assign(made=False, source='', group=manifest['path'].map(group),
+                               path=manifest['path'].map(places) if originals else manifest['path'])
         made = pd.DataFrame([row for _,rows,_,_ in done for row in rows], columns=list(_COLUMNS))
         made = made.assign(made=True, split='train', group=made['source'].map(group))
         both = pd.concat([real, made], ignore_index=True)
         both = both[['path', 'label', 'group', 'split', 'made', *[c for c in _COLUMNS if c not in ('path', 'label')]]]
         check_groups(both['split'], both['group'])
         with atomic_write(output/MANIFEST) as part: both.to_csv(part, index=False)
-        shown = both.assign(made_from=both['source'].map(places) if originals else both['source']).fillna({'made_from': ''})
-        with atomic_write(output/PHOTOS) as part: (shown if originals else shown[shown['made']])[['path', 'label', 'group', 'split', 'made_from']].to_csv(part, index=False)
+        shown = both.assign(made_from=both['source'].map(places) if originals
+                            else both['source']).fillna({'made_from': ''})
+        with atomic_write(output/PHOTOS) as part:
+            (shown if originals else shown[shown['made']])[['path', 'label', 'group', 'split',
+                                                            'made_from']].to_csv(part, index=False)
         table = _class_table(plan, done)
         return AugmentedFolder(output, both, table, operations.preset, _notes(table, self.blocked, self.config))
 
-_COLUMNS = ('path', 'label', 'source', 'copy', 'seed', 'tries', 'operations', 'parameters', 'quality', 'distance', 'probability', 'sha256')
+# %% ../../nbs/60_augment/30_folder.ipynb #d5fdb173
+_COLUMNS = ('path', 'label', 'source', 'copy', 'seed', 'tries', 'operations', 'parameters', 'quality', 'distance',
+            'probability', 'sha256')
 
 def _journal(output):
     "What an earlier run finished, as far as its photos are still as they were"
@@ -335,9 +398,11 @@ def _journal(output):
         try: entry = json.loads(line)
         except ValueError: continue # the last line of a run that was killed
         rows,refused,failed = entry['result']
-        if all((output/r['path']).is_file() and file_digest(output/r['path'])==r['sha256'] for r in rows): found[entry['key']] = rows,refused,failed
+        if all((output/r['path']).is_file() and file_digest(output/r['path'])==r['sha256'] for r in rows):
+            found[entry['key']] = rows,refused,failed
     return found
 
+# %% ../../nbs/60_augment/30_folder.ipynb #87db2889
 def _copy(root, output, places):
     "The real photos, as they are; those that are there already are left"
     for source,place in places.items():
@@ -345,6 +410,7 @@ def _copy(root, output, places):
         if target.is_file() and target.stat().st_size==(root/source).stat().st_size: continue
         with atomic_write(target) as part: shutil.copyfile(root/source, part)
 
+# %% ../../nbs/60_augment/30_folder.ipynb #7f585f22
 def _class_table(plan, done):
     real,wanted = plan.groupby('label').size(),plan.groupby('label')['copies'].sum()
     made,refused = Counter(t.label for t,rows,_,_ in done for _ in rows),Counter()
@@ -354,14 +420,19 @@ def _class_table(plan, done):
     for t,rows,_,_ in done: most[t.path] += len(rows)
     label = dict(zip(plan['path'], plan['label']))
     table = pd.DataFrame({'real': real, 'wanted': wanted, 'made': [made[c] for c in real.index],
-                          'most_copies': [max([n for p,n in most.items() if label[p]==c], default=0) for c in real.index]}, index=real.index)
+                          'most_copies': [max([n for p,n in most.items() if label[p]==c], default=0)
+                                          for c in real.index]}, index=real.index)
     for reason in sorted({r for _,r in refused}): table[f'refused_{reason}'] = [refused[c, reason] for c in real.index]
     return table.rename_axis('class')
 
+# %% ../../nbs/60_augment/30_folder.ipynb #021492cc
 def _notes(table, blocked, config):
     "What a person should know, in sentences"
     out = [f'Switched off for {label}: {", ".join(names)}' for label,names in blocked.items()]
-    for c,row in table[table['made'] < table['wanted']].iterrows(): out.append(f'{c} lacks {row["wanted"]-row["made"]} of {row["wanted"]} photos: its sources gave none that pass')
-    for c in table.index[table['most_copies'] >= config.max_repeats]: out.append(f'{c} has few real photos: they were used {config.max_repeats} times each, and no more')
-    if not table['wanted'].any(): out.append('Nothing to make: every class has its number already. Give a target or a factor')
+    for c,row in table[table['made'] < table['wanted']].iterrows():
+        out.append(f'{c} lacks {row["wanted"]-row["made"]} of {row["wanted"]} photos: its sources gave none that pass')
+    for c in table.index[table['most_copies'] >= config.max_repeats]:
+        out.append(f'{c} has few real photos: they were used {config.max_repeats} times each, and no more')
+    if not table['wanted'].any():
+        out.append('Nothing to make: every class has its number already. Give a target or a factor')
     return out

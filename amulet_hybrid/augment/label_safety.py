@@ -33,6 +33,7 @@ def with_digests(
     if 'sha256' in manifest and manifest['sha256'].notna().all() and (manifest['sha256']!='').all(): return manifest
     return manifest.assign(sha256=[file_digest(Path(root)/p) for p in manifest['path']])
 
+# %% ../../nbs/60_augment/50_label_safety.ipynb #a13887ed
 def stream_rows(
     extractor:HybridFeatureExtractor,
     photos:Iterable[np.ndarray], # RGB arrays, taken as they are needed
@@ -40,9 +41,11 @@ def stream_rows(
     desc:str='Measuring' # For the progress bar
 ) -> np.ndarray: # (n, all columns) float32
     "All blocks of a stream of photos side by side"
-    parts = [np.hstack(list(batch.blocks.values())) for batch in extractor.extract_stream(progress(photos, desc, count), skip_errors=False)]
+    parts = [np.hstack(list(batch.blocks.values()))
+             for batch in extractor.extract_stream(progress(photos, desc, count), skip_errors=False)]
     return np.concatenate(parts) if parts else np.zeros((0, sum(extractor.widths().values())), np.float32)
 
+# %% ../../nbs/60_augment/50_label_safety.ipynb #58947d28
 class FeatureProbe:
     "A quick model on feature blocks, that says what photos show"
     def __init__(self,
@@ -50,7 +53,9 @@ class FeatureProbe:
         model:str='logistic_balanced', # Key of `amulet_hybrid.learn.candidates.MODELS`
         seed:int=0
     ):
-        self.extractor,self.model,self.seed = extractor,model,seed
+        self.extractor = extractor
+        self.model = model
+        self.seed = seed
 
     def fit_rows(self,
         X:np.ndarray, # (n, columns) blocks side by side, in the extractor's order
@@ -58,9 +63,11 @@ class FeatureProbe:
     ) -> 'FeatureProbe':
         "Learn from rows that are measured already"
         sizes = tuple(self.extractor.widths().values())
-        self.pipeline_ = make_pipeline(BlockScaler(sizes, dimensions=256), make_model(self.model, self.seed)).fit(X, np.asarray(labels))
+        self.pipeline_ = make_pipeline(BlockScaler(sizes, dimensions=256), make_model(self.model, self.seed)).fit(X,
+                np.asarray(labels))
         self.classes:Sequence[str] = [str(c) for c in self.pipeline_.classes_]
-        self.name = json_digest([self.model, self.seed, self.extractor.block_keys(), np.asarray(X, np.float64).sum(0).round(2).tolist(), list(map(str, labels))])[:16]
+        self.name = json_digest([self.model, self.seed, self.extractor.block_keys(),
+                                 np.asarray(X, np.float64).sum(0).round(2).tolist(), list(map(str, labels))])[:16]
         return self
 
     def fit(self,
@@ -82,7 +89,8 @@ class FeatureProbe:
 @dataclass(frozen=True, repr=False)
 class LabelSafety:
     "Which operations are safe for which class; made by `label_safety`"
-    table:pd.DataFrame # A row a class and operation: photos, moved (share), low, high, to (answer that most moved to), safe
+    # A row a class and operation: photos, moved (share), low, high, to (answer that most moved to), safe
+    table:pd.DataFrame
     tolerance:float # Share of moved answers that is put up with
 
     @property
@@ -101,7 +109,8 @@ class LabelSafety:
     def notes(self) -> list[str]:
         "The same in sentences"
         off = self.table[~self.table['safe']].sort_values('moved', ascending=False)
-        out = [f'{r.operation} is switched off for {r.class_}: {r.moved:.0%} of {r.photos} photos are then taken for something else, mostly {r.to}'
+        out = [f'{r.operation} is switched off for {r.class_}: {r.moved:.0%} of {r.photos} photos are then taken for '
+               f'something else, mostly {r.to}'
                for r in off.rename(columns={'class': 'class_'}).itertuples()]
         return out + [f'Of {c} too few photos are named rightly to say which operations are safe' for c in self.unknown]
 
@@ -110,9 +119,11 @@ class LabelSafety:
         return f'LabelSafety({", ".join(said) or "nothing is switched off"})'
 
     def _repr_html_(self):
-        shown = self.table.pivot(index='class', columns='operation', values='moved').reindex(columns=[o for o in OPERATIONS if o in set(self.table['operation'])])
+        shown = self.table.pivot(index='class', columns='operation', values='moved').reindex(columns=[o
+                for o in OPERATIONS if o in set(self.table['operation'])])
         return shown.round(2).to_html(border=0)+'<ul>'+''.join(f'<li>{n}.</li>' for n in self.notes)+'</ul>'
 
+# %% ../../nbs/60_augment/50_label_safety.ipynb #8863e2d3
 def _variants(manifest, root, rows, operations, strength, draws, seed) -> Iterator[np.ndarray]:
     "Every photo as it is, then after each operation"
     for i in rows:
@@ -123,6 +134,7 @@ def _variants(manifest, root, rows, operations, strength, draws, seed) -> Iterat
                 rng = np.random.default_rng(derive_seed(seed, 'safety', manifest['path'].iloc[i], name, draw))
                 yield apply_steps(rgb, [(name, OPERATIONS[name].draw(rng, strength))])
 
+# %% ../../nbs/60_augment/50_label_safety.ipynb #664924fe
 def label_safety(
     manifest:pd.DataFrame, # Training rows: path, label, group
     root:str|Path, # Where the paths begin
@@ -142,7 +154,8 @@ def label_safety(
     rng = np.random.default_rng(derive_seed(seed, 'safety'))
     rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero(y==c))[:per_class] for c in np.unique(y)]))
     each = 1+len(names)*draws
-    changed = stream_rows(extractor, _variants(manifest, root, rows, names, config.power, draws, seed), len(rows)*each, 'Asking what is safe').reshape(len(rows), each, -1)
+    changed = stream_rows(extractor, _variants(manifest, root, rows, names, config.power, draws, seed), len(rows)*each,
+                          'Asking what is safe').reshape(len(rows), each, -1)
     answers = np.empty((len(rows), each), object)
     for f in np.unique(fold):
         here = np.flatnonzero(fold[rows]==f)
@@ -150,8 +163,10 @@ def label_safety(
         probe = FeatureProbe(extractor).fit_rows(X[fold!=f], y[fold!=f].tolist())
         answers[here] = probe.pipeline_.predict(changed[here].reshape(-1, X.shape[1])).reshape(len(here), each)
     asked = ((c, i, name) for c in np.unique(y) for i,name in enumerate(names))
-    return LabelSafety(pd.DataFrame([_moved(c, name, answers[y[rows]==c], 1+i*draws, draws, tolerance) for c,i,name in asked]), tolerance)
+    return LabelSafety(pd.DataFrame([_moved(c, name, answers[y[rows]==c], 1+i*draws, draws, tolerance)
+                                     for c,i,name in asked]), tolerance)
 
+# %% ../../nbs/60_augment/50_label_safety.ipynb #b36417d8
 def _moved(label, name, answers, first, draws, tolerance):
     "A row of the table"
     after = answers[answers[:,0]==label][:,first:first+draws]
@@ -159,7 +174,8 @@ def _moved(label, name, answers, first, draws, tolerance):
     n,moved = len(after),float((after!=label).mean()) if len(after) else math.nan
     low,high = (float(v) for v in wilson(moved, n)) if n else (0., 1.)
     to = pd.Series(wrong).mode()[0] if len(wrong) else ''
-    return {'class': label, 'operation': name, 'photos': n, 'moved': moved, 'low': low, 'high': high, 'to': to, 'safe': not low > tolerance}
+    return {'class': label, 'operation': name, 'photos': n, 'moved': moved, 'low': low, 'high': high, 'to': to,
+            'safe': not low > tolerance}
 
 # %% ../../nbs/60_augment/50_label_safety.ipynb #14e8b736
 def photo_fidelity(
@@ -171,11 +187,14 @@ def photo_fidelity(
     seed:int=0
 ) -> FidelityReport:
     "Real photos of each class against the made ones of it"
-    if block and block not in extractor.extractors: raise ConfigError(f'no block is called {block!r}', code='unknown_block', advice=f'There are: {", ".join(extractor.extractors)}')
+    if block and block not in extractor.extractors:
+        raise ConfigError(f'no block is called {block!r}', code='unknown_block',
+                          advice=f'There are: {", ".join(extractor.extractors)}')
     train = manifest[manifest['split']=='train']
     def measure(part, where):
         blocks = extractor.extract_manifest(with_digests(part.drop(columns='sha256', errors='ignore'), where), where)
         return blocks[block] if block else np.hstack(list(blocks.values()))
     real,new = train[~train['made']],train[train['made']]
     space = block or ' + '.join(extractor.extractors)
-    return fidelity_by_class(measure(real, root), real['label'], measure(new, made_root), new['label'], real['group'], new['group'], space, seed=seed)
+    return fidelity_by_class(measure(real, root), real['label'], measure(new, made_root), new['label'], real['group'],
+                             new['group'], space, seed=seed)

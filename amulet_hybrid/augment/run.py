@@ -35,7 +35,8 @@ class AugmentRunConfig(Config):
     output_dir:str='runs/augment' # New, empty, or an interrupted run
     groups:str='' # CSV with columns path and group
     group_by:str='' # The same as a regular expression on the path
-    test_size:float=.2 # Share put aside where the folder brings no split; 0: all are training photos, the others are kept elsewhere
+    # Share put aside where the folder brings no split; 0: all are training photos, the others are kept elsewhere
+    test_size:float=.2
     target_samples:int=0 # As in `AugmentFolderConfig`, and so on
     augmentation_factor:float=0.
     quality_threshold:float=25.
@@ -59,9 +60,11 @@ class AugmentRunConfig(Config):
 
     def feature_config(self) -> FeatureConfig:
         "Settings of the features"
-        if self.features in ('fast', 'balanced', 'rich'): return FeatureConfig(preset=self.features, weights=self.weights)
+        if self.features in ('fast', 'balanced', 'rich'):
+            return FeatureConfig(preset=self.features, weights=self.weights)
         return FeatureConfig(blocks=tuple(self.features.split('+')), weights=self.weights)
 
+# %% ../../nbs/60_augment/70_run.ipynb #86f493ef
 @dataclass(repr=False)
 class AugmentRun:
     "What a run found and made"
@@ -75,27 +78,34 @@ class AugmentRun:
     notes:list[str] = field(default_factory=list)
 
     def __repr__(self): return f'AugmentRun({self.folder or "nothing was made"})'
-    def _repr_html_(self): return (self.folder._repr_html_() if self.folder else '')+'<ul>'+''.join(f'<li>{n}.</li>' for n in self.notes)+'</ul>'
+    def _repr_html_(self):
+        return (self.folder._repr_html_() if self.folder else '')+'<ul>'+''.join(f'<li>{n}.</li>'
+                for n in self.notes)+'</ul>'
 
+# %% ../../nbs/60_augment/70_run.ipynb #2c8d96ea
 def split_for_augmentation(
     config:AugmentRunConfig
 ) -> tuple[pd.DataFrame,Path,list[str]]: # Manifest with parts, root, and what a person should know
     "Read, group and part the photos; a split that the folder brings is kept, and refused if it parts a group"
-    found = DatasetInspector(InspectionConfig(quick_mode=True, jobs=config.jobs)).inspect(config.input_dir, config.groups or None, config.group_by or None)
+    found = DatasetInspector(InspectionConfig(quick_mode=True, jobs=config.jobs)).inspect(config.input_dir,
+            config.groups or None, config.group_by or None)
     m,notes = found.usable.copy(),[]
     if len(found.unreadable): notes.append(f'{len(found.unreadable)} files cannot be read and were left out')
     given = m['split'].fillna('')!=''
     if given.all(): check_groups(m['split'], m['group'])
     elif given.any():
-        raise DatasetError(f'{int((~given).sum())} of {len(m)} photos are in no part, the others are', code='half_split', where=config.input_dir,
+        raise DatasetError(f'{int((~given).sum())} of {len(m)} photos are in no part, the others are',
+                           code='half_split', where=config.input_dir,
                            advice='Name a part for all or for none')
     elif config.test_size==0:
         m['split'] = 'train'
-        notes.append('All photos are taken for training photos: keep the ones that judge elsewhere, and never make photos of those')
+        notes.append('All photos are taken for training photos: keep the ones that judge elsewhere, and never make '
+                     'photos of those')
     else:
         m['split'] = holdout(m['label'], m['group'], config.test_size, config.seed)
         aside = m[m['split']=='test']
-        notes.append(f'{len(aside)} photos of {aside["group"].nunique()} groups were put aside before anything was made; test on them and on no others')
+        notes.append(f'{len(aside)} photos of {aside["group"].nunique()} groups were put aside before anything was '
+                     f'made; test on them and on no others')
     return m,found.root,notes
 
 # %% ../../nbs/60_augment/70_run.ipynb #9f70682a
@@ -104,14 +114,17 @@ def _prove(run, extractor, train):
     c = run.config
     presets = ('minimal', 'light', 'medium', 'heavy') if c.preset=='auto' else (c.preset,)
     pretend = presets[0] if len(presets)==1 else 'medium'
-    settings = StudyConfig(presets, c.target_samples, c.augmentation_factor, min(c.max_repeats, 4), pretend=pretend, seed=c.seed)
+    settings = StudyConfig(presets, c.target_samples, c.augmentation_factor, min(c.max_repeats, 4), pretend=pretend,
+                           seed=c.seed)
     run.study = evaluate_augmentation(train, run.root, extractor, settings, run.safety.blocked if run.safety else None)
     if c.preset!='auto': return c.preset
     choice = run.study.choice
     if choice in presets: return choice
-    run.notes.append('No photos were made: '+('no preset surely helps' if choice==Arm.nothing else f'{choice} help more')+'. Name a preset to make them all the same')
+    run.notes.append('No photos were made: '+('no preset surely helps' if choice==Arm.nothing
+                                              else f'{choice} help more')+'. Name a preset to make them all the same')
     return ''
 
+# %% ../../nbs/60_augment/70_run.ipynb #4b69df28
 def run_augmentation(
     config:AugmentRunConfig
 ) -> AugmentRun:
@@ -119,12 +132,15 @@ def run_augmentation(
     manifest,root,notes = split_for_augmentation(config)
     run = AugmentRun(config, manifest, root, notes=notes)
     train = manifest[manifest['split']=='train'].reset_index(drop=True)
-    settings,probe,extractor = config.folder_config(),None,None
+    settings = config.folder_config()
+    probe = None
+    extractor = None
     if config.probe or config.prove:
         extractor = HybridFeatureExtractor(config.feature_config(), user_cache(), config.jobs)
         run.notes += [text for level,text in extractor.notes if level=='warning']
     if config.probe and extractor:
-        run.safety,probe = label_safety(train, root, extractor, settings.operations(len(train)), seed=config.seed),FeatureProbe(extractor).fit(train, root)
+        run.safety = label_safety(train, root, extractor, settings.operations(len(train)), seed=config.seed)
+        probe = FeatureProbe(extractor).fit(train, root)
         run.notes += run.safety.notes
     if config.prove and extractor:
         preset = _prove(run, extractor, train)
@@ -136,11 +152,13 @@ def run_augmentation(
     run.notes += [n for n in run.folder.notes if not n.startswith('Switched off')]
     made = run.folder.manifest
     if extractor and made['made'].any():
-        run.fidelity = photo_fidelity(made, run.folder.output if config.originals else root, run.folder.output, extractor, _space(extractor), config.seed)
+        run.fidelity = photo_fidelity(made, run.folder.output if config.originals else root, run.folder.output,
+                                      extractor, _space(extractor), config.seed)
         run.notes += run.fidelity.notes
     write_augmentation_report(run)
     return run
 
+# %% ../../nbs/60_augment/70_run.ipynb #7fd05d1c
 def _space(extractor):
     "The block in which photos are compared: a net where there is one"
     return next((name for name in extractor.extractors if name.startswith(('cnn', 'onnx'))), '')
@@ -161,27 +179,38 @@ def _examples(run, classes=8, each=4) -> Iterable[tuple[str,list]]:
     for label,part in list(made.groupby('label'))[:classes]:
         source = part['source'].value_counts().index[0]
         photos = [(read_image(run.root/source, at_least=160), 'source')]
-        photos += [(read_image(home/r.path, at_least=160), r.operations.replace('+', ', ')) for r in part[part['source']==source].head(each).itertuples()]
+        photos += [(read_image(home/r.path, at_least=160), r.operations.replace('+', ', '))
+                   for r in part[part['source']==source].head(each).itertuples()]
         yield f'{label}: {source}',photos
 
+# %% ../../nbs/60_augment/70_run.ipynb #70dc4797
 def _sections(run):
-    yield 'Class by class','How many photos were there, wanted and made; how often one source was used; how many draws were refused, and why.',run.folder.table
+    yield 'Class by class',('How many photos were there, wanted and made; how often one source was used; how many '
+                            'draws '
+                            'were refused, and why.'),run.folder.table
     if run.safety is not None:
         t = run.safety.table
         wide = t.pivot(index='class', columns='operation', values='moved').round(2)
-        yield 'What is safe',f'{_SAFE} Where it is surely above {run.safety.tolerance:.0%}, the operation is switched off for that class.',wide
+        yield 'What is safe',(f'{_SAFE} Where it is surely above {run.safety.tolerance:.0%}, the operation is switched '
+                              f'off for that class.'),wide
     if run.fidelity is not None:
         yield 'Like real ones',f'Distances in {run.fidelity.space}. {_LIKE}',run.fidelity.table
     if run.study is not None:
-        yield 'Does it help',f'{run.study.n} training photos in grouped folds; differences from doing nothing, with 95 % intervals.',run.study.shown()
+        yield 'Does it help',(f'{run.study.n} training photos in grouped folds; differences from doing nothing, with '
+                              f'95 '
+                              f'% intervals.'),run.study.shown()
         if p := run.study.pretended:
-            lie = {'honest folds, no made photos': p['without'], f'honest folds, {p["preset"]}': p['honest'], f'{p["preset"]}, made before splitting': p['pretended']}
+            lie = {'honest folds, no made photos': p['without'], f'honest folds, {p["preset"]}': p['honest'],
+                   f'{p["preset"]}, made before splitting': p['pretended']}
             yield 'What augmenting before splitting would have pretended',_LIE,pd.DataFrame({'macro F1': lie})
 
+# %% ../../nbs/60_augment/70_run.ipynb #f07dbe72
 _SAFE = 'Share of photos whose answer moved when the operation was done, by models that had not seen them.'
-_LIKE = ('The floor is what two halves of the real photos have between them; FID is taken with as many photos as the floor; '
+_LIKE = ('The floor is what two halves of the real photos have between them; FID is taken with as many photos as the '
+         'floor; '
          'precision says whether made photos lie among real ones, recall whether they cover them.')
-_LIE = 'The last line is no figure of any model: its test photos have brothers in training, and are made photos themselves.'
+_LIE = ('The last line is no figure of any model: its test photos have brothers in training, and are made photos '
+        'themselves.')
 
 def write_augmentation_report(
     run:AugmentRun # That has made photos
@@ -192,14 +221,19 @@ def write_augmentation_report(
     made,real = int(folder.manifest['made'].sum()),int(folder.table['real'].sum())
     lead = f'{made:,} photos were made of {real:,} training photos, with the preset {folder.preset}.'
     shown = [(title, section_parts('', '', photos)['photos']) for title,photos in _examples(run)]
-    page = render_page(BODY, f'{Path(run.config.input_dir).name}: made photos', [('info', n+'.') for n in run.notes], lead=lead, shown=shown,
+    page = render_page(BODY, f'{Path(run.config.input_dir).name}: made photos', [('info', n+'.') for n in run.notes],
+                       lead=lead, shown=shown,
                        sections=[section_parts(title, text, content) for title,text,content in _sections(run)])
     with atomic_write(folder.output/'report.html') as part: part.write_text(page, encoding='utf-8')
-    facts = {'made': made, 'real': real, 'preset': folder.preset, 'notes': run.notes, 'config': run.config.to_dict(), 'classes': folder.table.to_dict('index'),
-             'blocked': run.safety.blocked if run.safety else {}, 'choice': run.study.choice if run.study else '', 'pretended': run.study.pretended if run.study else {}}
-    with atomic_write(folder.output/'result.json') as part: part.write_text(json.dumps(facts, indent=2, default=_plain)+'\n', encoding='utf-8')
+    facts = {'made': made, 'real': real, 'preset': folder.preset, 'notes': run.notes, 'config': run.config.to_dict(),
+             'classes': folder.table.to_dict('index'),
+             'blocked': run.safety.blocked if run.safety else {}, 'choice': run.study.choice if run.study else '',
+             'pretended': run.study.pretended if run.study else {}}
+    with atomic_write(folder.output/'result.json') as part:
+        part.write_text(json.dumps(facts, indent=2, default=_plain)+'\n', encoding='utf-8')
     return folder.output/'report.html'
 
+# %% ../../nbs/60_augment/70_run.ipynb #8b6fbe03
 def _plain(value:Any):
     "NumPy's numbers as JSON has them"
     if isinstance(value, np.generic): return value.item()

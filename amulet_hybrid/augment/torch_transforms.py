@@ -27,10 +27,14 @@ class BalancedSampler:
         strategy:str='weighted', # One of `STRATEGIES`
         seed:int=0 # Same seed, same epochs
     ):
-        if strategy not in STRATEGIES: raise ConfigError(f'no strategy is called {strategy!r}', code='unknown_strategy', advice=f'Known: {", ".join(STRATEGIES)}')
+        if strategy not in STRATEGIES:
+            raise ConfigError(f'no strategy is called {strategy!r}', code='unknown_strategy',
+                              advice=f'Known: {", ".join(STRATEGIES)}')
         self.classes,self.codes = np.unique(np.asarray(labels), return_inverse=True)
         if not len(self.codes): raise ConfigError('there are no labels', code='no_photos')
-        self.strategy,self.seed,self.epoch = strategy,seed,0
+        self.strategy = strategy
+        self.seed = seed
+        self.epoch = 0
         self.rows = [np.flatnonzero(self.codes==c) for c in range(len(self.classes))]
 
     def __len__(self):
@@ -53,9 +57,11 @@ class BalancedSampler:
 
     def _balanced_batch(self, rng):
         turns = len(self)//len(self.classes)
-        columns = [np.concatenate([rng.permutation(rows) for _ in range(-(-turns//len(rows)))])[:turns] for rows in self.rows]
+        columns = [np.concatenate([rng.permutation(rows) for _ in range(-(-turns//len(rows)))])[:turns]
+                   for rows in self.rows]
         return np.concatenate([rng.permutation(row) for row in np.stack(columns, 1)])
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #faf22ded
 def create_balanced_sampler(
     labels:ArrayLike, # (n,) class of each photo
     strategy:str='weighted', # 'weighted', 'stratified' or 'balanced_batch'
@@ -86,10 +92,14 @@ class TorchAugmentConfig(Config):
     seed:int=0 # Same seed, same epochs, whatever the number of workers
 
     def __post_init__(self):
-        if self.preset not in TORCH_PRESETS: raise ConfigError(f'no preset is called {self.preset!r}', code='unknown_preset', advice=f'Known: {", ".join(TORCH_PRESETS)}')
-        for name,low,high in (('size', 16, 2048), ('least_area', .05, 1), ('flip', 0, 1), ('operations', 0, 10), ('magnitude', 0, 30), ('erasing', 0, 1), ('mixup', 0, 10),
+        if self.preset not in TORCH_PRESETS:
+            raise ConfigError(f'no preset is called {self.preset!r}', code='unknown_preset',
+                              advice=f'Known: {", ".join(TORCH_PRESETS)}')
+        for name,low,high in (('size', 16, 2048), ('least_area', .05, 1), ('flip', 0, 1), ('operations', 0, 10),
+                              ('magnitude', 0, 30), ('erasing', 0, 1), ('mixup', 0, 10),
                               ('cutmix', 0, 10), ('mix_chance', 0, 1), ('batch_size', 1, 10**5), ('workers', 0, 256)):
-            if not low <= getattr(self, name) <= high: raise ConfigError(f'`{name}` must be in {low:g}..{high:g}, got {getattr(self, name)}')
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f'`{name}` must be in {low:g}..{high:g}, got {getattr(self, name)}')
 
     @property
     def mixes(self) -> bool:
@@ -100,13 +110,16 @@ TORCH_PRESETS:dict[str,dict[str,Any]] = {
     'none': {'least_area': 1., 'flip': 0., 'operations': 0, 'erasing': 0.},
     'minimal': {'least_area': .85, 'flip': 0., 'operations': 0, 'erasing': 0.},
     'light': {},
-    'medium': {'least_area': .65, 'operations': 2, 'magnitude': 7, 'erasing': .2, 'mixup': .2, 'cutmix': 1., 'mix_chance': .5},
-    'heavy': {'least_area': .5, 'operations': 2, 'magnitude': 10, 'erasing': .25, 'mixup': .4, 'cutmix': 1., 'mix_chance': .8},
+    'medium': {'least_area': .65, 'operations': 2, 'magnitude': 7, 'erasing': .2, 'mixup': .2, 'cutmix': 1.,
+               'mix_chance': .5},
+    'heavy': {'least_area': .5, 'operations': 2, 'magnitude': 10, 'erasing': .25, 'mixup': .4, 'cutmix': 1.,
+              'mix_chance': .8},
 }
 
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #45bdf645
 def _transforms(): return require('torchvision.transforms.v2', 'cnn')
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #b6b8a13f
 class _Transformed:
     "A dataset whose photos are transformed, each from a seed of its own"
     def __init__(self, dataset, transform, seed): self.dataset,self.transform,self.seed = dataset,transform,seed
@@ -119,6 +132,7 @@ class _Transformed:
             torch.manual_seed(derive_seed(self.seed, 'photo', epoch, index))
             return self.transform(photo),int(label)
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #78730056
 class _Keyed:
     "Indices of another sampler with the number of the epoch"
     def __init__(self, sampler): self.sampler,self.epoch = sampler,0
@@ -127,14 +141,17 @@ class _Keyed:
         epoch,self.epoch = self.epoch,self.epoch+1
         for index in self.sampler: yield epoch,int(index)
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #fd0ec183
 class _Order:
     "Every photo once: shuffled anew in each epoch, or as they are"
     def __init__(self, n, seed, shuffle): self.n,self.seed,self.shuffle,self.epoch = n,seed,shuffle,0
     def __len__(self): return self.n
     def __iter__(self):
         epoch,self.epoch = self.epoch,self.epoch+1
-        yield from (np.random.default_rng(derive_seed(self.seed, 'order', epoch)).permutation(self.n) if self.shuffle else np.arange(self.n)).tolist()
+        yield from (np.random.default_rng(derive_seed(self.seed, 'order', epoch)).permutation(self.n) if self.shuffle
+                    else np.arange(self.n)).tolist()
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #d233bec1
 @dataclass
 class AugmentationStats:
     "What a loader has given so far"
@@ -144,9 +161,15 @@ class AugmentationStats:
     mixed:dict[str,int] = field(default_factory=lambda: {'mixup': 0, 'cutmix': 0, 'as they were': 0}) # Batches
     by_class:dict[int,int] = field(default_factory=dict) # Class -> photos drawn, before mixing
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #3b7ebaba
 class AugmentedLoader:
     "Batches of photos and labels; soft labels, (batch, classes), where mixing is on"
-    def __init__(self, loader, mixers, config, stats): self.loader,self.mixers,self.config,self.stats,self.epoch = loader,mixers,config,stats,0
+    def __init__(self, loader, mixers, config, stats):
+        self.loader = loader
+        self.mixers = mixers
+        self.config = config
+        self.stats = stats
+        self.epoch = 0
     def __len__(self): return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Any,Any]]:
@@ -162,7 +185,8 @@ class AugmentedLoader:
     def _count(self, labels):
         s = self.stats
         s.batches,s.photos = s.batches+1,s.photos+len(labels)
-        for c,n in zip(*np.unique(labels.numpy(), return_counts=True)): s.by_class[int(c)] = s.by_class.get(int(c), 0)+int(n)
+        for c,n in zip(*np.unique(labels.numpy(), return_counts=True)):
+            s.by_class[int(c)] = s.by_class.get(int(c), 0)+int(n)
 
     def _mix(self, photos, labels, epoch, number):
         "Mix a batch, or leave it; labels are soft either way"
@@ -177,22 +201,29 @@ class AugmentedLoader:
             torch.manual_seed(derive_seed(self.config.seed, 'share', epoch, number))
             return self.mixers[name](photos, labels)
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #cae15a6b
 class TorchAugmentation:
     "Transforms, loaders and counts of one preset"
     def __init__(self, config:TorchAugmentConfig=TorchAugmentConfig()):
-        self.config,self.stats = config,{'train': AugmentationStats(), 'val': AugmentationStats(), 'test': AugmentationStats()}
-        if config.mixes and config.classes < 2: raise ConfigError('mixing needs the number of classes', where='classes', advice='Pass classes=..., or mixup=0 and cutmix=0')
+        self.config = config
+        self.stats = {'train': AugmentationStats(), 'val': AugmentationStats(), 'test': AugmentationStats()}
+        if config.mixes and config.classes < 2:
+            raise ConfigError('mixing needs the number of classes', where='classes',
+                              advice='Pass classes=..., or mixup=0 and cutmix=0')
 
     def get_transform(self,
         mode:str='train' # 'train'; 'val' and 'test' are only resized
     ) -> Any: # RGB array, PIL image or uint8 tensor -> (3, size, size) float32
         "What happens to one photo"
-        v2,c,torch = _transforms(),self.config,require('torch', 'cnn')
+        v2 = _transforms()
+        c = self.config
+        torch = require('torch', 'cnn')
         _check_mode(mode)
         end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(c.mean), list(c.std))]
         if mode!='train': return v2.Compose([v2.ToImage(), v2.Resize((c.size, c.size), antialias=True), *end])
         grey = [round(255*m) for m in c.mean] # what is empty afterwards is the mean, not black
-        steps = [v2.ToImage(), v2.RandomResizedCrop(c.size, (c.least_area, 1.), (.85, 1.18), antialias=True) if c.least_area < 1 else v2.Resize((c.size, c.size), antialias=True)]
+        steps = [v2.ToImage(), v2.RandomResizedCrop(c.size, (c.least_area, 1.), (.85, 1.18), antialias=True)
+                 if c.least_area < 1 else v2.Resize((c.size, c.size), antialias=True)]
         if c.flip: steps.append(v2.RandomHorizontalFlip(c.flip))
         if c.operations: steps.append(v2.RandAugment(c.operations, c.magnitude, fill=grey))
         return v2.Compose([*steps, *end, *([v2.RandomErasing(c.erasing, (.02, .15))] if c.erasing else [])])
@@ -200,38 +231,48 @@ class TorchAugmentation:
     def create_dataloader(self,
         dataset:Any, # Has a length and gives (photo, class number); photos as `get_transform` takes them
         mode:str='train', # 'train', 'val' or 'test'
-        sampler:Iterable[int]|str|None=None, # Indices for one epoch after another, or a strategy of `create_balanced_sampler`, for which the dataset needs `labels` or `targets`
+        # Indices for one epoch after another, or a strategy of `create_balanced_sampler`, for which the dataset needs
+        # `labels` or `targets`
+        sampler:Iterable[int]|str|None=None,
     ) -> AugmentedLoader:
         "Batches of a dataset; training ones are shuffled unless a sampler says otherwise"
         c,torch = self.config,require('torch', 'cnn')
         _check_mode(mode)
         if isinstance(sampler, str): sampler = create_balanced_sampler(_labels_of(dataset), sampler, c.seed)
         order = sampler if sampler is not None else _Order(len(dataset), c.seed, mode=='train')
-        loader = torch.utils.data.DataLoader(_Transformed(dataset, self.get_transform(mode), c.seed), c.batch_size, sampler=_Keyed(order), num_workers=c.workers,
+        loader = torch.utils.data.DataLoader(_Transformed(dataset, self.get_transform(mode), c.seed), c.batch_size,
+                                             sampler=_Keyed(order), num_workers=c.workers,
                                              generator=torch.Generator().manual_seed(c.seed))
         return AugmentedLoader(loader, self._mixers() if mode=='train' else {}, c, self.stats[mode])
 
     def _mixers(self):
         v2,c = _transforms(),self.config
-        made = {'mixup': c.mixup and v2.MixUp(alpha=c.mixup, num_classes=c.classes), 'cutmix': c.cutmix and v2.CutMix(alpha=c.cutmix, num_classes=c.classes)}
+        made = {'mixup': c.mixup and v2.MixUp(alpha=c.mixup, num_classes=c.classes),
+                'cutmix': c.cutmix and v2.CutMix(alpha=c.cutmix, num_classes=c.classes)}
         return {name: mixer for name,mixer in made.items() if mixer}
 
     def get_augmentation_stats(self) -> dict: # Mode -> photos, batches, seconds, mixed, by_class
         "What the loaders have given so far"
         return {mode: vars(s).copy() for mode,s in self.stats.items() if s.batches} | {'preset': self.config.preset}
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #210e260d
 def _check_mode(mode):
     if mode not in ('train', 'val', 'test'): raise ConfigError(f"`mode` must be 'train', 'val' or 'test', got {mode!r}")
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #5ae95482
 def _labels_of(dataset):
     for name in ('labels', 'targets'):
         if (found := getattr(dataset, name, None)) is not None: return found
-    raise ConfigError('the dataset says no labels', where='sampler', advice='Give it the attribute `labels`, or pass `create_balanced_sampler(labels, ...)`')
+    raise ConfigError('the dataset says no labels', where='sampler',
+                      advice='Give it the attribute `labels`, or pass `create_balanced_sampler(labels, ...)`')
 
+# %% ../../nbs/60_augment/20_torch_transforms.ipynb #e774f892
 def create_pipeline_from_preset(
     name:str='light', # Key of `TORCH_PRESETS`
     **overrides # Settings of `TorchAugmentConfig` that differ
 ) -> TorchAugmentation:
     "Augmentation for training a net, by name"
-    if name not in TORCH_PRESETS: raise ConfigError(f'no preset is called {name!r}', code='unknown_preset', advice=f'Known: {", ".join(TORCH_PRESETS)}')
+    if name not in TORCH_PRESETS:
+        raise ConfigError(f'no preset is called {name!r}', code='unknown_preset',
+                          advice=f'Known: {", ".join(TORCH_PRESETS)}')
     return TorchAugmentation(TorchAugmentConfig.from_dict({'preset': name, **TORCH_PRESETS[name], **overrides}))

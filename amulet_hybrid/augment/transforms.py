@@ -26,6 +26,7 @@ def turn(degrees:float) -> np.ndarray: # (3, 3)
     c,s = math.cos(math.radians(degrees)),math.sin(math.radians(degrees))
     return np.array([[c,s,0], [-s,c,0], [0,0,1.]])
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #599e3582
 def move(
     right:float, # Share of the width, negative: to the left
     down:float # Share of the height
@@ -33,10 +34,12 @@ def move(
     "Shift"
     return np.array([[1,0,2*right], [0,1,2*down], [0,0,1.]])
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #9c37263f
 def zoom(factor:float) -> np.ndarray: # (3, 3)
     "Nearer (above 1) or farther"
     return np.diag([factor, factor, 1.])
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #9e0d470c
 def tilt(
     x:float, # How much nearer the right side is than the left, about -0.3..0.3
     y:float # The same for the foot
@@ -44,10 +47,12 @@ def tilt(
     "Seen from the side: perspective"
     return np.array([[1,0,0], [0,1,0], [-x,-y,1.]])
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #c7c58b18
 def mirror() -> np.ndarray: # (3, 3)
     "Left and right changed; not harmless where letters or hands are seen"
     return _MIRROR
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #6a62fdf4
 _MIRROR = np.diag([-1., 1, 1])
 _MIRROR.setflags(write=False)
 
@@ -57,12 +62,14 @@ def _frame(h, w):
     to = np.array([[(w-1)/2,0,(w-1)/2], [0,(h-1)/2,(h-1)/2], [0,0,1]])@np.diag([h/max(h, w), w/max(h, w), 1.])
     return to,np.linalg.inv(to)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #9ba51586
 def _beyond(rgb):
     "How the photo goes on beyond its edge: drawn out if that is plain, else mirrored"
     ring = np.concatenate([rgb[0,::8], rgb[-1,::8], rgb[::8,0], rgb[::8,-1]]).astype(np.int16)
     odd = np.abs(ring-ring.mean(0).astype(np.int16)).max(1) > 40
     return cv2.BORDER_REPLICATE if odd.sum() < .1*len(odd) else cv2.BORDER_REFLECT_101
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #96274b51
 def warp(
     rgb:np.ndarray, # (height, width, 3) uint8
     matrix:np.ndarray # (3, 3) on coordinates from -1 to 1; products of the above
@@ -72,7 +79,8 @@ def warp(
     h,w = rgb.shape[:2]
     to,back = _frame(h, w)
     pixels = to@matrix@back
-    if not pixels[2,:2].any(): return cv2.warpAffine(rgb, pixels[:2], (w, h), flags=cv2.INTER_LINEAR, borderMode=_beyond(rgb))
+    if not pixels[2,:2].any():
+        return cv2.warpAffine(rgb, pixels[:2], (w, h), flags=cv2.INTER_LINEAR, borderMode=_beyond(rgb))
     return cv2.warpPerspective(rgb, pixels, (w, h), flags=cv2.INTER_LINEAR, borderMode=_beyond(rgb))
 
 # %% ../../nbs/60_augment/10_transforms.ipynb #44cb5de2
@@ -82,15 +90,18 @@ def tone(
     offset:float=0. # Grey levels added
 ) -> np.ndarray: # Same shape, uint8
     "A straight line through the grey levels"
-    if offset >= 0: return cv2.convertScaleAbs(rgb, alpha=gain, beta=offset) # faster, and nothing below 0 that it would turn over
+    # faster, and nothing below 0 that it would turn over
+    if offset >= 0: return cv2.convertScaleAbs(rgb, alpha=gain, beta=offset)
     return cv2.addWeighted(rgb, gain, rgb, 0, offset)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #8137072c
 _GREY = np.array([.299, .587, .114])
 
 def _is_grey(rgb):
     some = rgb[::16,::16].astype(np.int16)
     return int((some.max(2)-some.min(2)).max()) <= 3
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #de41115e
 def recolour(
     rgb:np.ndarray, # (height, width, 3) uint8
     hue:float=0., # Turn of the colour wheel, degrees
@@ -100,15 +111,19 @@ def recolour(
     "Turn, strengthen and warm colours; a grey photo stays as it is, since its camera knows no colours"
     if _is_grey(rgb): return rgb
     c,s = math.cos(math.radians(hue)),math.sin(math.radians(hue))
-    along = np.full((3,3), (1-c)/3)+c*np.eye(3)+s/math.sqrt(3)*np.array([[0,-1,1], [1,0,-1], [-1,1,0]]) # about the grey axis
+    # about the grey axis
+    along = np.full((3,3), (1-c)/3)+c*np.eye(3)+s/math.sqrt(3)*np.array([[0,-1,1], [1,0,-1], [-1,1,0]])
     mixed = saturation*np.eye(3)+(1-saturation)*np.tile(_GREY, (3,1))
     return cv2.transform(rgb, (np.array([1+warmth, 1, 1-warmth])[:,None]*(mixed@along)).astype(np.float32))
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #18321e77
 @lru_cache(8)
 def _ramps(h, w):
     "Slopes from -1 to 1 to the right and down"
-    return np.tile(np.linspace(-1, 1, w, dtype=np.float32), (h, 1)),np.tile(np.linspace(-1, 1, h, dtype=np.float32)[:,None], (1, w))
+    return np.tile(np.linspace(-1, 1, w, dtype=np.float32),
+                   (h, 1)),np.tile(np.linspace(-1, 1, h, dtype=np.float32)[:,None], (1, w))
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #fa05c1f8
 def light_from(
     rgb:np.ndarray, # (height, width, 3) uint8
     azimuth:float, # Where the lamp stands, degrees against the clock from the right
@@ -117,9 +132,11 @@ def light_from(
     "Light that comes from one side"
     x,y = _ramps(16, 16)
     gain = 128*(1+amount*(math.cos(math.radians(azimuth))*x-math.sin(math.radians(azimuth))*y))
-    gain = cv2.resize(cv2.merge([np.clip(gain, 0, 255).astype(np.uint8)]*3), rgb.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    gain = cv2.resize(cv2.merge([np.clip(gain, 0, 255).astype(np.uint8)]*3), rgb.shape[1::-1],
+                      interpolation=cv2.INTER_LINEAR)
     return cv2.multiply(rgb, gain, scale=1/128)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #b46a5c34
 def shadow(
     rgb:np.ndarray, # (height, width, 3) uint8
     corners:Sequence[Sequence[float]], # Of a polygon, each (x, y) as shares of width and height
@@ -130,12 +147,15 @@ def shadow(
     mask:Any = np.full((32,32), 255, np.uint8)
     cv2.fillPoly(mask, [np.round(np.asarray(corners)*32*16).astype(np.int32)], round(255*(1-depth)), cv2.LINE_AA, 4)
     mask = cv2.GaussianBlur(mask, (0,0), max(.4, 16*soft))
-    return cv2.multiply(rgb, cv2.resize(cv2.merge([mask]*3), rgb.shape[1::-1], interpolation=cv2.INTER_LINEAR), scale=1/255)
+    return cv2.multiply(rgb, cv2.resize(cv2.merge([mask]*3), rgb.shape[1::-1], interpolation=cv2.INTER_LINEAR),
+                        scale=1/255)
 
 # %% ../../nbs/60_augment/10_transforms.ipynb #2d8e1243
 @lru_cache(1)
-def _noise_table(): return np.clip(np.rint(np.random.default_rng(0).standard_normal(2**21, np.float32)*32+128), 0, 255).astype(np.uint8)
+def _noise_table():
+    return np.clip(np.rint(np.random.default_rng(0).standard_normal(2**21, np.float32)*32+128), 0, 255).astype(np.uint8)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #69f143dd
 def add_noise(
     rgb:np.ndarray, # (height, width, 3) uint8
     sigma:float, # Standard deviation, grey levels, 0..40
@@ -145,12 +165,14 @@ def add_noise(
     if _is_grey(rgb): return cv2.merge([_noisy(np.ascontiguousarray(rgb[...,0]), sigma, start)]*3)
     return _noisy(rgb, sigma, start)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #11a095e0
 def _noisy(rgb, sigma, start):
     table = _noise_table()
     start %= len(table)
     noise = table[start:start+rgb.size] if start+rgb.size <= len(table) else np.resize(np.roll(table, -start), rgb.size)
     return cv2.addWeighted(rgb, 1, noise.reshape(rgb.shape), sigma/32, -4*sigma)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #e8cf4806
 def save_as_jpeg(
     rgb:np.ndarray, # (height, width, 3) uint8
     quality:int # 1..100
@@ -159,11 +181,13 @@ def save_as_jpeg(
     file = cv2.imencode('.jpg', cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), (cv2.IMWRITE_JPEG_QUALITY, int(quality)))[1]
     return _decode(file)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #5cd95c26
 def _decode(file):
     flag = getattr(cv2, 'IMREAD_COLOR_RGB', None) # since 4.11
     pixels:Any = cv2.imdecode(file, cv2.IMREAD_COLOR if flag is None else flag)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if flag is None else pixels
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #4a68578a
 @lru_cache(512)
 def _line(length, degrees):
     "Kernel of a straight movement"
@@ -172,6 +196,7 @@ def _line(length, degrees):
     cv2.line(kernel, (round(r-x), round(r+y)), (round(r+x), round(r-y)), 1.)
     return kernel/kernel.sum()
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #06859bd0
 @lru_cache(64)
 def _disc(radius):
     "Kernel of a lens out of focus, its edge shaded; radius in tenths of a pixel"
@@ -180,6 +205,7 @@ def _disc(radius):
     kernel = np.clip(r+.5-np.hypot(x, y), 0, 1).astype(np.float32)
     return kernel/kernel.sum()
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #69a91edb
 def motion_blur(
     rgb:np.ndarray, # (height, width, 3) uint8
     length:float, # Share of the longer side, 0..0.1
@@ -189,6 +215,7 @@ def motion_blur(
     pixels = max(3, 2*int(length*max(rgb.shape)/2)+1)
     return cv2.filter2D(rgb, -1, _line(pixels, round(degrees)%180), borderType=cv2.BORDER_REFLECT_101)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #bd37049e
 def defocus(
     rgb:np.ndarray, # (height, width, 3) uint8
     radius:float # Share of the longer side, 0..0.05
@@ -196,9 +223,12 @@ def defocus(
     "A lens that looked elsewhere"
     pixels,(h,w) = max(.6, radius*max(rgb.shape)),rgb.shape[:2]
     if pixels <= 3: return cv2.filter2D(rgb, -1, _disc(round(10*pixels)), borderType=cv2.BORDER_REFLECT_101)
-    small = cv2.resize(rgb, (max(8, round(w*3/pixels)), max(8, round(h*3/pixels))), interpolation=cv2.INTER_AREA) # a wide disc loses nothing on a small copy
-    return cv2.resize(cv2.filter2D(small, -1, _disc(30), borderType=cv2.BORDER_REFLECT_101), (w, h), interpolation=cv2.INTER_LINEAR)
+    # a wide disc loses nothing on a small copy
+    small = cv2.resize(rgb, (max(8, round(w*3/pixels)), max(8, round(h*3/pixels))), interpolation=cv2.INTER_AREA)
+    return cv2.resize(cv2.filter2D(small, -1, _disc(30), borderType=cv2.BORDER_REFLECT_101), (w, h),
+                      interpolation=cv2.INTER_LINEAR)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #303f3b10
 def cut_out(
     rgb:np.ndarray, # (height, width, 3) uint8
     boxes:Iterable[Sequence[float]] # Each (x, y, width, height) as shares of the photo, its corner first
@@ -214,21 +244,29 @@ def cut_out(
 @dataclass(frozen=True)
 class Operation:
     "Something that happens to a photo"
-    kind:str # 'shape': `run` gives a matrix, to be joined with others; 'tone': `run` gives gain and pivot; 'pixels': `run` gives the photo
+    # 'shape': `run` gives a matrix, to be joined with others; 'tone': `run` gives gain and pivot; 'pixels': `run` gives
+    # the photo
+    kind:str
     draw:Callable[[np.random.Generator,float],dict[str,Any]] # Strength 0..1 -> parameters that JSON holds
     run:Callable[...,Any] # Of the parameters; for 'pixels' the photo comes first
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #a74dc4b4
 def _even(rng, most): return round(float(rng.uniform(-most, most)), 4)
 def _factor(rng, most): return round(math.exp(_even(rng, math.log(most))), 4)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #684295e5
 def _draw_shadow(rng, s):
     "A strip that begins outside and reaches in from one side"
-    angle,reach,wide = rng.uniform(0, 2*math.pi),rng.uniform(.05, .45),rng.uniform(.4, 1.2)
+    angle = rng.uniform(0, 2*math.pi)
+    reach = rng.uniform(.05, .45)
+    wide = rng.uniform(.4, 1.2)
     c,si = math.cos(angle),math.sin(angle)
     points = [(-1.5,-wide), (reach-.5+rng.uniform(-.1, .1), -wide), (reach-.5+rng.uniform(-.1, .1), wide), (-1.5,wide)]
-    return {'corners': [[round(.5+c*x-si*y, 3), round(.5+si*x+c*y, 3)] for x,y in points], 'depth': round(float(rng.uniform(.15, .2+.35*s)), 3),
+    return {'corners': [[round(.5+c*x-si*y, 3), round(.5+si*x+c*y, 3)] for x,y in points],
+            'depth': round(float(rng.uniform(.15, .2+.35*s)), 3),
             'soft': round(float(rng.uniform(.03, .12)), 3)}
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #71e4823e
 def _draw_boxes(rng, s):
     boxes = []
     for _ in range(rng.integers(1, 2+round(2*s))):
@@ -243,14 +281,22 @@ OPERATIONS:dict[str,Operation] = {
     'shift':       Operation('shape', lambda rng, s: {'right': _even(rng, .1*s), 'down': _even(rng, .1*s)}, move),
     'scale':       Operation('shape', lambda rng, s: {'factor': _factor(rng, 1+.3*s)}, zoom),
     'perspective': Operation('shape', lambda rng, s: {'x': _even(rng, .2*s), 'y': _even(rng, .2*s)}, tilt),
-    'light':       Operation('pixels', lambda rng, s: {'azimuth': _even(rng, 180), 'amount': round(float(rng.uniform(.1, .1+.35*s)), 3)}, light_from),
+    'light':       Operation('pixels',
+                             lambda rng, s: {'azimuth': _even(rng, 180),
+                                             'amount': round(float(rng.uniform(.1, .1+.35*s)), 3)}, light_from),
     'shadow':      Operation('pixels', _draw_shadow, shadow),
-    'brightness':  Operation('tone', lambda rng, s: {'gain': _factor(rng, 1+.5*s), 'about': 0}, lambda gain, about: (gain, about)),
-    'contrast':    Operation('tone', lambda rng, s: {'gain': _factor(rng, 1+.6*s), 'about': None}, lambda gain, about: (gain, about)),
-    'colour':      Operation('pixels', lambda rng, s: {'hue': _even(rng, 15*s), 'saturation': _factor(rng, 1+.5*s), 'warmth': _even(rng, .15*s)}, recolour),
-    'motion_blur': Operation('pixels', lambda rng, s: {'length': round(float(rng.uniform(.013, .016+.024*s)), 4), 'degrees': int(rng.integers(180))}, motion_blur),
-    'defocus':     Operation('pixels', lambda rng, s: {'radius': round(float(rng.uniform(.004, .005+.008*s)), 4)}, defocus),
-    'noise':       Operation('pixels', lambda rng, s: {'sigma': round(float(rng.uniform(2, 3+10*s)), 2), 'start': int(rng.integers(2**21))}, add_noise),
+    'brightness':  Operation('tone', lambda rng, s: {'gain': _factor(rng, 1+.5*s),
+                                                     'about': 0}, lambda gain, about: (gain, about)),
+    'contrast':    Operation('tone', lambda rng, s: {'gain': _factor(rng, 1+.6*s),
+                                                     'about': None}, lambda gain, about: (gain, about)),
+    'colour':      Operation('pixels', lambda rng, s: {'hue': _even(rng, 15*s), 'saturation': _factor(rng, 1+.5*s),
+                                                       'warmth': _even(rng, .15*s)}, recolour),
+    'motion_blur': Operation('pixels', lambda rng, s: {'length': round(float(rng.uniform(.013, .016+.024*s)), 4),
+                                                       'degrees': int(rng.integers(180))}, motion_blur),
+    'defocus':     Operation('pixels',
+                             lambda rng, s: {'radius': round(float(rng.uniform(.004, .005+.008*s)), 4)}, defocus),
+    'noise':       Operation('pixels', lambda rng, s: {'sigma': round(float(rng.uniform(2, 3+10*s)), 2),
+                                                       'start': int(rng.integers(2**21))}, add_noise),
     'cutout':      Operation('pixels', _draw_boxes, cut_out),
     'jpeg':        Operation('pixels', lambda rng, s: {'quality': int(rng.integers(90-round(60*s), 92))}, save_as_jpeg),
 }
@@ -266,7 +312,9 @@ def apply_steps(
     _check_rgb(rgb)
     matrix,line = None,None
     for name,params in steps:
-        if name not in OPERATIONS: raise ConfigError(f'no operation is called {name!r}', code='unknown_operation', advice=f'Known: {", ".join(OPERATIONS)}')
+        if name not in OPERATIONS:
+            raise ConfigError(f'no operation is called {name!r}', code='unknown_operation',
+                              advice=f'Known: {", ".join(OPERATIONS)}')
         operation = OPERATIONS[name]
         if operation.kind=='shape':
             if line: rgb,line = tone(rgb, *line),None
@@ -280,19 +328,24 @@ def apply_steps(
     if matrix is not None: rgb = warp(rgb, matrix)
     return tone(rgb, *line) if line else np.ascontiguousarray(rgb)
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #d1186f8d
 def _join(line, rgb, gain, about):
     "A line after another; `about` is the grey that stays, None: the photo's mean"
     a,b = line or (1., 0.)
-    if about is None: about = min(max(a*int((some := rgb[::16,::16]).sum())/some.size+b, 0), 255) # every sixteenth pixel will do
+    # every sixteenth pixel will do
+    if about is None: about = min(max(a*int((some := rgb[::16,::16]).sum())/some.size+b, 0), 255)
     return gain*a,gain*b+about*(1-gain)
 
 # %% ../../nbs/60_augment/10_transforms.ipynb #f6fea2fb
 _MINIMAL = {'rotation': .5, 'shift': .5, 'scale': .5, 'brightness': .5}
-_LIGHT = {'flip': .3, 'rotation': .6, 'shift': .5, 'scale': .5, 'light': .2, 'brightness': .5, 'contrast': .4, 'colour': .3}
-_MEDIUM = {**_LIGHT, 'flip': .5, 'perspective': .4, 'light': .25, 'shadow': .2, 'motion_blur': .1, 'defocus': .1, 'noise': .25, 'cutout': .1, 'jpeg': .25}
+_LIGHT = {'flip': .3, 'rotation': .6, 'shift': .5, 'scale': .5, 'light': .2, 'brightness': .5, 'contrast': .4,
+          'colour': .3}
+_MEDIUM = {**_LIGHT, 'flip': .5, 'perspective': .4, 'light': .25, 'shadow': .2, 'motion_blur': .1, 'defocus': .1,
+           'noise': .25, 'cutout': .1, 'jpeg': .25}
 PRESETS:dict[str,tuple[float,dict[str,float]]] = { # name -> strength, chance of each operation
     'minimal': (.3, _MINIMAL), 'light': (.45, _LIGHT), 'medium': (.7, _MEDIUM),
-    'heavy': (1., {**_MEDIUM, 'rotation': .8, 'scale': .7, 'perspective': .5, 'light': .35, 'shadow': .3, 'colour': .5, 'motion_blur': .15, 'defocus': .15, 'noise': .35,
+    'heavy': (1., {**_MEDIUM, 'rotation': .8, 'scale': .7, 'perspective': .5, 'light': .35, 'shadow': .3, 'colour': .5,
+                   'motion_blur': .15, 'defocus': .15, 'noise': .35,
                    'cutout': .3, 'jpeg': .35})}
 
 def preset_for(
@@ -301,6 +354,7 @@ def preset_for(
     "The preset that suits a set of this size"
     return 'light' if n_photos < 500 else 'medium' if n_photos <= 2000 else 'heavy'
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #44d7c29d
 @dataclass(frozen=True)
 class AugmentationConfig(Config):
     "What may happen to a photo"
@@ -310,11 +364,14 @@ class AugmentationConfig(Config):
     also:tuple[str,...]=() # Operations that are added, each with a chance of a half
 
     def __post_init__(self):
-        if self.preset not in PRESETS: raise ConfigError(f'no preset is called {self.preset!r}', code='unknown_preset', advice=f'Known: {", ".join(PRESETS)}')
+        if self.preset not in PRESETS:
+            raise ConfigError(f'no preset is called {self.preset!r}', code='unknown_preset',
+                              advice=f'Known: {", ".join(PRESETS)}')
         if not 0 <= self.strength <= 1: raise ConfigError(f'`strength` must be in 0..1, got {self.strength}')
         for name,value in (('without', self.without), ('also', self.also)):
             if unknown := sorted(set(value)-set(OPERATIONS)):
-                raise ConfigError(f'`{name}` names {unknown[0]!r}, which is no operation', code='unknown_operation', advice=f'Known: {", ".join(OPERATIONS)}')
+                raise ConfigError(f'`{name}` names {unknown[0]!r}, which is no operation', code='unknown_operation',
+                                  advice=f'Known: {", ".join(OPERATIONS)}')
         if not self.chances(): raise ConfigError('no operation is left', where='without', advice='Leave some in')
 
     @property
@@ -329,6 +386,7 @@ class AugmentationConfig(Config):
         off,table = {*self.without, *without},{**PRESETS[self.preset][1], **dict.fromkeys(self.also, .5)}
         return {name: table[name] for name in OPERATIONS if name in table and name not in off}
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #944c2430
 def draw_steps(
     config:AugmentationConfig,
     rng:np.random.Generator, # Same state, same steps
@@ -336,10 +394,13 @@ def draw_steps(
 ) -> list[Step]: # One or more
     "What happens to one photo, by chance"
     chances = config.chances(without)
-    if not chances: raise ConfigError('no operation is left for this class', code='nothing_left', advice='Name fewer that are switched off')
+    if not chances:
+        raise ConfigError('no operation is left for this class', code='nothing_left',
+                          advice='Name fewer that are switched off')
     while not (names := [name for name,chance in chances.items() if rng.random() < chance]): pass
     return [(name, OPERATIONS[name].draw(rng, config.power)) for name in names]
 
+# %% ../../nbs/60_augment/10_transforms.ipynb #d7b9b571
 def augment(
     rgb:np.ndarray, # (height, width, 3) uint8
     config:AugmentationConfig=AugmentationConfig(),

@@ -19,7 +19,11 @@ import numpy as np
 from ..core import BundleError
 
 # %% ../../nbs/05_base/30_arrays.ipynb #39b5dcc7
-MOST_BYTES,MOST_JSON,MOST_DEPTH,MOST_ARRAYS = 2**31,16*2**20,24,20_000 # Of a file of arrays, of a JSON file; nesting; arrays in one file
+# Of a file of arrays, of a JSON file; nesting; arrays in one file
+MOST_BYTES = 2**31
+MOST_JSON = 16*2**20
+MOST_DEPTH = 24
+MOST_ARRAYS = 20_000
 
 def pack_arrays(
     arrays:Mapping[str,Any] # Name -> array of numbers, truth values or text
@@ -28,8 +32,10 @@ def pack_arrays(
     out = io.BytesIO()
     with zipfile.ZipFile(out, 'w') as file:
         for name,value in arrays.items():
-            if (value := np.asanyarray(value)).dtype.kind not in _KINDS: raise BundleError(f'{name!r} is an array of {value.dtype}, not of numbers or text', code='bad_array')
-            with file.open(zipfile.ZipInfo(f'{name}.npy', (1980, 1, 1, 0, 0, 0)), 'w') as entry: np.lib.format.write_array(entry, value, allow_pickle=False)
+            if (value := np.asanyarray(value)).dtype.kind not in _KINDS:
+                raise BundleError(f'{name!r} is an array of {value.dtype}, not of numbers or text', code='bad_array')
+            with file.open(zipfile.ZipInfo(f'{name}.npy', (1980, 1, 1, 0, 0, 0)), 'w') as entry:
+                np.lib.format.write_array(entry, value, allow_pickle=False)
     return out.getvalue()
 
 _KINDS = 'biufU'
@@ -47,15 +53,21 @@ def _read_array(data, name, refuse):
     if end-start > 4096 or end > len(data): refuse(f'the header of {name} is too long')
     try:
         about = ast.literal_eval(data[start:end].decode('latin1'))
-        shape,turned,kind = about['shape'],bool(about['fortran_order']),np.dtype(str(about['descr']))
-    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError): refuse(f'the header of {name} cannot be read')
+        shape = about['shape']
+        turned = bool(about['fortran_order'])
+        kind = np.dtype(str(about['descr']))
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        refuse(f'the header of {name} cannot be read')
     if kind.kind not in _KINDS or kind.hasobject: refuse(f'{name} holds {kind}, not numbers or text')
-    if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in shape): refuse(f'{name} has the shape {str(shape)[:60]}')
+    if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        refuse(f'{name} has the shape {str(shape)[:60]}')
     wanted = kind.itemsize
     for n in shape: wanted *= n
     if wanted!=len(data)-end: refuse(f'{name} promises {wanted:,} bytes and has {len(data)-end:,}', 'oversized_array')
-    return np.frombuffer(data, kind, offset=end).reshape(shape, order='F' if turned else 'C') if wanted else np.zeros(shape, kind)
+    return np.frombuffer(data, kind, offset=end).reshape(shape, order='F' if turned
+                                                         else 'C') if wanted else np.zeros(shape, kind)
 
+# %% ../../nbs/05_base/30_arrays.ipynb #55d86323
 def unpack_arrays(
     data:bytes, # An npz file
     where:Any=None # Its name for errors
@@ -69,30 +81,38 @@ def unpack_arrays(
             if len(entries) > MOST_ARRAYS: refuse(f'holds {len(entries)} arrays')
             for entry in entries:
                 name = entry.filename.removesuffix('.npy')
-                if entry.compress_type!=zipfile.ZIP_STORED or entry.flag_bits & 1: refuse(f'{name} is compressed or locked')
+                if entry.compress_type!=zipfile.ZIP_STORED or entry.flag_bits & 1:
+                    refuse(f'{name} is compressed or locked')
                 if entry.file_size!=entry.compress_size or entry.file_size > len(data):
                     refuse(f'{name} promises {entry.file_size:,} bytes in a file of {len(data):,}', 'oversized_array')
-                if name in out or name==entry.filename: refuse(f'{name} is there twice' if name in out else f'{name} is no array')
+                if name in out or name==entry.filename:
+                    refuse(f'{name} is there twice' if name in out else f'{name} is no array')
                 out[name] = _read_array(file.read(entry), name, refuse)
             return out
     except BundleError: raise
-    except Exception as error: raise BundleError(f'is no file of arrays: {str(error)[:200]}', code='bad_array', where=where) from error # zip files can be broken in many ways
+    # zip files can be broken in many ways
+    except Exception as error:
+        raise BundleError(f'is no file of arrays: {str(error)[:200]}', code='bad_array', where=where) from error
 
 # %% ../../nbs/05_base/30_arrays.ipynb #18cba3a9
 def _once(pairs):
     if len({k for k,_ in pairs})!=len(pairs): raise ValueError('a name is there twice')
     return dict(pairs)
 
+# %% ../../nbs/05_base/30_arrays.ipynb #908d498d
 def _no_constant(name): raise ValueError(f'{name} is no number')
 
+# %% ../../nbs/05_base/30_arrays.ipynb #0bbca802
 def _depth(value, most):
     "Whether `value` nests at most `most` deep"
     level = [value]
     for _ in range(most+1):
-        level = [v for node in level if isinstance(node, (dict, list)) for v in (node.values() if isinstance(node, dict) else node)]
+        level = [v for node in level if isinstance(node, (dict, list))
+                 for v in (node.values() if isinstance(node, dict) else node)]
         if not level: return True
     return False
 
+# %% ../../nbs/05_base/30_arrays.ipynb #34678288
 def parse_json(
     data:bytes, # UTF-8
     where:Any=None # Its name for errors
@@ -101,10 +121,12 @@ def parse_json(
     def refuse(why, error=None) -> NoReturn: raise BundleError(why, code='bad_json', where=where) from error
     if len(data) > MOST_JSON: refuse(f'larger than {MOST_JSON:,} bytes')
     try: value = json.loads(data.decode('utf-8'), object_pairs_hook=_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError, MemoryError) as error: refuse(f'is no JSON that we read: {str(error)[:200]}', error)
+    except (ValueError, RecursionError, MemoryError) as error:
+        refuse(f'is no JSON that we read: {str(error)[:200]}', error)
     if not _depth(value, MOST_DEPTH): refuse(f'nests more than {MOST_DEPTH} deep')
     return value
 
+# %% ../../nbs/05_base/30_arrays.ipynb #348957b8
 def dump_json(value:Any) -> bytes: # UTF-8, keys in the order given, a line at the end
     "Settings as a file for people and programs"
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)+'\n').encode()

@@ -20,7 +20,9 @@ import numpy as np
 class _Plain:
     "What an estimator is without scikit-learn"
     @classmethod
-    def _settings(cls): return [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.name!='self' and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    def _settings(cls):
+        return [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.name!='self'
+                and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
     def get_params(self, deep=True) -> dict[str,Any]:
         "Settings by name"
@@ -28,7 +30,8 @@ class _Plain:
 
     def set_params(self, **params):
         "Change settings"
-        if unknown := sorted(set(params)-set(self._settings())): raise ValueError(f'{type(self).__name__} has no parameter {unknown[0]!r}')
+        if unknown := sorted(set(params)-set(self._settings())):
+            raise ValueError(f'{type(self).__name__} has no parameter {unknown[0]!r}')
         for name,value in params.items(): setattr(self, name, value)
         return self
 
@@ -40,29 +43,35 @@ class _Plain:
 
     def __sklearn_tags__(self): raise AttributeError('there are no tags without scikit-learn')
 
+# %% ../../nbs/05_base/20_estimators.ipynb #98d8d51b
 class _PlainMixin:
     "A mixin that mixes in nothing"
     def __init_subclass__(cls, auto_wrap_output_keys=(), **kwargs): super().__init_subclass__(**kwargs)
 
+# %% ../../nbs/05_base/20_estimators.ipynb #69356315
 def _plain_check_is_fitted(estimator, attributes=None):
     "Refuse to answer before anything was learned"
     wanted = [attributes] if isinstance(attributes, str) else attributes
-    if not (all(hasattr(estimator, a) for a in wanted) if wanted else any(k.endswith('_') and not k.startswith('_') for k in vars(estimator))):
+    if not (all(hasattr(estimator, a) for a in wanted) if wanted else any(k.endswith('_') and not k.startswith('_')
+            for k in vars(estimator))):
         raise ValueError(f'this {type(estimator).__name__} is not fitted yet')
 
+# %% ../../nbs/05_base/20_estimators.ipynb #cccb98ea
 def _plain_validate_data(estimator, X, dtype=np.float64, reset=True, ensure_all_finite:Any=True, **more):
     "A table of finite numbers, as wide as the one that was learned from"
     if reset: raise ImportError(f'{type(estimator).__name__} learns with scikit-learn only: pip install scikit-learn')
     X = np.asarray(X, dtype)
     if X.ndim!=2 or not len(X): raise ValueError(f'expected a table with a row or more, got the shape {X.shape}')
     if X.shape[1]!=(width := int(getattr(estimator, 'n_features_in_', X.shape[1]))):
-        raise ValueError(f'X has {X.shape[1]} features, but {type(estimator).__name__} is expecting {width} features as input')
+        raise ValueError(f'X has {X.shape[1]} features, but {type(estimator).__name__} is expecting {width} features '
+                         f'as input')
     bad = np.isinf(X) if ensure_all_finite=='allow-nan' else ~np.isfinite(X)
     if ensure_all_finite and bad.any(): raise ValueError('Input X contains NaN or infinity')
     return X
 
 # %% ../../nbs/05_base/20_estimators.ipynb #86a2d8ae
-_all_ = ['BaseEstimator', 'ClassifierMixin', 'TransformerMixin', 'check_is_fitted', 'validate_data', 'column_or_1d', 'clone']
+_all_ = ['BaseEstimator', 'ClassifierMixin', 'TransformerMixin', 'check_is_fitted', 'validate_data', 'column_or_1d',
+         'clone']
 
 HAVE_SKLEARN,HAVE_CONTROL = (importlib.util.find_spec(name) is not None for name in ('sklearn', 'threadpoolctl'))
 
@@ -70,7 +79,9 @@ if TYPE_CHECKING or HAVE_SKLEARN:
     from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
     from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 else:
-    BaseEstimator,check_is_fitted,validate_data = _Plain,_plain_check_is_fitted,_plain_validate_data
+    BaseEstimator = _Plain
+    check_is_fitted = _plain_check_is_fitted
+    validate_data = _plain_validate_data
     class ClassifierMixin(_PlainMixin): pass
     class TransformerMixin(_PlainMixin): pass
     def clone(estimator): return type(estimator)(**estimator.get_params())
@@ -79,7 +90,9 @@ else:
 
 # %% ../../nbs/05_base/20_estimators.ipynb #66e2eb46
 _SWITCH = threading.Lock()
-_users,_undo,_controllers = 0,None,{}
+_users = 0
+_undo = None
+_controllers = {}
 
 def _controller():
     "What turns the switch; libraries that were loaded since are found too"
@@ -88,6 +101,7 @@ def _controller():
     if loaded not in _controllers: _controllers[loaded] = ThreadpoolController()
     return _controllers[loaded]
 
+# %% ../../nbs/05_base/20_estimators.ipynb #614ef2a7
 @contextmanager
 def one_blas_thread():
     "Matrix products stay in the thread that asks for them, as long as anybody is in here; nothing happens without `threadpoolctl`"
@@ -112,11 +126,13 @@ def logsumexp(
     out = np.log(np.exp(x-top).sum(axis, keepdims=True))+top
     return out if keepdims else np.squeeze(out, axis)
 
+# %% ../../nbs/05_base/20_estimators.ipynb #05204731
 def softmax(x:np.ndarray, axis:int=-1) -> np.ndarray: # Sums to 1 along `axis`
     "Exponentials over their sum"
     e = np.exp(x-x.max(axis, keepdims=True))
     return e/e.sum(axis, keepdims=True)
 
+# %% ../../nbs/05_base/20_estimators.ipynb #8d08c4ba
 def log_softmax(x:np.ndarray, axis:int=-1) -> np.ndarray:
     "Logarithm of `softmax`"
     return x-logsumexp(x, axis, keepdims=True)

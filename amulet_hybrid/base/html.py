@@ -36,24 +36,28 @@ def quiet_figure(
         fonts,labels = drawable(names)
         ax.set_yticks(range(len(names)), labels=labels, parse_math=False, fontfamily=fonts)
         ax.set_ylim(len(names)-.5, -.5)
-    setattr(fig, '_repr_png_', lambda: _png_bytes(fig, 80)) # noqa: B010 Jupyter shows a figure by itself only if pyplot made it
+    fig._repr_png_ = lambda: _png_bytes(fig, 80) # noqa: B010 Jupyter shows a figure by itself only if pyplot made it
     return fig,ax
 
+# %% ../../nbs/05_base/60_html.ipynb #25df72ac
 def _png_bytes(fig, dpi):
     out = io.BytesIO()
     fig.savefig(out, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
     return out.getvalue()
 
+# %% ../../nbs/05_base/60_html.ipynb #f77c6fd7
 def drawable(
     names # Any text
 ) -> tuple[list[str],list[str]]:
     "Fonts at hand, with one that knows Thai if there is any, and `names` without the letters that none of them can draw"
     from matplotlib import font_manager as fm
     known = {f.name for f in fm.fontManager.ttflist}
-    fonts = ['DejaVu Sans', *(f for f in ('Noto Sans Thai', 'Loma', 'Garuda', 'Leelawadee UI', 'Thonburi', 'Tahoma') if f in known)]
+    fonts = ['DejaVu Sans', *(f for f in ('Noto Sans Thai', 'Loma', 'Garuda', 'Leelawadee UI', 'Thonburi', 'Tahoma')
+                              if f in known)]
     maps = [fm.get_font(fm.findfont(f)) for f in fonts]
     return fonts, [''.join(c if any(m.get_char_index(ord(c)) for m in maps) else '?' for c in n) for n in names]
 
+# %% ../../nbs/05_base/60_html.ipynb #9315c7f3
 def short_name(
     name:Any, # E.g. of a class
     most:int=32 # Letters
@@ -67,8 +71,10 @@ def figure_source(
     fig:Any # matplotlib Figure
 ) -> dict: # `src`, a data: address, and `width` in pixels
     "A figure as the page wants it"
-    return {'src': 'data:image/png;base64,'+base64.b64encode(_png_bytes(fig, 144)).decode(), 'width': round(96*fig.get_figwidth())}
+    return {'src': 'data:image/png;base64,'+base64.b64encode(_png_bytes(fig, 144)).decode(),
+            'width': round(96*fig.get_figwidth())}
 
+# %% ../../nbs/05_base/60_html.ipynb #74a137b6
 def thumbnail(
     image:np.ndarray, # (height, width, 3) uint8, RGB
     side:int=160 # Longest, pixels
@@ -90,6 +96,7 @@ def cell_text(value:Any) -> str:
     if not isinstance(value, (float, np.floating)): return str(value)
     return f'{value:,.0f}' if abs(float(value))>=1000 or float(value).is_integer() else f'{value:.3f}'
 
+# %% ../../nbs/05_base/60_html.ipynb #22541082
 def table_parts(
     frame:pd.DataFrame,
     most:int=300 # Rows
@@ -97,9 +104,12 @@ def table_parts(
     "`heads`, `rows` and the number of rows left out"
     shown = frame.head(most)
     if not isinstance(frame.index, pd.RangeIndex):
-        shown = shown.reset_index(names='' if frame.index.nlevels==1 and frame.index.name is None else None, allow_duplicates=True)
-    return {'heads': [str(c).replace('_', ' ') for c in shown.columns], 'rows': [list(map(cell_text, row)) for row in shown.itertuples(index=False)], 'more': len(frame)-len(shown)}
+        shown = shown.reset_index(names='' if frame.index.nlevels==1 and frame.index.name is None else None,
+                                  allow_duplicates=True)
+    return {'heads': [str(c).replace('_', ' ') for c in shown.columns],
+            'rows': [list(map(cell_text, row)) for row in shown.itertuples(index=False)], 'more': len(frame)-len(shown)}
 
+# %% ../../nbs/05_base/60_html.ipynb #070b962b
 def section_parts(
     title:str, # Heading
     text:str, # Under it
@@ -193,5 +203,6 @@ def render_page(
     from markupsafe import Markup
     env = Environment(autoescape=True)
     env.filters |= {'at': lambda v, top: f'{100*min(max(v/top, 0), 1):.2f}%', 'share': lambda v: f'{v:.2f}',
-                    'figure': lambda x: '' if math.isnan(x.value) else x, 'breakable': lambda text: Markup('<wbr>').join(re.split(r'(?<=[_/])|(?<=\w-)', str(text)))}
+                    'figure': lambda x: '' if math.isnan(x.value)
+                    else x, 'breakable': lambda text: Markup('<wbr>').join(re.split(r'(?<=[_/])|(?<=\w-)', str(text)))}
     return env.from_string(HEAD+body+'</main></body></html>\n').render(title=title, told=told, css=CSS, **values)

@@ -80,5 +80,7 @@ def spread(
     ahead:int=4 # Tasks in the air for each worker
 ) -> Iterator: # What `work` returned, in the order of the tasks
     "Do the same work on many things at once"
-    if engine not in ENGINES: raise ConfigError(f'no engine is called {engine!r}', code='unknown_engine', advice=f'Known: {", ".join(ENGINES)}')
+    if engine not in ENGINES:
+        raise ConfigError(f'no engine is called {engine!r}', code='unknown_engine',
+                          advice=f'Known: {", ".join(ENGINES)}')
     yield from ENGINES[engine](work, tasks, jobs or os.cpu_count() or 1, ahead)

@@ -20,6 +20,7 @@ def _ed25519():
     from cryptography.hazmat.primitives.asymmetric import ed25519
     return ed25519,serialization
 
+# %% ../../nbs/05_base/40_signing.ipynb #fbb507d1
 def make_keys(
     private:str|Path # Where the private key shall be; the public one is put beside it, ending on .pub
 ) -> Path: # The public key
@@ -27,26 +28,37 @@ def make_keys(
     ed25519,s = _ed25519()
     private,public = Path(private),Path(f'{private}.pub')
     for path in (private, public):
-        if path.exists(): raise BundleError('there is such a file already', code='not_empty', where=path, advice='Name another one')
+        if path.exists():
+            raise BundleError('there is such a file already', code='not_empty', where=path, advice='Name another one')
     key = ed25519.Ed25519PrivateKey.generate()
-    with atomic_write(private) as part: part.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
+    with atomic_write(private) as part:
+        part.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
     private.chmod(0o600)
-    with atomic_write(public) as part: part.write_bytes(key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
+    with atomic_write(public) as part:
+        part.write_bytes(key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
     return public
 
+# %% ../../nbs/05_base/40_signing.ipynb #a73a4ab6
 def _read_key(path, private):
     ed25519,s = _ed25519()
     kind = ed25519.Ed25519PrivateKey if private else ed25519.Ed25519PublicKey
     try:
         data = Path(path).read_bytes()
         key = s.load_pem_private_key(data, None) if private else s.load_pem_public_key(data)
-    except OSError as error: raise BundleError(f'cannot be read: {error.strerror}', code='bad_key', where=path) from error
-    except (ValueError, TypeError) as error: raise BundleError(f'is no {"private" if private else "public"} key: {str(error)[:100]}', code='bad_key', where=path) from error
-    if not isinstance(key, kind): raise BundleError('is a key of another kind than Ed25519', code='bad_key', where=path, advice='Make one with: amulet bundle keys')
+    except OSError as error:
+        raise BundleError(f'cannot be read: {error.strerror}', code='bad_key', where=path) from error
+    except (ValueError, TypeError) as error:
+        raise BundleError(f'is no {"private" if private else "public"} key: {str(error)[:100]}', code='bad_key',
+                          where=path) from error
+    if not isinstance(key, kind):
+        raise BundleError('is a key of another kind than Ed25519', code='bad_key', where=path,
+                          advice='Make one with: amulet bundle keys')
     return key
 
+# %% ../../nbs/05_base/40_signing.ipynb #865691ba
 def _raw(public): _,s = _ed25519(); return public.public_bytes(s.Encoding.Raw, s.PublicFormat.Raw)
 
+# %% ../../nbs/05_base/40_signing.ipynb #cf0e553a
 def sign_bytes(
     data:bytes, # What is vouched for
     private_key:str|Path # PEM file
@@ -56,6 +68,7 @@ def sign_bytes(
     said = {'algorithm': 'ed25519', 'public_key': _raw(key.public_key()), 'signature': key.sign(data)}
     return dump_json({k: v if isinstance(v, str) else base64.b64encode(v).decode() for k,v in said.items()})
 
+# %% ../../nbs/05_base/40_signing.ipynb #41690ac6
 def check_signature(
     data:bytes, # What was signed
     signature:bytes, # What `sign_bytes` gave
@@ -67,8 +80,12 @@ def check_signature(
     def refuse(why, code, advice='') -> NoReturn: raise BundleError(why, code=code, where=where, advice=advice)
     try: mine,mark = (base64.b64decode(said[k], validate=True) for k in ('public_key', 'signature'))
     except (KeyError, TypeError, ValueError): refuse('is no signature of ours', 'bad_signature')
-    if said.get('algorithm')!='ed25519': refuse(f'the algorithm {str(said.get("algorithm"))[:40]!r} is not known here', 'bad_signature')
-    if mine!=_raw(key): refuse('was signed with another key than the one that is trusted here', 'other_key', 'Ask whoever made it for the public key')
+    if said.get('algorithm')!='ed25519':
+        refuse(f'the algorithm {str(said.get("algorithm"))[:40]!r} is not known here', 'bad_signature')
+    if mine!=_raw(key):
+        refuse('was signed with another key than the one that is trusted here', 'other_key',
+               'Ask whoever made it for the public key')
     from cryptography.exceptions import InvalidSignature
     try: key.verify(mark, data)
-    except InvalidSignature: refuse('the signature does not fit: what was signed has been changed since', 'bad_signature', 'Copy it again')
+    except InvalidSignature:
+        refuse('the signature does not fit: what was signed has been changed since', 'bad_signature', 'Copy it again')

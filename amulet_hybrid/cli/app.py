@@ -18,34 +18,55 @@ from typing import Annotated
 import typer
 
 # %% ../../nbs/90_cli/80_app.ipynb #962b6f92
-app = typer.Typer(name='amulet', no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+app = typer.Typer(name='amulet', no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False,
                   context_settings={'help_option_names': ['-h', '--help']},
                   help='From a folder of photos to a served, calibrated classifier.\n\n'
-                       'A first look: amulet samples --output-dir samples, then amulet run --data-dir samples --groups samples/groups.csv')
+                       'A first look: amulet samples --output-dir samples, then amulet run --data-dir samples --groups '
+                       'samples/groups.csv')
 
-Data = Annotated[Path, typer.Option('--data-dir', exists=True, help='Folder of class folders (class/photo.jpg or train/class/photo.jpg), or a CSV with columns path and label')]
+Data = Annotated[Path, typer.Option('--data-dir', exists=True,
+                                    help='Folder of class folders (class/photo.jpg or train/class/photo.jpg), or a CSV '
+                                         'with columns path and label')]
 Output = Annotated[Path, typer.Option('--output-dir', help='Where everything is written')]
-Groups = Annotated[Path|None, typer.Option('--groups', exists=True, dir_okay=False, help='CSV with columns path and group: photos of one group are never parted')]
+Groups = Annotated[Path|None, typer.Option('--groups', exists=True, dir_okay=False,
+                                           help='CSV with columns path and group: photos of one group are never parted')]
 GroupBy = Annotated[str, typer.Option('--group-by', help='The same as a regular expression on the path')]
-Blocks = Annotated[str, typer.Option('--blocks', help='Feature blocks joined by + instead, e.g. hog+lbp+cnn:mobilenet_v2@max')]
+Blocks = Annotated[str, typer.Option('--blocks',
+                                     help='Feature blocks joined by + instead, e.g. hog+lbp+cnn:mobilenet_v2@max')]
 Preset = Annotated[str, typer.Option('--preset', help="Feature blocks: 'fast', 'balanced' or 'rich'")]
-Weights = Annotated[str, typer.Option('--weights', help="CNN weights: 'auto', a file, a folder, 'random' (for tests) or 'none' (no CNN)")]
+Weights = Annotated[str, typer.Option('--weights',
+                                      help="CNN weights: 'auto', a file, a folder, 'random' (for tests) or 'none' (no "
+                                           "CNN)")]
 TestSize = Annotated[float, typer.Option('--test-size', min=.01, max=.9, help='Share of photos held out')]
 Folds = Annotated[int, typer.Option('--cv-folds', min=2, max=50, help='Grouped folds inside the training photos')]
 Quick = Annotated[bool, typer.Option('--quick-mode', '--quick', help='A first look: fewer folds and models')]
-Search = Annotated[str, typer.Option('--search', help="Look for other hyperparameters too: 'grid', 'random' or 'bayes' (Optuna)")]
+Search = Annotated[str, typer.Option('--search',
+                                     help="Look for other hyperparameters too: 'grid', 'random' or 'bayes' (Optuna)")]
 Trials = Annotated[int, typer.Option('--trials', min=1, help='Candidates that the search may try')]
-TimeBudget = Annotated[float, typer.Option('--time-budget', min=0, help='Minutes after which training begins no further candidate; 0: none')]
-Coverage = Annotated[float, typer.Option('--coverage', min=.5, max=.999, help='Share of photos whose prediction set shall hold the truth')]
-Track = Annotated[str, typer.Option('--track', help="Where the run is recorded: 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', 'wandb:PROJECT', 'auto'; empty: nowhere")]
-Mirror = Annotated[str, typer.Option('--mirror', help="Learn from mirror images of the training photos too: 'auto' (if it helps out of fold), 'always' or 'never'")]
-Preprocessing = Annotated[str, typer.Option('--preprocessing', help="What is done to every photo first, here and when served: 'basic' (even light), "
-                                            "'artifact' (relief in clay and metal), 'crop' (cut to the object on plain ground), 'artifact+crop', or a JSON file of settings")]
-MinGroups = Annotated[int, typer.Option('--min-groups', min=0, help='Leave out classes with fewer groups instead of stopping')]
+TimeBudget = Annotated[float, typer.Option('--time-budget', min=0,
+                                           help='Minutes after which training begins no further candidate; 0: none')]
+Coverage = Annotated[float, typer.Option('--coverage', min=.5, max=.999,
+                                         help='Share of photos whose prediction set shall hold the truth')]
+Track = Annotated[str, typer.Option('--track',
+                                    help="Where the run is recorded: 'mlflow', 'mlflow:ADDRESS', 'wandb', "
+                                         "'wandb:offline', 'wandb:PROJECT', 'auto'; empty: nowhere")]
+Mirror = Annotated[str, typer.Option('--mirror',
+                                     help="Learn from mirror images of the training photos too: 'auto' (if it helps "
+                                          "out of fold), 'always' or 'never'")]
+Preprocessing = Annotated[str, typer.Option('--preprocessing',
+                                            help="What is done to every photo first, here and when served: 'basic' "
+                                                 "(even light), "
+                                            "'artifact' (relief in clay and metal), 'crop' (cut to the object on plain "
+                                            "ground), 'artifact+crop', or a JSON file of settings")]
+MinGroups = Annotated[int, typer.Option('--min-groups', min=0,
+                                        help='Leave out classes with fewer groups instead of stopping')]
 Seed = Annotated[int, typer.Option('--seed', help='Same photos, settings and seed: same figures')]
 Jobs = Annotated[int, typer.Option('--jobs', min=0, help='Threads and processes; 0: one a core')]
 Model = Annotated[Path, typer.Option('--model-dir', exists=True, file_okay=False, help='Folder of a bundle')]
-PublicKey = Annotated[Path|None, typer.Option('--public-key', exists=True, dir_okay=False, help='Refuse a bundle that the owner of this key (a .pub file) has not signed')]
+PublicKey = Annotated[Path|None, typer.Option('--public-key', exists=True, dir_okay=False,
+                                              help='Refuse a bundle that the owner of this key (a .pub file) has not '
+                                                   'signed')]
 Verbose = Annotated[bool, typer.Option('--verbose', '-v', help='Say more')]
 
 def main():
@@ -57,10 +78,12 @@ def main():
         if end.code==130: typer.echo('interrupted; what was finished is kept, start again to go on', err=True)
         raise
 
+# %% ../../nbs/90_cli/80_app.ipynb #b893e80a
 def _verbose(on):
     import logging
     logging.basicConfig(level=logging.INFO if on else logging.WARNING, format='%(message)s')
 
+# %% ../../nbs/90_cli/80_app.ipynb #76da252e
 def _notes(notes):
     for level,text in notes: typer.echo(f'  {"!" if level=="warning" else "-"} {text}')
 
@@ -80,17 +103,26 @@ def samples(
     if kind not in ('amulets', 'logos'): raise typer.BadParameter("must be 'amulets' or 'logos'", param_hint='--kind')
     table = make_samples(output_dir, kind, photos or None, classes, side, seed, Faults() if faults else NO_FAULTS)
     typer.echo(f'{len(table)} files of {table["label"].nunique()} classes in {output_dir}\n'
-               f'What shows one object is in {output_dir}/groups.csv. Next: amulet run --data-dir {output_dir} --groups {output_dir}/groups.csv')
+               f'What shows one object is in {output_dir}/groups.csv. Next: amulet run --data-dir {output_dir} '
+               f'--groups {output_dir}/groups.csv')
 
+# %% ../../nbs/90_cli/80_app.ipynb #5448f734
 @app.command(epilog='Example: amulet inspect --data-dir photos --output-dir runs/look --fix')
 def inspect(
     data_dir:Data, output_dir:Output=Path('runs/inspect'), groups:Groups=None, group_by:GroupBy='',
-    quick_mode:Annotated[bool, typer.Option('--quick-mode', '--quick', help='Files, duplicates, quality and balance only; no probe models')]=False,
+    quick_mode:Annotated[bool, typer.Option('--quick-mode', '--quick',
+                                            help='Files, duplicates, quality and balance only; no probe models')]=False,
     check_duplicates:Annotated[bool, typer.Option(help='Look for near duplicates; equal files are always found')]=True,
-    corruption_threshold:Annotated[float, typer.Option(min=0, max=.99, help='Share of the rows of a truncated photo that may be missing')]=0.,
-    weights:Annotated[str, typer.Option(help="A file or folder of backbone weights sharpens the suspicion of labels; 'none': classical features")]='none',
-    fix:Annotated[bool, typer.Option('--fix', help='Write OUTPUT-DIR/clean, a copy that is fit for training, with a log of every choice; the originals are only read')]=False,
-    list_only:Annotated[bool, typer.Option('--list-only', help='With --fix: write only the list, OUTPUT-DIR/fixes.csv')]=False,
+    corruption_threshold:Annotated[float,
+                                   typer.Option(min=0, max=.99,
+                                                help='Share of the rows of a truncated photo that may be missing')]=0.,
+    weights:Annotated[str, typer.Option(help="A file or folder of backbone weights sharpens the suspicion of labels; "
+                                             "'none': classical features")]='none',
+    fix:Annotated[bool, typer.Option('--fix',
+                                     help='Write OUTPUT-DIR/clean, a copy that is fit for training, with a log of '
+                                          'every choice; the originals are only read')]=False,
+    list_only:Annotated[bool, typer.Option('--list-only',
+                                           help='With --fix: write only the list, OUTPUT-DIR/fixes.csv')]=False,
     jobs:Jobs=0, seed:Annotated[int, typer.Option('--seed', help='Of the probes')]=0, verbose:Verbose=False,
 ):
     "Find all that would ruin a model: broken files, duplicates, hidden groups, shortcuts, wrong labels, blur, imbalance"
@@ -103,9 +135,11 @@ def inspect(
     typer.echo(f'\n{found.classes.to_string()}')
     if verbose:
         for row in found.unreadable.itertuples(): typer.echo(f'    {row.path}: {row.code}: {row.reason}')
-    typer.echo(f'\nReport     {output_dir/FILES["report"]}\nDetails    {output_dir/FILES["inspection"]}\nManifest   {output_dir/FILES["manifest"]}, {FILES["parquet"]}')
+    typer.echo(f'\nReport     {output_dir/FILES["report"]}\nDetails    {output_dir/FILES["inspection"]}\nManifest   '
+               f'{output_dir/FILES["manifest"]}, {FILES["parquet"]}')
     if fix: _fix(found, output_dir, list_only)
 
+# %% ../../nbs/90_cli/80_app.ipynb #cc447c89
 def _fix(found, output_dir, list_only):
     "The cleaned copy, or the list alone"
     from amulet_hybrid.audit.cleaning import LOG, PHOTOS, plan_fixes, write_clean_copy
@@ -116,50 +150,84 @@ def _fix(found, output_dir, list_only):
         typer.echo(f'Choices    {output_dir/LOG}')
     else:
         plan = write_clean_copy(found, found.root, output_dir/'clean')
-        typer.echo(f'Clean copy {output_dir/"clean"} (with {LOG}; {PHOTOS} is its groups file, or a table to train from)')
-    for action,n in plan['action'].value_counts().items(): typer.echo(f'             {n} {str(action).replace("_", " ")}')
+        typer.echo(f'Clean copy {output_dir/"clean"} (with {LOG}; {PHOTOS} is its groups file, or a table to train '
+                   f'from)')
+    for action,n in plan['action'].value_counts().items():
+        typer.echo(f'             {n} {str(action).replace("_", " ")}')
 
-def _run_config(data_dir, output_dir, groups, group_by, blocks, preset, weights, test_size, cv_folds, quick, search, trials, time_budget, coverage, mirror, preprocessing,
+# %% ../../nbs/90_cli/80_app.ipynb #a9c1abad
+def _run_config(data_dir, output_dir, groups, group_by, blocks, preset, weights, test_size, cv_folds, quick, search,
+                trials, time_budget, coverage, mirror, preprocessing,
                 min_groups, seed, jobs):
     "Settings as JSON would hold them: also the parameters of the notebook"
-    values = {'data_dir': str(data_dir), 'output_dir': str(output_dir), 'groups': str(groups or ''), 'group_by': group_by, 'preset': preset, 'weights': weights,
-              'test_size': test_size, 'cv_folds': cv_folds, 'quick': quick, 'search': search, 'trials': trials, 'time_budget': time_budget, 'coverage': coverage, 'mirror': mirror,
+    values = {'data_dir': str(data_dir), 'output_dir': str(output_dir), 'groups': str(groups or ''),
+              'group_by': group_by, 'preset': preset, 'weights': weights,
+              'test_size': test_size, 'cv_folds': cv_folds, 'quick': quick, 'search': search, 'trials': trials,
+              'time_budget': time_budget, 'coverage': coverage, 'mirror': mirror,
               'preprocessing': str(Path(preprocessing).resolve()) if preprocessing.endswith('.json') else preprocessing,
               'min_groups': min_groups, 'seed': seed, 'jobs': jobs}
     return values | ({'blocks': blocks.split('+')} if blocks else {})
 
+# %% ../../nbs/90_cli/80_app.ipynb #8a8299ef
 @app.command(epilog='Example: amulet split --data-dir photos --groups groups.csv --output-dir runs/split')
-def split(data_dir:Data, output_dir:Output=Path('runs/split'), groups:Groups=None, group_by:GroupBy='', test_size:TestSize=.2, min_groups:MinGroups=0, seed:Seed=42, jobs:Jobs=0):
+def split(data_dir:Data, output_dir:Output=Path('runs/split'), groups:Groups=None, group_by:GroupBy='',
+          test_size:TestSize=.2, min_groups:MinGroups=0, seed:Seed=42, jobs:Jobs=0):
     "Hold photos out, whole groups only, and write manifest.csv"
     from amulet_hybrid.jobs.train import RunConfig, TrainingRun
-    run = TrainingRun(RunConfig(str(data_dir), str(output_dir), str(groups or ''), group_by, test_size=test_size, min_groups=min_groups, seed=seed, jobs=jobs))
+    run = TrainingRun(RunConfig(str(data_dir), str(output_dir), str(groups or ''), group_by, test_size=test_size,
+                                min_groups=min_groups, seed=seed, jobs=jobs))
     run.inspect()
     typer.echo(run.split().to_string())
     _notes(n for n in run.notes if n[0]=='warning')
     typer.echo(f'Written: {run.output/"manifest.csv"}')
 
 # %% ../../nbs/90_cli/80_app.ipynb #d0a748d6
-@app.command(epilog='Example: amulet augment --input-dir photos --output-dir more --groups groups.csv --target-samples 100\n\n'
-                    'The made photos are for training: amulet train --data-dir more/photos.csv tests on the ones that were put aside')
-def augment(input_dir:Annotated[Path, typer.Option('--input-dir', exists=True, help='Folder of class folders, or of train/val/test folders, or a CSV with columns path and label')],
-            output_dir:Annotated[Path, typer.Option('--output-dir', help='New folder for real and made photos; an interrupted run goes on there')],
-            target_samples:Annotated[int, typer.Option('--target-samples', min=0, help='Photos wanted in each class; 0: as many as the largest class has')]=0,
-            augmentation_factor:Annotated[float, typer.Option('--augmentation-factor', min=0, help='Instead: each class so many times as large')]=0.,
-            quality_threshold:Annotated[float, typer.Option('--quality-threshold', min=0, max=100, help='Least quality of a made photo')]=25.,
-            preset:Annotated[str, typer.Option('--preset', help="'minimal', 'light', 'medium', 'heavy', or 'auto': by the number of photos, with --prove by what helps")]='auto',
-            without:Annotated[str, typer.Option('--without', help='Operations that are switched off, joined by +, e.g. flip+colour')]='',
+@app.command(epilog='Example: amulet augment --input-dir photos --output-dir more --groups groups.csv --target-samples '
+                    '100\n\n'
+                    'The made photos are for training: amulet train --data-dir more/photos.csv tests on the ones that '
+                    'were put aside')
+def augment(input_dir:Annotated[Path,
+                                typer.Option('--input-dir', exists=True,
+                                             help='Folder of class folders, or of train/val/test folders, or a CSV '
+                                                  'with columns path and label')],
+            output_dir:Annotated[Path,
+                                 typer.Option('--output-dir',
+                                              help='New folder for real and made photos; an interrupted run goes on '
+                                                   'there')],
+            target_samples:Annotated[int,
+                                     typer.Option('--target-samples', min=0,
+                                                  help='Photos wanted in each class; 0: as many as the largest class '
+                                                       'has')]=0,
+            augmentation_factor:Annotated[float,
+                                          typer.Option('--augmentation-factor', min=0,
+                                                       help='Instead: each class so many times as large')]=0.,
+            quality_threshold:Annotated[float, typer.Option('--quality-threshold', min=0, max=100,
+                                                            help='Least quality of a made photo')]=25.,
+            preset:Annotated[str,
+                             typer.Option('--preset',
+                                          help="'minimal', 'light', 'medium', 'heavy', or 'auto': by the number of "
+                                               "photos, with --prove by what helps")]='auto',
+            without:Annotated[str,
+                              typer.Option('--without',
+                                           help='Operations that are switched off, joined by +, e.g. flip+colour')]='',
             groups:Groups=None, group_by:GroupBy='',
-            test_size:Annotated[float, typer.Option('--test-size', min=0, max=.9, help='Share put aside first where the folder brings no split; 0: none')]=.2,
+            test_size:Annotated[float,
+                                typer.Option('--test-size', min=0, max=.9,
+                                             help='Share put aside first where the folder brings no split; 0: none')]=.2,
             max_repeats:Annotated[int, typer.Option('--max-repeats', min=1, help='Copies of one photo at most')]=20,
-            probe:Annotated[bool, typer.Option(help='Let quick models say what is safe and whether a made photo still shows its class')]=True,
+            probe:Annotated[bool,
+                            typer.Option(help='Let quick models say what is safe and whether a made photo still shows '
+                                              'its class')]=True,
             prove:Annotated[bool, typer.Option('--prove', help='Ask first, in grouped folds, whether it helps')]=False,
             originals:Annotated[bool, typer.Option(help='Copy the real photos too')]=True,
             weights:Weights='auto', seed:Seed=42, jobs:Jobs=0, verbose:Verbose=False):
     "Make more training photos, most where there are fewest; each checked, none of a photo that judges"
     _verbose(verbose)
     from amulet_hybrid.augment.run import AugmentRunConfig, run_augmentation
-    run = run_augmentation(AugmentRunConfig(str(input_dir), str(output_dir), str(groups or ''), group_by, test_size, target_samples, augmentation_factor, quality_threshold, preset,
-                                            without=tuple(w for w in without.split('+') if w), max_repeats=max_repeats, probe=probe, weights=weights, prove=prove,
+    run = run_augmentation(AugmentRunConfig(str(input_dir), str(output_dir), str(groups or ''), group_by, test_size,
+                                            target_samples, augmentation_factor, quality_threshold, preset,
+                                            without=tuple(w for w in without.split('+') if w), max_repeats=max_repeats,
+                                            probe=probe, weights=weights, prove=prove,
                                             originals=originals, seed=seed, jobs=jobs))
     if run.study: typer.echo(f'{run.study.shown().to_string()}\n')
     if run.folder: typer.echo(f'{run.folder}\n\n{run.folder.table.to_string()}\n')
@@ -175,22 +243,30 @@ def _how_to_look(track, output):
     from amulet_hybrid.jobs.tracking import make_tracker
     return make_tracker(track, Path(output).resolve().parent).how_to_look()
 
+# %% ../../nbs/90_cli/80_app.ipynb #a2f0fbac
 def _summary(result, notebook=None, look='', unit='photos'):
     "What `train` and `run` end with"
     typer.echo(f'\nHeld out: {result["test_photos"]} {unit} of {result["test_groups"]} groups')
-    for name,f in result['figures'].items(): typer.echo(f'  {name.replace("_", " "):18s} {f["value"]:.3f}  [{f["low"]:.3f}, {f["high"]:.3f}]')
+    for name,f in result['figures'].items():
+        typer.echo(f'  {name.replace("_", " "):18s} {f["value"]:.3f}  [{f["low"]:.3f}, {f["high"]:.3f}]')
     for text in result['notes']: typer.echo(f'  ! {text}')
     typer.echo(f'\nReport     {result["report"]}')
     if notebook: typer.echo(f'Notebook   {notebook}')
-    typer.echo(f'Bundle     {result["bundle"]}  ({result["digest"][:12]})\nServe it   amulet serve --model-dir {result["bundle"]}')
+    typer.echo(f'Bundle     {result["bundle"]}  ({result["digest"][:12]})\nServe it   amulet serve --model-dir '
+               f'{result["bundle"]}')
     if look: typer.echo(f'Compare    {look}')
 
+# %% ../../nbs/90_cli/80_app.ipynb #f71872f4
 @app.command(epilog='Example: amulet extract --data-dir photos --output-dir features --preset fast\n\n'
-                    'In Python: from amulet_hybrid.features.folder import FeatureFolder; FeatureFolder("features").blocks')
-def extract(data_dir:Data, output_dir:Output=Path('features'), blocks:Blocks='', preset:Preset='balanced', weights:Weights='auto',
+                    'In Python: from amulet_hybrid.features.folder import FeatureFolder; '
+                    'FeatureFolder("features").blocks')
+def extract(data_dir:Data, output_dir:Output=Path('features'), blocks:Blocks='', preset:Preset='balanced',
+            weights:Weights='auto',
             cache_dir:Annotated[Path|None, typer.Option(help='Features kept from earlier runs; default: none')]=None,
             engine:Annotated[str, typer.Option(help="Who does the work: 'threads', or 'ray' for a cluster")]='threads',
-            overwrite:Annotated[bool, typer.Option('--overwrite', help='Replace features of other photos or blocks that are there')]=False,
+            overwrite:Annotated[bool,
+                                typer.Option('--overwrite',
+                                             help='Replace features of other photos or blocks that are there')]=False,
             jobs:Jobs=0, verbose:Verbose=False):
     "Measure photos, however many: a memory-mapped array a block; interrupted, it goes on where it stopped"
     _verbose(verbose)
@@ -200,13 +276,15 @@ def extract(data_dir:Data, output_dir:Output=Path('features'), blocks:Blocks='',
     from amulet_hybrid.features.folder import write_features
     from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
     manifest,root = make_manifest(data_dir)
-    if cache_dir: manifest['sha256'] = [file_digest(root/p) for p in progress(manifest['path'], 'Reading digests', len(manifest))]
+    if cache_dir:
+        manifest['sha256'] = [file_digest(root/p) for p in progress(manifest['path'], 'Reading digests', len(manifest))]
     config = FeatureConfig(tuple(blocks.split('+')) if blocks else (), preset, weights=weights)
     extractor,start = HybridFeatureExtractor(config, cache_dir, jobs, engine=engine),time.perf_counter()
     _notes(extractor.notes)
     found = write_features(extractor, manifest, root, output_dir, overwrite)
     seconds = time.perf_counter()-start
-    typer.echo(f'{len(manifest)} photos in {seconds:.1f} s ({len(manifest)/seconds:.0f} a second; with what was there already)')
+    typer.echo(f'{len(manifest)} photos in {seconds:.1f} s ({len(manifest)/seconds:.0f} a second; with what was there '
+               f'already)')
     for name,block in found.about['blocks'].items():
         ms = f'{extractor.milliseconds[name]:6.2f} ms a photo' if name in extractor.milliseconds else ''
         typer.echo(f'  {name:40s} {block["width"]:6d} numbers  {ms}')
@@ -214,38 +292,52 @@ def extract(data_dir:Data, output_dir:Output=Path('features'), blocks:Blocks='',
     if (more := len(found.errors())-20) > 0: typer.echo(f'  ! and {more} more, in errors.jsonl')
     typer.echo(f'\nFeatures   {output_dir}')
 
-_TABLE = ('data_dir', 'output_dir', 'test_size', 'cv_folds', 'quick', 'search', 'trials', 'time_budget', 'coverage', 'min_groups', 'seed', 'jobs')
+# %% ../../nbs/90_cli/80_app.ipynb #3097b71f
+_TABLE = ('data_dir', 'output_dir', 'test_size', 'cv_folds', 'quick', 'search', 'trials', 'time_budget', 'coverage',
+          'min_groups', 'seed', 'jobs')
 
 @app.command(epilog='Example: amulet train --data-dir photos --groups groups.csv --output-dir runs/photos\n\n'
                     'Example: amulet train --table wine.csv --target kind --group cask --output-dir runs/wine\n\n'
                     "Example: amulet train --table sqlite:///lab.db --query 'SELECT * FROM bottles' --target kind")
-def train(data_dir:Annotated[Path|None, typer.Option('--data-dir', exists=True, help='Folder of class folders, or a CSV with columns path and label')]=None,
-          table:Annotated[str, typer.Option('--table', help='Instead of photos: a CSV or Parquet file, or the URL of a database')]='',
+def train(data_dir:Annotated[Path|None,
+                             typer.Option('--data-dir', exists=True,
+                                          help='Folder of class folders, or a CSV with columns path and label')]=None,
+          table:Annotated[str, typer.Option('--table',
+                                            help='Instead of photos: a CSV or Parquet file, or the URL of a database')]='',
           target:Annotated[str, typer.Option('--target', help='With --table: column of the labels')]='',
           group:Annotated[str, typer.Option('--group', help='With --table: column of what must never be parted')]='',
-          columns:Annotated[str, typer.Option('--columns', help='With --table: columns to learn from, joined by commas; default: all that can be learned from')]='',
-          query:Annotated[str, typer.Option('--query', help='With --table and a database: name of a table, or a query')]='',
-          output_dir:Output=Path('runs/train'), groups:Groups=None, group_by:GroupBy='', blocks:Blocks='', preset:Preset='balanced', weights:Weights='auto',
-          test_size:TestSize=.2, cv_folds:Folds=5, quick:Quick=False, search:Search='', trials:Trials=40, time_budget:TimeBudget=0., coverage:Coverage=.9,
-          mirror:Mirror='auto', preprocessing:Preprocessing='', track:Track='', min_groups:MinGroups=0, seed:Seed=42, jobs:Jobs=0, verbose:Verbose=False):
+          columns:Annotated[str, typer.Option('--columns',
+                                              help='With --table: columns to learn from, joined by commas; default: '
+                                                   'all that can be learned from')]='',
+          query:Annotated[str, typer.Option('--query',
+                                            help='With --table and a database: name of a table, or a query')]='',
+          output_dir:Output=Path('runs/train'), groups:Groups=None, group_by:GroupBy='', blocks:Blocks='',
+          preset:Preset='balanced', weights:Weights='auto',
+          test_size:TestSize=.2, cv_folds:Folds=5, quick:Quick=False, search:Search='', trials:Trials=40,
+          time_budget:TimeBudget=0., coverage:Coverage=.9,
+          mirror:Mirror='auto', preprocessing:Preprocessing='', track:Track='', min_groups:MinGroups=0, seed:Seed=42,
+          jobs:Jobs=0, verbose:Verbose=False):
     "Train on photos or on a table, judge on what was held out, and write report and bundle"
     _verbose(verbose)
-    if bool(table)==bool(data_dir): raise typer.BadParameter('name either photos (--data-dir) or a table (--table)', param_hint='--data-dir')
-    photos = {'--groups': groups, '--group-by': group_by, '--blocks': blocks, '--mirror': mirror!='auto', '--preprocessing': preprocessing}
+    if bool(table)==bool(data_dir):
+        raise typer.BadParameter('name either photos (--data-dir) or a table (--table)', param_hint='--data-dir')
+    photos = {'--groups': groups, '--group-by': group_by, '--blocks': blocks, '--mirror': mirror!='auto',
+              '--preprocessing': preprocessing}
     rows = {'--target': target, '--group': group, '--columns': columns, '--query': query}
     for name,value in (photos if table else rows).items():
         if value: raise typer.BadParameter(f'goes with {"--data-dir" if table else "--table"} only', param_hint=name)
-    values = _run_config(table or data_dir, output_dir, groups, group_by, blocks, preset, weights, test_size, cv_folds, quick, search, trials, time_budget, coverage,
+    values = _run_config(table or data_dir, output_dir, groups, group_by, blocks, preset, weights, test_size, cv_folds,
+                         quick, search, trials, time_budget, coverage,
                          mirror, preprocessing, min_groups, seed, jobs)
     if table:
         from amulet_hybrid.jobs.table import TableConfig, TableRun
-        more = {'target': target, 'group': group, 'columns': tuple(c.strip() for c in columns.split(',') if c.strip()), 'query': query, 'track': track}
+        more = {'target': target, 'group': group, 'columns': tuple(c.strip() for c in columns.split(',') if c.strip()),
+                'query': query, 'track': track}
         result = TableRun(TableConfig.from_dict({k: values[k] for k in _TABLE} | more)).run()
     else:
         from amulet_hybrid.jobs.train import RunConfig, TrainingRun
         result = TrainingRun(RunConfig.from_dict(values | {'track': track})).run()
     _summary(result, look=_how_to_look(track, output_dir), unit='rows' if table else 'photos')
-
 
 # %% ../../nbs/90_cli/80_app.ipynb #b1a5598b
 def _in_thread(call):
@@ -260,6 +352,7 @@ def _in_thread(call):
     while thread.is_alive(): thread.join(.2)
     if errors: raise errors[0]
 
+# %% ../../nbs/90_cli/80_app.ipynb #11ef895d
 def _execute(notebook, parameters, output):
     "Execute a packaged notebook; our own errors come out as messages, not as tracebacks"
     import logging
@@ -270,91 +363,137 @@ def _execute(notebook, parameters, output):
     logging.getLogger('papermill').setLevel(logging.ERROR)
     output.parent.mkdir(parents=True, exist_ok=True)
     with as_file(files('amulet_hybrid')/'runs'/notebook) as path:
-        def execute(): papermill.execute_notebook(str(path), str(output), parameters, kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=50'])
+        def execute():
+            papermill.execute_notebook(str(path), str(output), parameters, kernel_name='python3', progress_bar=False,
+                                       extra_arguments=['--log-level=50'])
         try: _in_thread(execute)
         except papermill.PapermillExecutionError as error:
             if error.ename=='KeyboardInterrupt': raise KeyboardInterrupt from None
-            raise AmuletError(f'{error.ename}: {error.evalue}', code='run_failed', where=output, advice='The notebook shows how far it came') from None
+            raise AmuletError(f'{error.ename}: {error.evalue}', code='run_failed', where=output,
+                              advice='The notebook shows how far it came') from None
 
-@app.command(epilog='Example: amulet run --data-dir photos --groups groups.csv --output-dir runs/photos --weights weights')
-def run(data_dir:Data, output_dir:Output=Path('runs/local'), groups:Groups=None, group_by:GroupBy='', blocks:Blocks='', preset:Preset='balanced', weights:Weights='auto',
-        test_size:TestSize=.2, cv_folds:Folds=5, quick:Quick=False, search:Search='', trials:Trials=40, time_budget:TimeBudget=0., coverage:Coverage=.9,
-        mirror:Mirror='auto', preprocessing:Preprocessing='', track:Track='', min_groups:MinGroups=0, seed:Seed=42, jobs:Jobs=0):
+# %% ../../nbs/90_cli/80_app.ipynb #0dee3fb3
+@app.command(epilog='Example: amulet run --data-dir photos --groups groups.csv --output-dir runs/photos --weights '
+                    'weights')
+def run(data_dir:Data, output_dir:Output=Path('runs/local'), groups:Groups=None, group_by:GroupBy='', blocks:Blocks='',
+        preset:Preset='balanced', weights:Weights='auto',
+        test_size:TestSize=.2, cv_folds:Folds=5, quick:Quick=False, search:Search='', trials:Trials=40,
+        time_budget:TimeBudget=0., coverage:Coverage=.9,
+        mirror:Mirror='auto', preprocessing:Preprocessing='', track:Track='', min_groups:MinGroups=0, seed:Seed=42,
+        jobs:Jobs=0):
     "The main job as a notebook: train.ipynb, executed by papermill, with report and bundle"
     output = output_dir.resolve()
     weights = str(Path(weights).resolve()) if Path(weights).exists() else weights
-    parameters = _run_config(data_dir.resolve(), output, groups.resolve() if groups else '', group_by, blocks, preset, weights, test_size, cv_folds, quick,
+    parameters = _run_config(data_dir.resolve(), output, groups.resolve() if groups else '', group_by, blocks, preset,
+                             weights, test_size, cv_folds, quick,
                              search, trials, time_budget, coverage, mirror, preprocessing, min_groups, seed, jobs)
     from amulet_hybrid.jobs.tracking import make_tracker, run_parameters, track_output
-    with make_tracker(track, output.parent).run(output.name, run_parameters(parameters)) as record: # outside of the notebook: it is whole only when it ended
+    # outside of the notebook: it is whole only when it ended
+    with make_tracker(track, output.parent).run(output.name, run_parameters(parameters)) as record:
         typer.echo(f'Executing train.ipynb on {data_dir}')
         _execute('train.ipynb', parameters, output/'train.ipynb')
         track_output(record, output)
-    _summary(json.loads((output/'result.json').read_text(encoding='utf-8')), output/'train.ipynb', _how_to_look(track, output))
+    _summary(json.loads((output/'result.json').read_text(encoding='utf-8')), output/'train.ipynb',
+             _how_to_look(track, output))
 
 # %% ../../nbs/90_cli/80_app.ipynb #8e7069b8
 @app.command(epilog='Example: amulet evaluate --model-dir runs/photos/bundle\n\n'
-                    'Example: amulet evaluate --model-dir runs/photos/bundle --test-data-dir new_photos --groups groups.csv\n\n'
+                    'Example: amulet evaluate --model-dir runs/photos/bundle --test-data-dir new_photos --groups '
+                    'groups.csv\n\n'
                     'Example: amulet evaluate --model-dir runs/wine/bundle --table new.csv --target kind')
 def evaluate(model_dir:Model,
-             test_data_dir:Annotated[Path|None, typer.Option('--test-data-dir', exists=True, help='Labelled photos, a folder a class; default: those that were held out')]=None,
-             table:Annotated[str, typer.Option('--table', help='For a model of a table: a CSV or Parquet file, or the URL of a database; default: the rows held out')]='',
-             target:Annotated[str, typer.Option('--target', help='With --table: column of the labels; default: as in training')]='',
+             test_data_dir:Annotated[Path|None,
+                                     typer.Option('--test-data-dir', exists=True,
+                                                  help='Labelled photos, a folder a class; default: those that were '
+                                                       'held out')]=None,
+             table:Annotated[str,
+                             typer.Option('--table',
+                                          help='For a model of a table: a CSV or Parquet file, or the URL of a '
+                                               'database; default: the rows held out')]='',
+             target:Annotated[str, typer.Option('--target',
+                                                help='With --table: column of the labels; default: as in training')]='',
              group:Annotated[str, typer.Option('--group', help='With --table: column of what belongs together')]='',
-             query:Annotated[str, typer.Option('--query', help='With --table and a database: name of a table, or a query')]='',
+             query:Annotated[str, typer.Option('--query',
+                                               help='With --table and a database: name of a table, or a query')]='',
              output_dir:Output=Path('runs/evaluate'), groups:Groups=None, group_by:GroupBy='',
-             quick:Annotated[bool, typer.Option('--quick', help='At most 200 photos; no importance, learning curve and neighbours')]=False,
-             track:Track='', seed:Annotated[int, typer.Option('--seed', help='Of resamples and of the photos of a quick look')]=0, verbose:Verbose=False):
+             quick:Annotated[bool,
+                             typer.Option('--quick',
+                                          help='At most 200 photos; no importance, learning curve and neighbours')]=False,
+             track:Track='', seed:Annotated[int,
+                                            typer.Option('--seed',
+                                                         help='Of resamples and of the photos of a quick look')]=0,
+             verbose:Verbose=False):
     "Judge a bundle: once more on what was held out, on new photos, or on a table"
     _verbose(verbose)
-    if table and test_data_dir: raise typer.BadParameter('name either photos (--test-data-dir) or a table (--table)', param_hint='--table')
-    wanted:dict[str,dict[str,object]] = {'--test-data-dir': {'--groups': groups, '--group-by': group_by}, '--table': {'--target': target, '--group': group, '--query': query}}
+    if table and test_data_dir:
+        raise typer.BadParameter('name either photos (--test-data-dir) or a table (--table)', param_hint='--table')
+    wanted:dict[str,dict[str,object]] = {'--test-data-dir': {'--groups': groups, '--group-by': group_by},
+                                         '--table': {'--target': target, '--group': group, '--query': query}}
     for door,given in wanted.items():
         for name,value in given.items():
-            if value and not {'--test-data-dir': test_data_dir, '--table': table}[door]: raise typer.BadParameter(f'goes with {door} only', param_hint=name)
+            if value and not {'--test-data-dir': test_data_dir, '--table': table}[door]:
+                raise typer.BadParameter(f'goes with {door} only', param_hint=name)
     from amulet_hybrid.model.bundle import load_bundle
     from amulet_hybrid.jobs.evaluate import evaluate_bundle, evaluate_table, names_rows
     bundle = load_bundle(model_dir)
     rows = bool(table) or (not test_data_dir and names_rows(bundle))
     from amulet_hybrid.core import hide_password
     from amulet_hybrid.jobs.tracking import make_tracker, run_parameters, track_report
-    asked = {'bundle': bundle.version, 'data_dir': hide_password(table or test_data_dir or 'held out'), 'target': target, 'group': group, 'quick': quick, 'seed': seed}
+    asked = {'bundle': bundle.version, 'data_dir': hide_password(table or test_data_dir or 'held out'),
+             'target': target, 'group': group, 'quick': quick, 'seed': seed}
     with make_tracker(track, output_dir.resolve().parent).run(output_dir.name, run_parameters(asked)) as record:
         if rows: report = evaluate_table(bundle, table or None, target, group, query, output_dir, quick, seed)
         else: report = evaluate_bundle(bundle, test_data_dir, output_dir, groups, group_by or None, quick, seed)
         m = report.metrics
-        figures = {name: m.interval(name) for name in m.overall.index} | {f'novelty.{name}': x for name,x in (report.novelty_figures or {}).items()}
-        track_report(record, figures, output_dir, bundle=bundle.version, warnings='; '.join(text for level,text in report.notes if level=='warning'))
+        figures = {name: m.interval(name) for name in m.overall.index} | {f'novelty.{name}': x
+                for name,x in (report.novelty_figures or {}).items()}
+        track_report(record, figures, output_dir, bundle=bundle.version,
+                     warnings='; '.join(text for level,text in report.notes if level=='warning'))
     typer.echo(f'Judged: {m.n} {"rows" if rows else "photos"} of {m.n_groups} groups')
-    for name,x in figures.items(): typer.echo(f'  {name.replace("_", " ").replace("novelty.", "novelty: "):21s} {x.value:.3f}  [{x.low:.3f}, {x.high:.3f}]')
+    for name,x in figures.items():
+        typer.echo(f'  {name.replace("_", " ").replace("novelty.", "novelty: "):21s} {x.value:.3f}  [{x.low:.3f}, '
+                   f'{x.high:.3f}]')
     _notes(report.notes)
     typer.echo(f'\nReport     {output_dir/"report.html"}\nFigures    {output_dir/"figures.json"}')
     if look := _how_to_look(track, output_dir): typer.echo(f'Compare    {look}')
 
-@app.command(epilog='Example: amulet predict photo.jpg --model-dir runs/photos/bundle\n\nExample: amulet predict folder --model-dir runs/photos/bundle --output predictions.jsonl')
-def predict(photos:Annotated[Path, typer.Argument(exists=True, help='A photo, a folder of photos, or for a model of a table a CSV or Parquet file')], model_dir:Model,
+# %% ../../nbs/90_cli/80_app.ipynb #09d87f62
+@app.command(epilog='Example: amulet predict photo.jpg --model-dir runs/photos/bundle\n\nExample: amulet predict '
+                    'folder --model-dir runs/photos/bundle --output predictions.jsonl')
+def predict(photos:Annotated[Path,
+                             typer.Argument(exists=True,
+                                            help='A photo, a folder of photos, or for a model of a table a CSV or '
+                                                 'Parquet file')], model_dir:Model,
             confidence_threshold:Annotated[float, typer.Option(min=0, max=1, help='Below it no label is given')]=0.,
-            output:Annotated[Path|None, typer.Option(help='Write JSON lines (.jsonl) or a table (.csv) instead of printing')]=None,
-            time_budget:Annotated[float, typer.Option('--time-budget', min=0, help='Milliseconds that an answer may take; 0: as many as it needs')]=0.,
-            route:Annotated[str, typer.Option(help="Who answers: 'cascade', or always 'rules', 'neural' or 'ensemble'")]='cascade', public_key:PublicKey=None):
+            output:Annotated[Path|None,
+                             typer.Option(help='Write JSON lines (.jsonl) or a table (.csv) instead of printing')]=None,
+            time_budget:Annotated[float,
+                                  typer.Option('--time-budget', min=0,
+                                               help='Milliseconds that an answer may take; 0: as many as it needs')]=0.,
+            route:Annotated[str,
+                            typer.Option(help="Who answers: 'cascade', or always 'rules', 'neural' or 'ensemble'")]='cascade', public_key:PublicKey=None):
     "Name photos; exit code 1 if none could be read"
     from amulet_hybrid.model.classifier import HybridClassifier
     from amulet_hybrid.core import AmuletError
-    classifier = HybridClassifier(model_dir, confidence_threshold, enable_caching=False, route=route, public_key=public_key)
+    classifier = HybridClassifier(model_dir, confidence_threshold, enable_caching=False, route=route,
+                                  public_key=public_key)
     if classifier.columns: return _predict_table(classifier, photos, confidence_threshold, output)
     budget = {'time_budget': time_budget or None}
     if output:
         count = classifier.predict_directory(photos, output=output, **budget)
-        typer.echo(f'{count["files"]} rows in {output}; {count["unsure"]} without a label, {count["unreadable"]} files could not be read')
+        typer.echo(f'{count["files"]} rows in {output}; {count["unsure"]} without a label, {count["unreadable"]} files '
+                   f'could not be read')
         if count['unreadable']==count['files']: raise typer.Exit(1)
         return
     read = 0
     for name,seen in classifier.stream_directory(photos, **budget):
         if isinstance(seen, AmuletError): typer.echo(f'{name}\t{seen.code}: {seen.message}'); continue
         read += 1
-        typer.echo(f'{name}\t{seen.label or f"not sure ({seen.top}?)"}\t{seen.confidence:.3f}'+(f'\t{seen.note}' if seen.note else ''))
+        typer.echo(f'{name}\t{seen.label or f"not sure ({seen.top}?)"}\t{seen.confidence:.3f}'
+                   +(f'\t{seen.note}' if seen.note else ''))
     if not read: raise typer.Exit(1)
 
+# %% ../../nbs/90_cli/80_app.ipynb #b5b0f0f3
 def _predict_table(classifier, table, confidence_threshold, output):
     "The same for rows of a table"
     from amulet_hybrid.core import atomic_write
@@ -363,37 +502,49 @@ def _predict_table(classifier, table, confidence_threshold, output):
     if output:
         with atomic_write(output) as part: rows.to_csv(part, index=False)
         typer.echo(f'{len(rows)} rows in {output}')
-    else: typer.echo(rows[['row', 'label', 'top', 'confidence']].to_csv(index=False, sep='\t', float_format='%.3f'), nl=False)
+    else:
+        typer.echo(rows[['row', 'label', 'top', 'confidence']].to_csv(index=False, sep='\t', float_format='%.3f'),
+                   nl=False)
 
+# %% ../../nbs/90_cli/80_app.ipynb #9cda777f
 @app.command(add_help_option=False, context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
 def serve(context:typer.Context):
     "Serve a bundle over HTTP: photos in, answers out; amulet serve --help lists all settings"
     from amulet_hybrid.serve.settings import settings_command
-    late = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']})
-    about = ('Serve a bundle over HTTP. Each option can also be set by the variable that is named beside it, or in a file: '
+    late = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                       context_settings={'help_option_names': ['-h', '--help']})
+    about = ('Serve a bundle over HTTP. Each option can also be set by the variable that is named beside it, or in a '
+             'file: '
              'the command line counts more than the variable, and that more than the file.')
-    late.command(epilog='Example: amulet serve --model-dir runs/photos/bundle --port 8000', help=about)(settings_command(_serve))
+    late.command(epilog='Example: amulet serve --model-dir runs/photos/bundle --port 8000',
+                 help=about)(settings_command(_serve))
     late(context.args, prog_name='amulet serve')
 
+# %% ../../nbs/90_cli/80_app.ipynb #61c29c74
 def _serve(settings):
     "The port, the bundle, the records, and then requests"
     from amulet_hybrid.core import ConfigError
     from amulet_hybrid.serve.server import take_port
     from amulet_hybrid.serve.telemetry import start_logging
-    if settings.model_dir is None: raise ConfigError('no bundle is named', where='model_dir', advice='amulet serve --model-dir runs/photos/bundle')
+    if settings.model_dir is None:
+        raise ConfigError('no bundle is named', where='model_dir', advice='amulet serve --model-dir runs/photos/bundle')
     start_logging(settings.log_format, settings.log_level)
     with take_port(settings.host, settings.port) as sock:
         from amulet_hybrid.serve.service import try_out
         from amulet_hybrid.model.classifier import HybridClassifier
         from amulet_hybrid.serve.app import create_app, serve
-        def load(): return HybridClassifier(settings.model_dir, settings.confidence_threshold, enable_caching={'memory': True, 'off': False}.get(settings.cache, settings.cache),
-                                            memory_threshold=settings.memory_threshold, public_key=settings.public_key)
+        def load():
+            return HybridClassifier(settings.model_dir, settings.confidence_threshold,
+                                    enable_caching={'memory': True, 'off': False}.get(settings.cache, settings.cache),
+                                    memory_threshold=settings.memory_threshold, public_key=settings.public_key)
         try_out(classifier := load()) # the first answer is slow, and nobody shall wait for it
         app = create_app(classifier, settings, load, _recorder(settings))
         where = f'[{settings.host}]' if ':' in settings.host else settings.host
-        typer.echo(f'Serving {len(classifier.classes)} classes of bundle {classifier.model_version} at http://{where}:{sock.getsockname()[1]}{settings.root_path} (try it: /)')
+        typer.echo(f'Serving {len(classifier.classes)} classes of bundle {classifier.model_version} at '
+                   f'http://{where}:{sock.getsockname()[1]}{settings.root_path} (try it: /)')
         serve(app, settings, sock)
 
+# %% ../../nbs/90_cli/80_app.ipynb #4994fb82
 def _recorder(settings):
     "Whoever writes predictions down, or None"
     if settings.database_url=='off': return None
@@ -405,6 +556,7 @@ def _recorder(settings):
         return None
     return PredictionLog(settings.database_url, settings.spool_dir)
 
+# %% ../../nbs/90_cli/80_app.ipynb #4521be4d
 @app.command(epilog='Example: amulet key shop')
 def key(name:Annotated[str, typer.Argument(help='Of whoever gets the key')]):
     "Make a key for the service: one line to give away, one for AMULET_API_KEYS"
@@ -412,6 +564,7 @@ def key(name:Annotated[str, typer.Argument(help='Of whoever gets the key')]):
     secret,line = make_key(name)
     typer.echo(f'Key        {secret}  (give it to {name}; it is not kept anywhere)\nService    {line}')
 
+# %% ../../nbs/90_cli/80_app.ipynb #8ebc90b6
 @app.command()
 def version():
     "Version of amulet_hybrid"
@@ -420,52 +573,73 @@ def version():
 
 # %% ../../nbs/90_cli/80_app.ipynb #5c70c2ca
 @app.command(epilog='Example: amulet deploy --type docker --model-dir runs/photos/bundle --output-dir deployment\n\n'
-                    'Example: amulet deploy --type all --settings deployment/deploy.json --output-dir deployment --replicas 5')
-def deploy(kind:Annotated[str, typer.Option('--type', help="'docker', 'systemd', 'nginx', 'kubernetes', 'render' or 'all'")]='all', output_dir:Output=Path('deployment'),
-           model_dir:Annotated[Path|None, typer.Option('--model-dir', exists=True, file_okay=False, help='Bundle that goes into the image')]=None,
-           settings:Annotated[Path|None, typer.Option('--settings', exists=True, dir_okay=False, help='deploy.json of an earlier deployment, perhaps changed')]=None,
+                    'Example: amulet deploy --type all --settings deployment/deploy.json --output-dir deployment '
+                    '--replicas 5')
+def deploy(kind:Annotated[str, typer.Option('--type',
+                                            help="'docker', 'systemd', 'nginx', 'kubernetes', 'render' or 'all'")]='all', output_dir:Output=Path('deployment'),
+           model_dir:Annotated[Path|None, typer.Option('--model-dir', exists=True, file_okay=False,
+                                                       help='Bundle that goes into the image')]=None,
+           settings:Annotated[Path|None, typer.Option('--settings', exists=True, dir_okay=False,
+                                                      help='deploy.json of an earlier deployment, perhaps changed')]=None,
            replicas:Annotated[int|None, typer.Option(help='Processes behind the proxy [3]')]=None,
-           host:Annotated[str|None, typer.Option(help='Address at which the proxy listens; 0.0.0.0 lets other machines in [127.0.0.1]')]=None,
+           host:Annotated[str|None,
+                          typer.Option(help='Address at which the proxy listens; 0.0.0.0 lets other machines in '
+                                            '[127.0.0.1]')]=None,
            port:Annotated[int|None, typer.Option(help='Of the proxy [8080]')]=None,
            domain:Annotated[str|None, typer.Option(help='Name of the site, e.g. amulets.example.org')]=None,
-           tls_dir:Annotated[str|None, typer.Option('--tls-dir', help='Folder, there, with fullchain.pem and privkey.pem')]=None,
-           image:Annotated[str|None, typer.Option(help='Name of the image, with the registry it is pushed to, without tag [amulet-hybrid]')]=None,
-           wheel:Annotated[Path|None, typer.Option(exists=True, dir_okay=False, help='Wheel of amulet_hybrid that goes into the image; default: the package index has it')]=None,
-           public_key:PublicKey=None, force:Annotated[bool, typer.Option('--force', help='Overwrite files that were edited since')]=False):
+           tls_dir:Annotated[str|None,
+                             typer.Option('--tls-dir', help='Folder, there, with fullchain.pem and privkey.pem')]=None,
+           image:Annotated[str|None,
+                           typer.Option(help='Name of the image, with the registry it is pushed to, without tag '
+                                             '[amulet-hybrid]')]=None,
+           wheel:Annotated[Path|None, typer.Option(exists=True, dir_okay=False,
+                                                   help='Wheel of amulet_hybrid that goes into the image; default: the '
+                                                        'package index has it')]=None,
+           public_key:PublicKey=None,
+           force:Annotated[bool, typer.Option('--force', help='Overwrite files that were edited since')]=False):
     "Write what runs a bundle somewhere: Docker and compose, systemd, nginx, Kubernetes, Render; no secret is in any file"
     from amulet_hybrid.deploy.rendering import DeploySettings
     from amulet_hybrid.deploy.rendering import deploy as write
     given = {'replicas': replicas, 'host': host, 'port': port, 'domain': domain, 'tls_dir': tls_dir, 'image': image}
     base = DeploySettings.load(settings) if settings else DeploySettings()
     if replicas and replicas > base.most_replicas: given['most_replicas'] = replicas
-    done = write(base.replace(**{k: v for k,v in given.items() if v is not None}), output_dir, kind, model_dir, wheel, public_key, force)
+    done = write(base.replace(**{k: v for k,v in given.items() if v is not None}), output_dir, kind, model_dir, wheel,
+                 public_key, force)
     for path in done.changed: typer.echo(f'  {path}')
-    typer.echo(f'{len(done.files)} files in {output_dir}, {len(done.changed)} of them new or changed. How to go on: {output_dir}/README.md')
+    typer.echo(f'{len(done.files)} files in {output_dir}, {len(done.changed)} of them new or changed. How to go on: '
+               f'{output_dir}/README.md')
     _notes(('info', n) for n in done.notes)
 
 # %% ../../nbs/90_cli/80_app.ipynb #224d1c30
-bundles = typer.Typer(no_args_is_help=True, help='Check a bundle, and vouch for it: amulet bundle verify --model-dir runs/photos/bundle')
+bundles = typer.Typer(no_args_is_help=True,
+                      help='Check a bundle, and vouch for it: amulet bundle verify --model-dir runs/photos/bundle')
 app.add_typer(bundles, name='bundle')
 
-@bundles.command(epilog='Example: amulet bundle keys --output signing.pem (keep it; give signing.pem.pub to whoever serves)')
-def keys(output:Annotated[Path, typer.Option(help='Where the private key shall be; the public one is put beside it')]=Path('signing.pem')):
+@bundles.command(epilog='Example: amulet bundle keys --output signing.pem (keep it; give signing.pem.pub to whoever '
+                        'serves)')
+def keys(output:Annotated[Path,
+                          typer.Option(help='Where the private key shall be; the public one is put beside it')]=Path('signing.pem')):
     "Make a pair of keys (Ed25519)"
     from amulet_hybrid.base.signing import make_keys
     typer.echo(f'Public key {make_keys(output)}\nPrivate    {output}  (keep it to yourself)')
 
+# %% ../../nbs/90_cli/80_app.ipynb #560d8c23
 @bundles.command(epilog='Example: amulet bundle sign --model-dir runs/photos/bundle --key signing.pem')
-def sign(model_dir:Model, key:Annotated[Path, typer.Option(exists=True, dir_okay=False, help='Private key, as `amulet bundle keys` makes it')]):
+def sign(model_dir:Model, key:Annotated[Path, typer.Option(exists=True, dir_okay=False,
+                                                           help='Private key, as `amulet bundle keys` makes it')]):
     "Vouch for a bundle, after every byte of it was checked"
     from amulet_hybrid.model.bundle import sign_bundle
     typer.echo(f'Signed     {sign_bundle(model_dir, key)}')
 
+# %% ../../nbs/90_cli/80_app.ipynb #4c385d9f
 @bundles.command(epilog='Example: amulet bundle verify --model-dir runs/photos/bundle --public-key signing.pem.pub')
 def verify(model_dir:Model, public_key:PublicKey=None):
     "Check every byte of a bundle, and who signed it; exit code 1 and the reason if it must not be used"
     from amulet_hybrid.model.bundle import verify_bundle
     manifest = verify_bundle(model_dir, public_key)
     size = sum(f['bytes'] for f in manifest['files'].values())
-    typer.echo(f'Good       {manifest["digest"][:12]}: {len(manifest["classes"])} classes, {len(manifest["files"])} files, {size/2**20:.1f} MB'+(f', signed by {public_key}'
+    typer.echo(f'Good       {manifest["digest"][:12]}: {len(manifest["classes"])} classes, {len(manifest["files"])} '
+               f'files, {size/2**20:.1f} MB'+(f', signed by {public_key}'
                                                             if public_key else ', no signature asked for'))
 
 # %% ../../nbs/90_cli/80_app.ipynb #570e0002

@@ -12,11 +12,14 @@ from typing import Annotated
 import typer
 
 # %% ../../nbs/90_cli/10_store.ipynb #14f76729
-stores = typer.Typer(no_args_is_help=True, help='The memory of the service: amulet store status --database-url sqlite:///amulet.db')
+stores = typer.Typer(no_args_is_help=True,
+                     help='The memory of the service: amulet store status --database-url sqlite:///amulet.db')
 
 DatabaseUrl = Annotated[str, typer.Option('--database-url', envvar='AMULET_DATABASE_URL',
-                                          help='sqlite:///amulet.db or postgresql://user:password@host:5432/name; default: amulet.db beside the spool')]
-SpoolDir = Annotated[Path, typer.Option('--spool-dir', envvar='AMULET_SPOOL_DIR', help='Folder in which the service keeps rows until the database has them')]
+                                          help='sqlite:///amulet.db or postgresql://user:password@host:5432/name; '
+                                               'default: amulet.db beside the spool')]
+SpoolDir = Annotated[Path, typer.Option('--spool-dir', envvar='AMULET_SPOOL_DIR',
+                                        help='Folder in which the service keeps rows until the database has them')]
 
 def _database(url, spool_dir):
     from amulet_hybrid.store.database import Database
@@ -29,12 +32,18 @@ def status(database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool'))
     from amulet_hybrid.store.records import store_status
     found = store_status(_database(database_url, spool_dir), spool_dir)
     step = found['step'] or 'none'
-    typer.echo(f'Database   {found["database"]}\nTables     step {step}'+('' if step==found['newest_step'] else f' (newest: {found["newest_step"]}; amulet store migrate)'))
-    for name,rows in found['tables'].items(): typer.echo(f'  {name:14s} {rows:10,d} rows'+(f'  {found["oldest"]} to {found["newest"]}' if name=='predictions' and rows else ''))
+    typer.echo(f'Database   {found["database"]}\nTables     step {step}'
+               +('' if step==found['newest_step'] else f' (newest: {found["newest_step"]}; amulet store migrate)'))
+    for name,rows in found['tables'].items():
+        typer.echo(f'  {name:14s} {rows:10,d} rows'
+                   +(f'  {found["oldest"]} to {found["newest"]}' if name=='predictions' and rows else ''))
     waiting = found['spool']
-    typer.echo(f'Spool      {waiting["rows"]:,} rows wait, {waiting["bytes"]/2**20:.1f} MB, the oldest for {waiting["oldest_seconds"]:.0f} s')
-    if waiting['rejected']: typer.echo(f'  ! {waiting["rejected"]:,} rows were set aside in {spool_dir/"rejected.jsonl"}')
+    typer.echo(f'Spool      {waiting["rows"]:,} rows wait, {waiting["bytes"]/2**20:.1f} MB, the oldest for '
+               f'{waiting["oldest_seconds"]:.0f} s')
+    if waiting['rejected']:
+        typer.echo(f'  ! {waiting["rejected"]:,} rows were set aside in {spool_dir/"rejected.jsonl"}')
 
+# %% ../../nbs/90_cli/10_store.ipynb #4a30292d
 @stores.command('migrate', epilog='Example: amulet store migrate --database-url postgresql://amulet@localhost/amulet')
 def migrate_tables(database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool'),
                    to:Annotated[str, typer.Option('--to', help="Step, or 'base' for no tables at all")]='head',
@@ -42,32 +51,42 @@ def migrate_tables(database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_
     "Bring the tables to this version of the software, or back to an earlier step"
     from amulet_hybrid.store.database import HEAD, migrate
     database = _database(database_url, spool_dir)
-    if to not in ('head', HEAD) and not yes: typer.confirm(f'Going back to {to} deletes what the later tables of {database.url} hold. Go on?', abort=True)
+    if to not in ('head', HEAD) and not yes:
+        typer.confirm(f'Going back to {to} deletes what the later tables of {database.url} hold. Go on?', abort=True)
     before,after = migrate(database, to)
     typer.echo(f'Tables     step {before or "none"} -> {after or "none"}')
 
 # %% ../../nbs/90_cli/10_store.ipynb #d80fac9d
 @stores.command('import', epilog='Example: amulet store import wine.csv --name wine --target kind --group cask')
-def import_data(source:Annotated[str, typer.Argument(help='CSV or Parquet file, or the URL of a database')], name:Annotated[str, typer.Option(help='What the dataset is called')],
-                target:Annotated[str, typer.Option(help='Column of the labels')]='label', group:Annotated[str, typer.Option(help='Column of what must never be parted')]='',
-                query:Annotated[str, typer.Option(help='For a source that is a database: name of a table, or a query')]='',
+def import_data(source:Annotated[str, typer.Argument(help='CSV or Parquet file, or the URL of a database')],
+                name:Annotated[str, typer.Option(help='What the dataset is called')],
+                target:Annotated[str, typer.Option(help='Column of the labels')]='label',
+                group:Annotated[str, typer.Option(help='Column of what must never be parted')]='',
+                query:Annotated[str,
+                                typer.Option(help='For a source that is a database: name of a table, or a query')]='',
                 database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool')):
     "Keep a table, or a list of photos, as the next version of a dataset"
     from amulet_hybrid.store.records import load_csv_to_db
     kept = load_csv_to_db(source, name, _database(database_url, spool_dir), target, group, query or None)
-    typer.echo(f'Dataset    {kept.name}, version {kept.version}: {kept.rows:,} rows ({kept.fingerprint[:12]})'+('' if kept.new else ', which was there already'))
+    typer.echo(f'Dataset    {kept.name}, version {kept.version}: {kept.rows:,} rows ({kept.fingerprint[:12]})'
+               +('' if kept.new else ', which was there already'))
 
+# %% ../../nbs/90_cli/10_store.ipynb #84b16026
 @stores.command(epilog='Example: amulet store export --output june.parquet --since 2026-06-01')
 def export(output:Annotated[Path, typer.Option(help='File to write: .csv, .jsonl or .parquet')],
-           table:Annotated[str, typer.Option(help="'predictions', 'feedback', 'datasets' or 'training_data'")]='predictions',
+           table:Annotated[str,
+                           typer.Option(help="'predictions', 'feedback', 'datasets' or 'training_data'")]='predictions',
            since:Annotated[str, typer.Option(help='Only rows made at that time or later, e.g. 2026-06-01')]='',
            database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool')):
     "Write a table to a file, oldest row first"
     from amulet_hybrid.store.records import export_table
     typer.echo(f'{export_table(output, table, since, _database(database_url, spool_dir)):,} rows of {table} in {output}')
 
+# %% ../../nbs/90_cli/10_store.ipynb #2d560655
 @stores.command(epilog='Example: amulet store prune --older-than 90')
-def prune(older_than:Annotated[float, typer.Option('--older-than', min=0, help='Days')], database_url:DatabaseUrl='', spool_dir:SpoolDir=Path('amulet_spool')):
+def prune(older_than:Annotated[float, typer.Option('--older-than', min=0, help='Days')], database_url:DatabaseUrl='',
+          spool_dir:SpoolDir=Path('amulet_spool')):
     "Delete predictions and feedback that are older than so many days; datasets stay"
     from amulet_hybrid.store.records import prune as prune_store
-    for table,rows in prune_store(older_than, _database(database_url, spool_dir)).items(): typer.echo(f'{rows:10,d} rows of {table} deleted')
+    for table,rows in prune_store(older_than, _database(database_url, spool_dir)).items():
+        typer.echo(f'{rows:10,d} rows of {table} deleted')

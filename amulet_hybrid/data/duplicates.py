@@ -50,6 +50,7 @@ class View(NamedTuple):
         turn,shift = self.affine(ratio)
         return np.c_[turn, ((turn@np.full(2, 1/side-1) + shift + 1)*side - 1)/2].astype(np.float32)
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #c7658dc1
 def _sampler(view, ratio, side, inner=.8):
     "(side*side, 1024) matrix: `view` of the inner part of a 32 x 32 photo, each pixel the mean of four samples"
     turn,shift = view.affine(ratio)
@@ -57,11 +58,14 @@ def _sampler(view, ratio, side, inner=.8):
     y,x = np.meshgrid(fine, fine, indexing='ij')
     at = np.clip((np.stack([x.ravel(), y.ravel()], 1)@turn.T + shift + 1)/2*_HALF - .5, 0, _HALF-1)
     low = np.minimum(at.astype(int), _HALF-2)
-    part,rows,matrix = at-low, np.arange(len(at)), np.zeros((len(at), _HALF*_HALF), np.float32)
+    part = at-low
+    rows = np.arange(len(at))
+    matrix = np.zeros((len(at), _HALF*_HALF), np.float32)
     for dy in (0,1):
         for dx in (0,1): matrix[rows, (low[:,1]+dy)*_HALF + low[:,0]+dx] = np.abs(1-dx-part[:,0])*np.abs(1-dy-part[:,1])
     return matrix.reshape(side, 2, side, 2, -1).mean((1,3)).reshape(side*side, -1)
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #ebf7caec
 @lru_cache(64)
 def _hash_matrix(view, ratio):
     "(1024, 64): 8 x 8 low cosine waves of a view without its mean, in whole numbers, so that every machine gets the same bits"
@@ -70,6 +74,7 @@ def _hash_matrix(view, ratio):
     keep = [9*i+j for i in range(8) for j in range(8) if i+j] + [8]
     return np.round(np.kron(wave, wave)[keep]@_sampler(view, ratio, 24)*4096).T
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #cff3ce62
 @lru_cache(64)
 def _detail_matrix(view, ratio):
     "(1024, 256): a 16 x 16 view without its coarse light, and the (256, 256) blur that levels its contrast"
@@ -78,9 +83,11 @@ def _detail_matrix(view, ratio):
     plain = _sampler(view, ratio, 16)
     return ((plain-blur@plain)/4).astype(np.float32).T, blur.T.astype(np.float32)
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #1cb6f7c1
 def _looks(prints, view, details=True):
     "Hashes (n,) uint64 and, for the second step, levelled details (n, 16, 16) int8, tiles of 4 x 4 in the middle axis"
-    codes,detail = np.zeros(len(prints), np.uint64), np.zeros((len(prints), 16, 16) if details else (0, 16, 16), np.int8)
+    codes = np.zeros(len(prints), np.uint64)
+    detail = np.zeros((len(prints), 16, 16) if details else (0, 16, 16), np.int8)
     shapes = prints[:,0] if view.angle else np.full(len(prints), 128, np.uint8)
     for shape in np.unique(shapes):
         ratio,rows = 2**((int(shape)-128)/8), np.flatnonzero(shapes==shape)
@@ -103,7 +110,8 @@ def photo_print(
 ) -> np.ndarray: # (PRINT_BYTES,) uint8
     "All that the search for duplicates needs of a photo"
     if getattr(rgb, 'dtype', None)!=np.uint8 or rgb.ndim!=3 or rgb.shape[2]!=3 or 0 in rgb.shape:
-        raise ImageError(f'`rgb` must be (height, width, 3) uint8, got {getattr(rgb, "shape", type(rgb).__name__)} {getattr(rgb, "dtype", "")}', code='bad_photo',
+        raise ImageError(f'`rgb` must be (height, width, 3) uint8, got {getattr(rgb, "shape", type(rgb).__name__)} '
+                         f'{getattr(rgb, "dtype", "")}', code='bad_photo',
                          advice='Read it with read_image')
     h,w = rgb.shape[:2]
     small = cv2.resize(rgb, (SIDE,SIDE), interpolation=cv2.INTER_AREA if min(h, w)>SIDE else cv2.INTER_LINEAR)
@@ -113,6 +121,7 @@ def photo_print(
     record[_COLOUR] = cv2.resize(small, (_TINT,_TINT), interpolation=cv2.INTER_AREA).ravel()
     return record
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #def8dc32
 def perceptual_hashes(
     prints:np.ndarray # (n, PRINT_BYTES) uint8 from `photo_print`
 ) -> np.ndarray: # (n,) uint64
@@ -134,7 +143,8 @@ def near_hashes(
     "Pairs of near hashes: all of them, or most of them in time that grows like a sort"
     if not 0 <= radius <= 32: raise ConfigError(f'`radius` must be in 0..32, got {radius}')
     hashes,other = np.asarray(hashes, np.uint64), np.asarray(hashes if queries is None else queries, np.uint64)
-    if hashes.ndim!=1 or other.shape!=hashes.shape: raise ConfigError(f'`hashes` and `queries` must be of one length, got {hashes.shape} and {other.shape}')
+    if hashes.ndim!=1 or other.shape!=hashes.shape:
+        raise ConfigError(f'`hashes` and `queries` must be of one length, got {hashes.shape} and {other.shape}')
     if len(hashes) <= EXACT if exact is None else exact: return _all_pairs(hashes, other, radius)
     n,codes = len(hashes),np.zeros(0, np.int64)
     both = hashes if queries is None else np.concatenate([hashes, other])
@@ -146,9 +156,11 @@ def near_hashes(
                 keep = (a < n) & (b >= n) & (b-n < a)
                 a,b = b[keep]-n,a[keep]
             fresh.append(a*n+b)
-        if sum(map(len, fresh)) > 4_000_000 or table==tables-1: codes,fresh = np.unique(np.concatenate([codes, *fresh])),[]
+        if sum(map(len, fresh)) > 4_000_000 or table==tables-1:
+            codes,fresh = np.unique(np.concatenate([codes, *fresh])),[]
     return np.stack(np.divmod(codes, n), 1)
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #e848072e
 def _all_pairs(hashes, queries, radius):
     first,second = [np.zeros(0, int)],[np.zeros(0, int)]
     for i in range(len(hashes)-1):
@@ -156,6 +168,7 @@ def _all_pairs(hashes, queries, radius):
         if len(j): first.append(np.full(len(j), i)); second.append(j+i+1)
     return np.stack([np.concatenate(first), np.concatenate(second)], 1)
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #84537710
 def _neighbours(hashes, radius, window, rng) -> Iterator[tuple[np.ndarray,np.ndarray]]:
     "Near pairs among neighbours when the bits stand in a random order; the position in the low bits spares an argsort and decides ties"
     n,width = len(hashes),max(1, int(len(hashes)-1).bit_length())
@@ -185,11 +198,13 @@ _HOW = cv2.WARP_INVERSE_MAP|cv2.INTER_LINEAR
 
 def _tiles(x): return x.reshape(4, SIDE//4, 4, SIDE//4).sum((1,3))
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #b89a261d
 def _level(grey):
     "Detail with its local contrast levelled, and its power before that"
     band = cv2.GaussianBlur(grey, (0,0), .8) - cv2.GaussianBlur(grey, (0,0), 3)
     return band/np.sqrt(cv2.GaussianBlur(band*band, (0,0), 4) + 2), band*band
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #73061435
 def compare_prints(
     first:np.ndarray, # (PRINT_BYTES,) uint8
     second:np.ndarray, # (PRINT_BYTES,) uint8
@@ -200,9 +215,12 @@ def compare_prints(
     if not (view.angle and .5 <= best[0] < .95): return best
     return max(best, _compare(first, second, view, _SOLID*_ROUND)) # a turned copy may have strange corners, which pull
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #fe378548
 def _compare(first, second, view, mask):
     ratio = 2**((int(first[0])-128)/8)
-    grey,fixed,warp = first[_GREY].reshape(SIDE, SIDE),second[_GREY].reshape(SIDE, SIDE),view.warp(ratio)
+    grey = first[_GREY].reshape(SIDE, SIDE)
+    fixed = second[_GREY].reshape(SIDE, SIDE)
+    warp = view.warp(ratio)
     try: _,warp = cv2.findTransformECC(fixed, grey, warp, cv2.MOTION_AFFINE, _STOP, mask, 5)
     except cv2.error: return 0.,np.inf,view.angle # it does not converge on photos that have nothing in common
     inside = ((cv2.warpAffine(_SOLID, warp, (SIDE,SIDE), flags=_HOW)==255) & _ROUND).astype(np.float32)
@@ -219,10 +237,12 @@ def _compare(first, second, view, mask):
     tiles = np.sort(((_tiles(x*y*inside)/n-mx*my)/np.sqrt(np.maximum(spread, 1e-6)))[asked])
     return float(tiles[len(tiles)//4]),_colour_difference(first, second, warp),angle
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #2425aefc
 def _colour_difference(first, second, warp):
     "Mean difference of colour after brightness was made equal; a tinted copy has up to 0.2"
     shift = ((warp[:,2]+.5-warp[:,:2]@[.5,.5])*_TINT/SIDE - .5+warp[:,:2]@[.5,.5]).astype(np.float32)
-    a = cv2.warpAffine(first[_COLOUR].reshape(_TINT, _TINT, 3), np.c_[warp[:,:2], shift], (_TINT,_TINT), flags=_HOW, borderMode=cv2.BORDER_REPLICATE)[_ROUND_TINT]
+    a = cv2.warpAffine(first[_COLOUR].reshape(_TINT, _TINT, 3), np.c_[warp[:,:2], shift], (_TINT,_TINT), flags=_HOW,
+                       borderMode=cv2.BORDER_REPLICATE)[_ROUND_TINT]
     b = second[_COLOUR].reshape(_TINT, _TINT, 3)[_ROUND_TINT]
     return float(np.abs(a/max(a.mean(), 1)-b/max(b.mean(), 1)).mean())
 
@@ -238,15 +258,18 @@ class DuplicateConfig(Config):
     crop:bool=True # Look for copies whose borders are cut by about 5 %
 
     def __post_init__(self):
-        for name,value,low,high in (('radius', self.radius, 0, 32), ('similarity', self.similarity, .3, 1), ('colour', self.colour, 0, 2), ('rotation', self.rotation, 0, 45)):
+        for name,value,low,high in (('radius', self.radius, 0, 32), ('similarity', self.similarity, .3, 1),
+                                    ('colour', self.colour, 0, 2), ('rotation', self.rotation, 0, 45)):
             if not low <= value <= high: raise ConfigError(f'`{name}` must be in {low}..{high}, got {value}')
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #6f56b197
 def duplicate_views(config:DuplicateConfig=DuplicateConfig()) -> list[View]:
     "Views in which every photo is looked at: turns in steps of 5 degrees, mirrored ones, and cuts"
     turns = [0.] + [s*a for a in np.arange(5., config.rotation+2.5, 5).tolist() for s in (-1, 1)]
     views = [View(angle=a, mirror=m) for m in ((False, True) if config.mirror else (False,)) for a in turns]
     if not config.crop: return views
-    return views + [View(zoom=z, down=y, right=x) for z in (.95, 1.05) for y in (-.05, .05) for x in (-.05, .05)] + [View(zoom=z) for z in (.9, 1.1)]
+    return views + [View(zoom=z, down=y, right=x) for z in (.95, 1.05) for y in (-.05, .05)
+                    for x in (-.05, .05)] + [View(zoom=z) for z in (.9, 1.1)]
 
 # %% ../../nbs/10_data/50_duplicates.ipynb #20b1990e
 _LOOSE = .45 # a suspect's details must agree so far before it is looked at closely
@@ -259,29 +282,36 @@ def _agreement(a, b):
     tiles[np.maximum(*power) < 2500] = 2
     return np.take_along_axis(np.sort(tiles, 1), (tiles <= 1).sum(1)[:,None]//4, 1)[:,0]
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #1897161c
 def _suspects(prints, view, hashes, details, radius):
     "(pairs, 2) positions and the agreement (pairs,) of those that pass the second step in this view"
     queries,seen = _looks(prints, view)
-    pairs,kept,agreement = near_hashes(hashes, radius, None if view==View() else queries),[np.zeros((0, 2), int)],[np.zeros(0, np.float32)]
+    pairs = near_hashes(hashes, radius, None if view==View() else queries)
+    kept = [np.zeros((0, 2), int)]
+    agreement = [np.zeros(0, np.float32)]
     for start in range(0, len(pairs), 8192):
         some = pairs[start:start+8192]
         score = _agreement(seen[some[:,0]], details[some[:,1]])
         kept.append(some[(passed := score >= _LOOSE)]); agreement.append(score[passed])
     return np.concatenate(kept),np.concatenate(agreement)
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #5445778a
 def near_duplicates(
     prints:np.ndarray, # (n, PRINT_BYTES) uint8 from `photo_print`; may be a memory map
     config:DuplicateConfig=DuplicateConfig(),
     jobs:int=0 # Threads; 0: one a core
-) -> pd.DataFrame: # first, second (positions, first < second), similarity, kind ('near', 'mirrored', 'rotated'), sorted by position
+# first, second (positions, first < second), similarity, kind ('near', 'mirrored', 'rotated'), sorted by position
+) -> pd.DataFrame:
     "Pairs of photos that show one picture, verified"
     prints = np.asanyarray(prints)
     if prints.dtype!=np.uint8 or prints.ndim!=2 or prints.shape[1]!=PRINT_BYTES:
-        raise DatasetError(f'`prints` must be (n, {PRINT_BYTES}) uint8, got {prints.shape} {prints.dtype}', code='bad_prints', advice='Stack what photo_print gives')
+        raise DatasetError(f'`prints` must be (n, {PRINT_BYTES}) uint8, got {prints.shape} {prints.dtype}',
+                           code='bad_prints', advice='Stack what photo_print gives')
     views = duplicate_views(config)
     hashes,details = _looks(prints, View())
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        found = list(progress(pool.map(lambda view: _suspects(prints, view, hashes, details, config.radius), views), 'Looking for twins', len(views), 'view'))
+        found = list(progress(pool.map(lambda view: _suspects(prints, view, hashes, details, config.radius), views),
+                              'Looking for twins', len(views), 'view'))
         pairs,scores = np.concatenate([p for p,_ in found]),np.concatenate([s for _,s in found])
         which = np.repeat(np.arange(len(views)), [len(p) for p,_ in found])
         order = np.lexsort((which, -scores, pairs[:,1], pairs[:,0]))
@@ -289,9 +319,12 @@ def near_duplicates(
         best = np.r_[True, (pairs[1:]!=pairs[:-1]).any(1)] if len(pairs) else np.zeros(0, bool)
         pairs,which = pairs[best],which[best]
         parts = np.array_split(np.arange(len(pairs)), len(pairs)//256+1)
-        compared = pool.map(lambda part: [compare_prints(prints[pairs[k,0]], prints[pairs[k,1]], views[which[k]]) for k in part], parts)
-        result = np.array([row for part in progress(compared, 'Comparing', len(parts), 'part') for row in part]).reshape(-1, 3)
-    kind = np.where([views[k].mirror for k in which], 'mirrored', np.where(np.abs(result[:,2]) >= 5, 'rotated', 'near')) if len(pairs) else np.zeros(0, '<U8')
+        compared = pool.map(lambda part: [compare_prints(prints[pairs[k,0]], prints[pairs[k,1]], views[which[k]])
+                                          for k in part], parts)
+        result = np.array([row for part in progress(compared, 'Comparing', len(parts), 'part')
+                           for row in part]).reshape(-1, 3)
+    kind = np.where([views[k].mirror for k in which], 'mirrored',
+                    np.where(np.abs(result[:,2]) >= 5, 'rotated', 'near')) if len(pairs) else np.zeros(0, '<U8')
     table = pd.DataFrame({'first': pairs[:,0], 'second': pairs[:,1], 'similarity': result[:,0].round(4), 'kind': kind})
     return table[(result[:,0] >= config.similarity) & (result[:,1] <= config.colour)].reset_index(drop=True)
 
@@ -302,43 +335,57 @@ def clusters(
 ) -> np.ndarray: # (n,) cluster number of each thing, 0..
     "Connected components"
     pairs = np.asarray(pairs, int).reshape(-1, 2)
-    return connected_components(coo_matrix((np.ones(len(pairs)), (pairs[:,0], pairs[:,1])), shape=(n,n)), directed=False)[1]
+    return connected_components(coo_matrix((np.ones(len(pairs)), (pairs[:,0], pairs[:,1])), shape=(n,n)),
+                                directed=False)[1]
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #74213f16
 def chain_pairs(
     keys:pd.Series # Equal keys belong together; '' belongs to nothing
 ) -> np.ndarray: # (pairs, 2) positions
     "Each position with the one before it that has the same key"
     named = pd.Series(np.arange(len(keys)))[(keys!='').to_numpy()]
     before = named.groupby(keys[(keys!='').to_numpy()].to_numpy()).shift()
-    return np.stack([before.dropna().astype(int), named[before.notna().to_numpy()]], 1) if len(named) else np.zeros((0,2), int)
+    return np.stack([before.dropna().astype(int), named[before.notna().to_numpy()]],
+                    1) if len(named) else np.zeros((0,2), int)
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #ca6d8b28
 _KINDS = ('exact', 'pixels', 'near', 'rotated', 'mirrored')
 
 def duplicate_table(
-    table:pd.DataFrame, # Columns path, label, sha256 (of the file) and pixels (digest of the decoded pixels); '' is unknown
+    # Columns path, label, sha256 (of the file) and pixels (digest of the decoded pixels); '' is unknown
+    table:pd.DataFrame,
     pairs:pd.DataFrame # From `near_duplicates`, positions in `table`
 ) -> pd.DataFrame: # cluster, conflict, kind, path, label, similarity, weakest: one row a photo that has a duplicate
     "Photos that show one picture, by cluster; clusters filed under several labels first, then the largest"
-    if missing := [c for c in ('path', 'label', 'sha256', 'pixels') if c not in table]: raise DatasetError(f'the column {missing[0]!r} is missing', code='bad_table')
-    links = [pd.DataFrame(chain_pairs(table[c]), columns=['first', 'second']).assign(similarity=1., kind=k) for c,k in (('sha256', 'exact'), ('pixels', 'pixels'))]
+    if missing := [c for c in ('path', 'label', 'sha256', 'pixels') if c not in table]:
+        raise DatasetError(f'the column {missing[0]!r} is missing', code='bad_table')
+    links = [pd.DataFrame(chain_pairs(table[c]), columns=['first', 'second']).assign(similarity=1., kind=k)
+             for c,k in (('sha256', 'exact'), ('pixels', 'pixels'))]
     every = pd.concat([*links, pairs[['first', 'second', 'similarity', 'kind']]], ignore_index=True)
     if len(every) and every[['first', 'second']].to_numpy().max() >= len(table):
-        raise DatasetError('a pair names a position beyond the table', code='bad_pairs', advice='Give the table whose prints were compared')
+        raise DatasetError('a pair names a position beyond the table', code='bad_pairs',
+                           advice='Give the table whose prints were compared')
     every['rank'] = every['kind'].map({k: i for i,k in enumerate(_KINDS)})
-    every = every.sort_values(['rank', 'similarity', 'first', 'second'], ascending=[True, False, True, True]).drop_duplicates(['first', 'second'])
+    every = every.sort_values(['rank', 'similarity', 'first', 'second'],
+                              ascending=[True, False, True, True]).drop_duplicates(['first', 'second'])
     ends = pd.concat([every.assign(at=every['first']), every.assign(at=every['second'])])
     ends = ends.sort_values(['rank', 'similarity'], ascending=[True, False], kind='stable').drop_duplicates('at')
-    rows = pd.DataFrame({'cluster': clusters(len(table), every[['first', 'second']].to_numpy()), 'path': table['path'].to_numpy(), 'label': table['label'].to_numpy()})
+    rows = pd.DataFrame({'cluster': clusters(len(table), every[['first', 'second']].to_numpy()),
+                         'path': table['path'].to_numpy(), 'label': table['label'].to_numpy()})
     rows = rows.join(ends.set_index('at')[['kind', 'similarity']], how='inner')
     rows['weakest'] = rows['cluster'].map(_weakest_links(len(table), every, rows['cluster']))
     by = rows.groupby('cluster')
     rows['conflict'] = by['label'].transform('nunique') > 1
-    order = by.agg(conflict=('conflict', 'first'), size=('path', 'size'), path=('path', 'min')).sort_values(['conflict', 'size', 'path'], ascending=[False, False, True]).index
+    order = by.agg(conflict=('conflict', 'first'), size=('path', 'size'),
+                   path=('path', 'min')).sort_values(['conflict', 'size', 'path'], ascending=[False, False, True]).index
     rows['cluster'] = rows['cluster'].map({c: i for i,c in enumerate(order)})
-    return rows.sort_values(['cluster', 'path'])[['cluster', 'conflict', 'kind', 'path', 'label', 'similarity', 'weakest']].reset_index(drop=True)
+    return rows.sort_values(['cluster', 'path'])[['cluster', 'conflict', 'kind', 'path', 'label', 'similarity',
+                                                  'weakest']].reset_index(drop=True)
 
+# %% ../../nbs/10_data/50_duplicates.ipynb #cebe27de
 def _weakest_links(n, links, cluster):
     "Smallest similarity that each cluster cannot do without"
     links = links.sort_values('similarity', ascending=False).drop_duplicates(['first', 'second'])
-    tree = minimum_spanning_tree(coo_matrix((2-links['similarity'].to_numpy(), (links['first'], links['second'])), shape=(n,n))).tocoo()
+    tree = minimum_spanning_tree(coo_matrix((2-links['similarity'].to_numpy(), (links['first'], links['second'])),
+                                            shape=(n,n))).tocoo()
     return pd.Series(2-tree.data, dtype=float).groupby(cluster.reindex(tree.row).to_numpy()).min().round(4)

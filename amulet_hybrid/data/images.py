@@ -35,10 +35,12 @@ class ImageLimits(Config):
     formats:tuple[str,...]=('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP') # By content
 
     def __post_init__(self):
-        if not 1 <= self.min_side <= self.max_side: raise ConfigError(f'`min_side` must be in 1..max_side, got {self.min_side} and {self.max_side}')
+        if not 1 <= self.min_side <= self.max_side:
+            raise ConfigError(f'`min_side` must be in 1..max_side, got {self.min_side} and {self.max_side}')
         if self.max_pixels < 1: raise ConfigError(f'`max_pixels` must be at least 1, got {self.max_pixels}')
         if not 0 < self.min_decoded <= 1: raise ConfigError(f'`min_decoded` must be in (0, 1], got {self.min_decoded}')
 
+# %% ../../nbs/10_data/10_images.ipynb #c58a0544
 @dataclass(frozen=True)
 class ImageInfo:
     "What the header says; nothing has been decoded yet"
@@ -55,6 +57,7 @@ class ImageInfo:
     camera:str='' # Make and model, from EXIF
     software:str='' # What saved it, from EXIF
 
+# %% ../../nbs/10_data/10_images.ipynb #8aa1c28a
 LIMITS = ImageLimits()
 
 # %% ../../nbs/10_data/10_images.ipynb #a2311a33
@@ -67,6 +70,7 @@ def _quietly() -> Iterator[None]:
         warnings.simplefilter('ignore')
         yield
 
+# %% ../../nbs/10_data/10_images.ipynb #13630278
 def _webp_size(data:bytes) -> tuple[int,int]|None:
     "Width and height from the first chunk of a WEBP file"
     if len(data)<30 or data[:4]!=b'RIFF' or data[8:12]!=b'WEBP': return None
@@ -75,20 +79,26 @@ def _webp_size(data:bytes) -> tuple[int,int]|None:
     if kind==b'VP8L':
         bits = int.from_bytes(data[21:25], 'little')
         return (bits & 0x3fff)+1, (bits>>14 & 0x3fff)+1
-    if kind==b'VP8 ': return int.from_bytes(data[26:28], 'little') & 0x3fff, int.from_bytes(data[28:30], 'little') & 0x3fff
+    if kind==b'VP8 ':
+        return int.from_bytes(data[26:28], 'little') & 0x3fff, int.from_bytes(data[28:30], 'little') & 0x3fff
     return None
 
+# %% ../../nbs/10_data/10_images.ipynb #f85f2bc4
 def _check_size(size, limits, where):
     "Refuse what is too large to decode, or no photo at all"
     width,height = size
     said = f'{width} x {height} pixels'
     if width*height > limits.max_pixels:
-        raise ImageError(f'its header promises {said}; at most {limits.max_pixels/1e6:g} million are decoded', code='decompression_bomb', where=where, advice='Leave it out')
+        raise ImageError(f'its header promises {said}; at most {limits.max_pixels/1e6:g} million are decoded',
+                         code='decompression_bomb', where=where, advice='Leave it out')
     if max(width, height) > limits.max_side:
-        raise ImageError(f'{said}; no side may be longer than {limits.max_side}', code='too_large', where=where, advice='Scale it down')
+        raise ImageError(f'{said}; no side may be longer than {limits.max_side}', code='too_large', where=where,
+                         advice='Scale it down')
     if min(width, height) < limits.min_side:
-        raise ImageError(f'{said}; each side must be at least {limits.min_side}', code='too_small', where=where, advice='Take the photo from the original')
+        raise ImageError(f'{said}; each side must be at least {limits.min_side}', code='too_small', where=where,
+                         advice='Take the photo from the original')
 
+# %% ../../nbs/10_data/10_images.ipynb #6a733d18
 def _load_bytes(source, limits):
     "Bytes and a name for errors; a file is never read beyond the limit"
     if isinstance(source, (bytes, bytearray, memoryview)): data,where = bytes(source),None
@@ -96,45 +106,60 @@ def _load_bytes(source, limits):
         where = Path(source)
         try:
             with where.open('rb') as file: data = file.read(limits.max_bytes+1)
-        except FileNotFoundError as error: raise ImageError('no such file', code='image_not_found', where=where) from error
+        except FileNotFoundError as error:
+            raise ImageError('no such file', code='image_not_found', where=where) from error
         except (OSError, ValueError) as error:
-            raise ImageError(f'cannot be read: {getattr(error, "strerror", None) or error}', code='image_not_found', where=where) from error
+            raise ImageError(f'cannot be read: {getattr(error, "strerror", None) or error}', code='image_not_found',
+                             where=where) from error
     if not data: raise ImageError('the file is empty', code='empty_file', where=where, advice='Copy it again')
     if len(data) > limits.max_bytes:
-        raise ImageError(f'larger than {limits.max_bytes/2**20:.0f} MB', code='image_too_large', where=where, advice='Save it smaller')
+        raise ImageError(f'larger than {limits.max_bytes/2**20:.0f} MB', code='image_too_large', where=where,
+                         advice='Save it smaller')
     return data,where
 
-_MAGIC = {b'II*\0': 'TIFF', b'MM\0*': 'TIFF', b'%PDF': 'PDF', b'<svg': 'SVG', b'<?xm': 'XML or SVG', b'<!DO': 'HTML', b'PK\3\4': 'ZIP', b'8BPS': 'PSD'}
+# %% ../../nbs/10_data/10_images.ipynb #a1bff9ac
+_MAGIC = {b'II*\0': 'TIFF', b'MM\0*': 'TIFF', b'%PDF': 'PDF', b'<svg': 'SVG', b'<?xm': 'XML or SVG', b'<!DO': 'HTML',
+          b'PK\3\4': 'ZIP', b'8BPS': 'PSD'}
 _OURS = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG': 'PNG', b'GIF8': 'GIF', b'RIFF': 'WEBP'}
 
 def _looks_like(data):
     kind = 'HEIC or AVIF' if data[4:8]==b'ftyp' else _MAGIC.get(data[:4])
     return f'; it looks like {kind}' if kind else ''
 
+# %% ../../nbs/10_data/10_images.ipynb #5f31fe91
 def _ends_early(error, data):
     "Whether a decoder failed because the data ended, in the words of Pillow 9 to 13"
     if data[8:12]==b'WEBP': return len(data) < int.from_bytes(data[4:8], 'little')+8
-    return any(words in str(error).lower() for words in ('truncated', 'not enough image data', 'cannot load this image'))
+    return any(words in str(error).lower() for words in ('truncated', 'not enough image data',
+                                                         'cannot load this image'))
 
+# %% ../../nbs/10_data/10_images.ipynb #2397b423
 def _open(data, where, limits):
     "Lazily opened image whose header is within limits"
     if size := _webp_size(data): _check_size(size, limits, where)
     try: image:Any = Image.open(io.BytesIO(data), formats=limits.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f'its header promises too many pixels ({error})', code='decompression_bomb', where=where, advice='Leave it out') from error
+        raise ImageError(f'its header promises too many pixels ({error})', code='decompression_bomb', where=where,
+                         advice='Leave it out') from error
     except Exception as error: # decoders raise all sorts
         kind = next((kind for magic,kind in _OURS.items() if data.startswith(magic)), None)
         if isinstance(error, Image.UnidentifiedImageError) and kind not in limits.formats:
-            raise ImageError(f'not one of {", ".join(limits.formats)}' + _looks_like(data), code='unsupported_format', where=where, advice='Convert it to JPEG or PNG') from error
-        if _ends_early(error, data): raise ImageError('it ends before the first row of pixels', code='truncated', where=where, advice='Copy it again') from error
+            raise ImageError(f'not one of {", ".join(limits.formats)}' + _looks_like(data), code='unsupported_format',
+                             where=where, advice='Convert it to JPEG or PNG') from error
+        if _ends_early(error, data):
+            raise ImageError('it ends before the first row of pixels', code='truncated', where=where,
+                             advice='Copy it again') from error
         what = f'it begins like a {kind}' if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ImageError(f'the header cannot be read: {what}', where=where, advice='Copy it again, or leave it out') from error
+        raise ImageError(f'the header cannot be read: {what}', where=where,
+                         advice='Copy it again, or leave it out') from error
     _check_size(image.size, limits, where)
     return image
 
 # %% ../../nbs/10_data/10_images.ipynb #b29f03b7
 _LUMA = np.array([16,11,10,16,24,40,51,61, 12,12,14,19,26,58,60,55, 14,13,16,24,40,57,69,56, 14,17,22,29,51,87,80,62,
-                  18,22,37,56,68,109,103,77, 24,35,55,64,81,104,113,92, 49,64,78,87,103,121,120,101, 72,92,95,98,112,100,103,99]) # ITU-T T.81, table K.1
+                  # ITU-T T.81, table K.1
+                  18,22,37,56,68,109,103,77, 24,35,55,64,81,104,113,92, 49,64,78,87,103,121,120,101, 72,92,95,98,112,
+                  100,103,99])
 _SUMS = [int(((_LUMA*(5000//q if q < 50 else 200-2*q)+50)//100).clip(1, 255).sum()) for q in range(1, 101)] # falling
 
 def _jpeg_quality(image):
@@ -142,17 +167,22 @@ def _jpeg_quality(image):
     table = (getattr(image, 'quantization', None) or {}).get(0)
     return None if not table else 1+int(np.abs(np.array(_SUMS)-sum(table)).argmin())
 
+# %% ../../nbs/10_data/10_images.ipynb #b16508e7
 def _exif(image, data):
     "EXIF tags, none if there is no such block or it is broken"
-    if 'exif' not in image.info and not (image.format=='PNG' and b'eXIf' in data): return {} # asking Pillow would decode a PNG to its end
+    # asking Pillow would decode a PNG to its end
+    if 'exif' not in image.info and not (image.format=='PNG' and b'eXIf' in data): return {}
     try: return dict(image.getexif())
     except Exception: return {} # a broken block is no reason to refuse the pixels
 
+# %% ../../nbs/10_data/10_images.ipynb #2d9c469b
 def _words(tags, *numbers):
     "Text of EXIF tags, printable and short"
-    parts = [''.join(c for c in tags[n].split('\0')[0] if c.isprintable()).strip()[:40] for n in numbers if isinstance(tags.get(n), str)]
+    parts = [''.join(c for c in tags[n].split('\0')[0] if c.isprintable()).strip()[:40]
+             for n in numbers if isinstance(tags.get(n), str)]
     return parts[-1] if parts and parts[-1].startswith(parts[0]) else ' '.join(parts) # models often repeat the make
 
+# %% ../../nbs/10_data/10_images.ipynb #bfcabe73
 def _count_frames(image, data, limits):
     "Number of frames; a GIF beyond 1 MB says only whether it moves, as counting walks through all of it"
     try:
@@ -163,7 +193,9 @@ def _count_frames(image, data, limits):
 
 # %% ../../nbs/10_data/10_images.ipynb #ed615769
 _T = Image.Transpose
-_TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90} # EXIF orientation
+# EXIF orientation
+_TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
+          7: _T.TRANSVERSE, 8: _T.ROTATE_90}
 
 def _to_rgb(image):
     "8-bit RGB with alpha laid over white"
@@ -195,6 +227,7 @@ def _last_scan(data):
             at = found.start() if (found := _SCAN_END.search(data, at)) else len(data)
     return bool(todo) and not any(any(bits) for bits in todo.values())
 
+# %% ../../nbs/10_data/10_images.ipynb #50799805
 def _two_endings(data):
     "A cut JPEG ended at once, and ended after noise (with restart markers, in case it waits for one)"
     data = data.rstrip(b'\xff') # the first half of a marker
@@ -202,6 +235,7 @@ def _two_endings(data):
     noise = _NOISE + b''.join(bytes((0xff, 0xd0+(next_restart+i)%8))+_NOISE for i in range(8))
     return data+b'\xff\xd9', data+noise+b'\xff\xd9'
 
+# %% ../../nbs/10_data/10_images.ipynb #3639d47f
 def _load_what_is_there(data, limits, at_least, canvas=None):
     "Image with the rows that decode, on a canvas of the level `canvas`"
     with _quietly(): image:Any = Image.open(io.BytesIO(data), formats=limits.formats)
@@ -216,11 +250,13 @@ def _load_what_is_there(data, limits, at_least, canvas=None):
     image.load()
     return image
 
+# %% ../../nbs/10_data/10_images.ipynb #7abc38ca
 def _salvage(data, limits, at_least, jpeg):
     "Image of the rows that decode, and their share"
     try:
         if jpeg and not _last_scan(data): return None,0.
-        a,b = (_load_what_is_there(d, limits, at_least, c) for d,c in (zip(_two_endings(data), (None, None)) if jpeg else ((data, 0), (data, 255))))
+        a,b = (_load_what_is_there(d, limits, at_least, c)
+               for d,c in (zip(_two_endings(data), (None, None)) if jpeg else ((data, 0), (data, 255))))
         same = (np.asarray(a)==np.asarray(b)).reshape(a.height, -1).all(1)
     except Exception: return None,0. # all or nothing: WEBP, run-length BMP, or an end within the header
     bad = np.r_[-1, np.flatnonzero(~same), a.height]
@@ -228,6 +264,7 @@ def _salvage(data, limits, at_least, jpeg):
     top,foot = int(bad[run])+1,int(bad[run+1])
     return (a.crop((0, top, a.width, foot)), (foot-top)/a.height) if foot > top else (None,0.)
 
+# %% ../../nbs/10_data/10_images.ipynb #43b15dfd
 def _decode(image, data, limits, at_least):
     "Loaded image, cut to the rows that decode, and their share"
     jpeg = image.format in ('JPEG', 'MPO')
@@ -268,25 +305,33 @@ class Photo:
         alpha = image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info
         deep = image.mode.startswith('I') or (image.format=='PNG' and '16' in str(image.tile[:1]))
         with _quietly(): frames = _count_frames(image, self.data, self.limits)
-        return ImageInfo('JPEG' if image.format=='MPO' else str(image.format), w, h, image.mode, len(self.data), frames, self._turn!=1, alpha, deep,
+        return ImageInfo('JPEG' if image.format=='MPO' else str(image.format), w, h, image.mode, len(self.data),
+                         frames, self._turn!=1, alpha, deep,
                          _jpeg_quality(image), _words(self._tags, 0x010F, 0x0110), _words(self._tags, 0x0131))
 
     def read(self,
-        at_least:int|None=None # Short side that will do, pixels: a JPEG is then decoded at a half, a quarter or an eighth, which is several times faster
+        # Short side that will do, pixels: a JPEG is then decoded at a half, a quarter or an eighth, which is several
+        # times faster
+        at_least:int|None=None
     ) -> np.ndarray: # (height, width, 3) uint8, RGB, upright
         "Pixels; raises `ImageError` with a code"
         image,where = self._take(),self.where
         try:
             image,self.decoded = _decode(image, self.data, self.limits, at_least)
             if self.decoded < self.limits.min_decoded:
-                raise ImageError(f'it ends too early: {_percent(self.decoded)} of its rows can be decoded', code='truncated', where=where, advice='Copy it again, or leave it out')
+                raise ImageError(f'it ends too early: {_percent(self.decoded)} of its rows can be decoded',
+                                 code='truncated', where=where, advice='Copy it again, or leave it out')
             image = _to_rgb(image)
             return np.array(image if self._turn==1 else image.transpose(_TURNS[self._turn]))
         except ImageError: raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageError(f'it promises too many pixels ({error})', code='decompression_bomb', where=where, advice='Leave it out') from error
-        except Exception as error: raise ImageError(f'the pixels cannot be decoded: {error}', where=where, advice='Copy it again, or leave it out') from error
+            raise ImageError(f'it promises too many pixels ({error})', code='decompression_bomb', where=where,
+                             advice='Leave it out') from error
+        except Exception as error:
+            raise ImageError(f'the pixels cannot be decoded: {error}', where=where,
+                             advice='Copy it again, or leave it out') from error
 
+# %% ../../nbs/10_data/10_images.ipynb #5f428325
 def _percent(share): return f'{int(100*share)} %'
 
 # %% ../../nbs/10_data/10_images.ipynb #5f2ac15f
@@ -298,6 +343,7 @@ def open_photo(
     data,where = _load_bytes(source, limits)
     return Photo(data, where, limits)
 
+# %% ../../nbs/10_data/10_images.ipynb #75ad71c9
 def probe_image(
     source:str|Path|bytes, # File or its content
     limits:ImageLimits=LIMITS # What is let in
@@ -305,14 +351,18 @@ def probe_image(
     "Format and size without decoding; raises `ImageError`"
     return open_photo(source, limits).info
 
+# %% ../../nbs/10_data/10_images.ipynb #79b5f736
 def read_image(
     source:str|Path|bytes, # File or its content
     limits:ImageLimits=LIMITS, # What is let in
-    at_least:int|None=None # Short side that will do, pixels: a JPEG is then decoded at a half, a quarter or an eighth, which is several times faster
+    # Short side that will do, pixels: a JPEG is then decoded at a half, a quarter or an eighth, which is several times
+    # faster
+    at_least:int|None=None
 ) -> np.ndarray: # (height, width, 3) uint8, RGB, upright
     "Pixels of a photo; raises `ImageError` with a code"
     return open_photo(source, limits).read(at_least)
 
+# %% ../../nbs/10_data/10_images.ipynb #f304ffb2
 def decoded_share(
     source:str|Path|bytes, # File or its content
     limits:ImageLimits=LIMITS # What is let in; `min_decoded` does not count here
@@ -336,11 +386,15 @@ def resize_image(
     if mode=='fill':
         s = min(h, w)
         y,x = (h-s)//2, (w-s)//2
-        image,h,w = image[y:y+s, x:x+s],s,s
+        image = image[y:y+s, x:x+s]
+        h = s
+        w = s
     elif mode=='fit':
         s = max(h, w)
         y,x = (s-h)//2, (s-w)//2
-        image,h,w = cv2.copyMakeBorder(image, y, s-h-y, x, s-w-x, cv2.BORDER_REPLICATE),s,s
+        image = cv2.copyMakeBorder(image, y, s-h-y, x, s-w-x, cv2.BORDER_REPLICATE)
+        h = s
+        w = s
     elif mode!='stretch': raise ConfigError(f"`mode` must be 'stretch', 'fit' or 'fill', got {mode!r}")
     if (h,w)==(side,side): return np.ascontiguousarray(image)
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if min(h, w)>side else cv2.INTER_LINEAR)

@@ -14,7 +14,8 @@ import pandas as pd
 from ..core import DatasetError, log
 
 # %% ../../nbs/10_data/30_manifest.ipynb #460f966b
-SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'testing': 'test'}
+SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test',
+          'testing': 'test'}
 _LITTER = {'thumbs.db', 'desktop.ini', '__macosx'}
 
 def _walk(root):
@@ -24,8 +25,10 @@ def _walk(root):
             relative = path.relative_to(root)
             if path.is_file() and not any(map(_hidden, relative.parts)): yield relative
 
+# %% ../../nbs/10_data/30_manifest.ipynb #28e69efb
 def _hidden(name): return name.startswith('.') or name.lower() in _LITTER
 
+# %% ../../nbs/10_data/30_manifest.ipynb #c66f2bc5
 def scan_folder(
     root:str|Path # Folder of class folders, or of train/val/test folders of class folders
 ) -> pd.DataFrame: # Columns path, label, split ('' where the folder has none)
@@ -35,7 +38,8 @@ def scan_folder(
     paths = list(_walk(root))
     tops = {p.parts[0] for p in paths}
     parted = bool(tops) and all(t.lower() in SPLITS for t in tops)
-    rows = [(p.as_posix(), p.parts[1] if parted else p.parts[0], SPLITS[p.parts[0].lower()] if parted else '') for p in paths if len(p.parts) > 1+parted]
+    rows = [(p.as_posix(), p.parts[1] if parted else p.parts[0], SPLITS[p.parts[0].lower()] if parted else '')
+            for p in paths if len(p.parts) > 1+parted]
     if not rows:
         raise DatasetError('no photos in class folders', code='no_photos', where=root,
                            advice='Make a folder for each class and put its photos into it: buddha/1.jpg, ganesha/1.jpg')
@@ -54,16 +58,20 @@ def _read_csv(path, columns):
                            advice=f'Its first line must name {", ".join(columns)}; it names {", ".join(table.columns)}')
     return table
 
+# %% ../../nbs/10_data/30_manifest.ipynb #7ea1d128
 def scan_csv(
-    path:str|Path # CSV with columns path and label, optionally group, split, and made_from: the photo that a made one shows
+    # CSV with columns path and label, optionally group, split, and made_from: the photo that a made one shows
+    path:str|Path
 ) -> pd.DataFrame: # Columns path, label, split and, if given, group and made_from
     "What a table says"
     table = _read_csv(path, ['path', 'label'])
     if 'split' not in table: table['split'] = ''
     if wrong := sorted(set(table['split'].str.lower()) - {'', *SPLITS}):
-        raise DatasetError(f'no split is called {wrong[0]!r}', code='bad_table', where=path, advice=f'Known: {", ".join(SPLITS)}')
+        raise DatasetError(f'no split is called {wrong[0]!r}', code='bad_table', where=path,
+                           advice=f'Known: {", ".join(SPLITS)}')
     table['split'] = table['split'].str.lower().map(SPLITS).fillna('')
-    if len(twice := table.path[table.path.duplicated()]): raise DatasetError(f'{twice.iloc[0]!r} is listed twice', code='bad_table', where=path)
+    if len(twice := table.path[table.path.duplicated()]):
+        raise DatasetError(f'{twice.iloc[0]!r} is listed twice', code='bad_table', where=path)
     if not len(table): raise DatasetError('the table is empty', code='no_photos', where=path)
     return table[[c for c in ('path', 'label', 'split', 'group', 'made_from') if c in table]]
 
@@ -78,20 +86,28 @@ def groups_from_csv(
     if not (group!='').any():
         raise DatasetError('none of its paths is a photo of this folder', code='groups_mismatch', where=csv,
                            advice=f'Paths are relative to the folder of photos, like {paths.iloc[0]}')
-    if (without := int((group=='').sum())): log.warning('%s names no group for %d of %d files; each is taken as a group of its own', csv, without, len(paths))
+    if (without := int((group=='').sum())):
+        log.warning('%s names no group for %d of %d files; each is taken as a group of its own', csv, without,
+                    len(paths))
     return group
 
+# %% ../../nbs/10_data/30_manifest.ipynb #091238c8
 def groups_from_pattern(
     paths:pd.Series, # Paths relative to the root
     pattern:str # Regular expression; what its brackets catch (or the whole match) is the group
 ) -> pd.Series: # Group of each path, '' where the pattern does not match
     "Groups from the file names"
     try: regex = re.compile(pattern)
-    except re.error as error: raise DatasetError(f'not a regular expression: {error}', code='bad_pattern', where=pattern) from error
+    except re.error as error:
+        raise DatasetError(f'not a regular expression: {error}', code='bad_pattern', where=pattern) from error
     found = [regex.search(p) for p in paths]
-    if not any(found): raise DatasetError('matches none of the paths', code='groups_mismatch', where=pattern, advice=f'A path looks like {paths.iloc[0]}')
-    return pd.Series(['/'.join(m.groups('')) if m and m.groups() else m[0] if m else '' for m in found], index=paths.index)
+    if not any(found):
+        raise DatasetError('matches none of the paths', code='groups_mismatch', where=pattern,
+                           advice=f'A path looks like {paths.iloc[0]}')
+    return pd.Series(['/'.join(m.groups('')) if m and m.groups() else m[0] if m else '' for m in found],
+                     index=paths.index)
 
+# %% ../../nbs/10_data/30_manifest.ipynb #c4014e11
 AUGMENTED = ('photos.csv', 'augmentation.json') # What a folder of made photos holds
 
 def make_manifest(
@@ -101,9 +117,12 @@ def make_manifest(
     root:str|Path|None=None # Where the paths of a CSV begin; default: its own folder
 ) -> tuple[pd.DataFrame,Path]: # The manifest (path, label, split, group) and the root of its paths
     "The table that travels, as far as names tell"
-    if groups and group_by: raise DatasetError('`groups` and `group_by` are two ways to say one thing', code='bad_setting', advice='Give one of them')
+    if groups and group_by:
+        raise DatasetError('`groups` and `group_by` are two ways to say one thing', code='bad_setting',
+                           advice='Give one of them')
     data = Path(data)
-    if all((data/name).is_file() for name in AUGMENTED): data = data/AUGMENTED[0] # it says which photos were made, and of which
+    # it says which photos were made, and of which
+    if all((data/name).is_file() for name in AUGMENTED): data = data/AUGMENTED[0]
     if data.is_file(): manifest,root = scan_csv(data), Path(root or data.parent)
     else: manifest,root = scan_folder(data), data
     if groups: manifest['group'] = groups_from_csv(manifest['path'], groups)

@@ -43,11 +43,14 @@ ISSUES:dict[str,Issue] = {
     'too_large':          Issue(True, 'a side is longer than is let in', 'Scale it down'),
     'partly_decoded':     Issue(False, 'the file ends early; the rows that are there are used', 'Copy it again'),
     'wrong_extension':    Issue(False, 'the name says another format than the content', 'Rename it'),
-    'animated':           Issue(False, 'it has several frames, and only the first is used', 'Check that the first frame shows the subject'),
-    'exif_rotated':       Issue(False, 'it is stored turned; it is read upright', 'Nothing, if your other tools read EXIF too'),
+    'animated':           Issue(False, 'it has several frames, and only the first is used',
+                                'Check that the first frame shows the subject'),
+    'exif_rotated':       Issue(False, 'it is stored turned; it is read upright',
+                                'Nothing, if your other tools read EXIF too'),
     'cmyk':               Issue(False, 'it was made for print, and its colours are converted', 'Save it as RGB'),
     'sixteen_bit':        Issue(False, 'it is finer than 8 bits, and is read with 8', 'Nothing'),
-    'has_alpha':          Issue(False, 'it may be transparent in places, which are read as white', 'Check that its class is not known by its white ground'),
+    'has_alpha':          Issue(False, 'it may be transparent in places, which are read as white',
+                                'Check that its class is not known by its white ground'),
     'blurred':            Issue(False, 'not sharp, or much less so than the others', 'Take it again'),
     'dark':               Issue(False, 'hardly any light', 'Take it again with more light'),
     'bright':             Issue(False, 'hardly anything but light', 'Take it again with less light'),
@@ -56,12 +59,16 @@ ISSUES:dict[str,Issue] = {
     'noisy':              Issue(False, 'as much noise as relief', 'Take it again with more light'),
     'low_information':    Issue(False, 'few shades: a blank, a drawing or a screenshot', 'Check that it is a photo'),
     'odd_aspect_ratio':   Issue(False, 'much longer or shorter in shape than the others', 'Cut it like the others'),
-    'odd_size':           Issue(False, 'many times larger or smaller than the others', 'Take it from the source of the others'),
+    'odd_size':           Issue(False, 'many times larger or smaller than the others',
+                                'Take it from the source of the others'),
     'low_resolution':     Issue(False, 'a side has fewer pixels than fine relief needs', 'Take it from the original'),
     'grey_among_colour':  Issue(False, 'grey, where most are in colour', 'Take it in colour, or train on grey'),
-    'odd_background':     Issue(False, 'its border has another colour than that of its class', 'Check its source; backgrounds must not give the class away'),
+    'odd_background':     Issue(False, 'its border has another colour than that of its class',
+                                'Check its source; backgrounds must not give the class away'),
     'duplicate':          Issue(False, 'its bytes or pixels are there twice', 'Keep one'),
-    'near_duplicate':     Issue(False, 'another file shows the same picture: saved again, cut, turned or lit otherwise', 'Never part them; keep the better one'),
+    'near_duplicate':     Issue(False,
+                                'another file shows the same picture: saved again, cut, turned or lit otherwise',
+                                'Never part them; keep the better one'),
     'label_conflict':     Issue(False, 'the same photo is filed under two classes', 'One of the labels is wrong'),
     'label_suspect':      Issue(False, 'it looks more like another class', 'Look at it'),
 }
@@ -70,11 +77,14 @@ NOTED = tuple(code for code,issue in ISSUES.items() if not issue.fatal) # it can
 
 # %% ../../nbs/10_data/40_quality.ipynb #3652764d
 _SIDE = 256
-SUFFIXES = {'JPEG': ('.jpg', '.jpeg', '.jfif'), 'PNG': ('.png',), 'BMP': ('.bmp',), 'GIF': ('.gif',), 'WEBP': ('.webp',)} # The first is the usual one
+# The first is the usual one
+SUFFIXES = {'JPEG': ('.jpg', '.jpeg', '.jfif'), 'PNG': ('.png',), 'BMP': ('.bmp',), 'GIF': ('.gif',),
+            'WEBP': ('.webp',)}
 _LEVELS = np.arange(256)
 _OPPONENT = np.array([[1,-1,0], [.5,.5,-1]], np.float32) # red-green and yellow-blue
 _MASK = np.array([[1,-2,1], [-2,4,-2], [1,-2,1]], np.float32)
-FIGURES = ('blur', 'brightness', 'contrast', 'clipping', 'noise', 'information', 'colourfulness', 'aspect', 'border_l', 'border_a', 'border_b', 'border_spread')
+FIGURES = ('blur', 'brightness', 'contrast', 'clipping', 'noise', 'information', 'colourfulness', 'aspect', 'border_l',
+           'border_a', 'border_b', 'border_spread')
 
 def photo_figures(
     rgb:np.ndarray # (height, width, 3) uint8
@@ -82,25 +92,34 @@ def photo_figures(
     "How sharp, light, rich, noisy and colourful a photo is, and what surrounds its subject"
     h,w = rgb.shape[:2]
     scale = _SIDE/max(h, w)
-    small = cv2.resize(rgb, (max(3, round(w*scale)), max(3, round(h*scale))), interpolation=cv2.INTER_AREA) if scale < 1 else rgb
+    small = cv2.resize(rgb, (max(3, round(w*scale)), max(3, round(h*scale))),
+                       interpolation=cv2.INTER_AREA) if scale < 1 else rgb
     grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     share = cv2.calcHist([grey], [0], None, [256], [0, 256])[:,0].astype(float)/grey.size
     brightness,seen = float(share@_LEVELS), share[share>0]
-    sharp = cv2.resize(grey, (max(3, round(w*scale)), max(3, round(h*scale))), interpolation=cv2.INTER_LINEAR) if scale > 1 else grey
+    sharp = cv2.resize(grey, (max(3, round(w*scale)), max(3, round(h*scale))),
+                       interpolation=cv2.INTER_LINEAR) if scale > 1 else grey
     mean,std = cv2.meanStdDev(cv2.transform(small[::2,::2].astype(np.float32), _OPPONENT))
     ring = _ring(small)
     return {'blur': float(cv2.meanStdDev(cv2.Laplacian(sharp, cv2.CV_16S))[1][0,0]**2), 'brightness': brightness,
-            'contrast': float(share@(_LEVELS-brightness)**2)**.5, 'clipping': float(share[:3].sum()+share[253:].sum()), 'noise': _noise(grey),
-            'information': float(-(seen*np.log2(seen)).sum())+0., 'colourfulness': float(np.hypot(*std[:,0])+.3*np.hypot(*mean[:,0])), # Hasler & Suesstrunk, 2003
+            'contrast': float(share@(_LEVELS-brightness)**2)**.5, 'clipping': float(share[:3].sum()+share[253:].sum()),
+            'noise': _noise(grey),
+            # Hasler & Suesstrunk, 2003
+            'information': float(-(seen*np.log2(seen)).sum())+0.,
+            'colourfulness': float(np.hypot(*std[:,0])+.3*np.hypot(*mean[:,0])),
             'aspect': max(h, w)/min(h, w), **dict(zip(FIGURES[-4:], ring))}
 
+# %% ../../nbs/10_data/40_quality.ipynb #c05469b4
 def _noise(grey):
     "Standard deviation of the noise in grey levels, from the calm tenth"
     if min(grey.shape) < 10: return 0.
     strength = np.abs(cv2.filter2D(grey, cv2.CV_32F, _MASK)[1:-1,1:-1])
-    blocks = cv2.resize(strength, (max(1, strength.shape[1]//8), max(1, strength.shape[0]//8)), interpolation=cv2.INTER_AREA).ravel()
-    return float(1.14*np.sqrt(np.pi/2)/6*np.partition(blocks, len(blocks)//10)[len(blocks)//10]) # 1.14: the tenth lies below the mean
+    blocks = cv2.resize(strength, (max(1, strength.shape[1]//8), max(1, strength.shape[0]//8)),
+                        interpolation=cv2.INTER_AREA).ravel()
+    # 1.14: the tenth lies below the mean
+    return float(1.14*np.sqrt(np.pi/2)/6*np.partition(blocks, len(blocks)//10)[len(blocks)//10])
 
+# %% ../../nbs/10_data/40_quality.ipynb #7307436c
 def _ring(small, share=.06):
     "Median L, a, b of the outer ring, and how much it varies"
     h,w = small.shape[:2]
@@ -112,7 +131,8 @@ def _ring(small, share=.06):
     return float(l*100/255), float(a-128), float(b-128), float(np.linalg.norm(std*(100/255,1,1)))
 
 # %% ../../nbs/10_data/40_quality.ipynb #2ec27ac6
-_ROW = {'sha256': '', 'pixels': '', 'bytes': 0, 'format': '', 'mode': '', 'width': 0, 'height': 0, 'frames': 0, 'decoded': 0., 'reason': '', 'issues': '',
+_ROW = {'sha256': '', 'pixels': '', 'bytes': 0, 'format': '', 'mode': '', 'width': 0, 'height': 0, 'frames': 0,
+        'decoded': 0., 'reason': '', 'issues': '',
         **dict.fromkeys(FIGURES, float('nan')), 'jpeg_quality': float('nan'), 'camera': '', 'software': ''}
 
 QUALITY_VERSION = 1 # Raised when the same file gives another row
@@ -120,13 +140,15 @@ QUALITY_VERSION = 1 # Raised when the same file gives another row
 def measure_bytes(
     data:bytes, # Content of a file
     limits:ImageLimits=LIMITS # What is let in
-) -> tuple[dict,np.ndarray|None]: # Columns of the manifest, and the pixels at 256 or more on the short side (none if fatal)
+# Columns of the manifest, and the pixels at 256 or more on the short side (none if fatal)
+) -> tuple[dict,np.ndarray|None]:
     "All that the content of a file says about itself; never raises for a bad one"
     row = _ROW | {'bytes': len(data), 'sha256': bytes_digest(data)}
     try:
         photo = open_photo(data, limits)
         info = photo.info
-        row |= {name: getattr(info, name) for name in ('format', 'mode', 'width', 'height', 'frames', 'camera', 'software')}
+        row |= {name: getattr(info, name) for name in ('format', 'mode', 'width', 'height', 'frames', 'camera',
+                                                       'software')}
         if info.jpeg_quality: row['jpeg_quality'] = float(info.jpeg_quality)
         try: rgb = photo.read(at_least=_SIDE)
         finally: row['decoded'] = 0. if np.isnan(photo.decoded) else photo.decoded
@@ -135,8 +157,10 @@ def measure_bytes(
             'cmyk': info.mode=='CMYK', 'sixteen_bit': info.sixteen_bit, 'has_alpha': info.alpha}
     pixels = hashlib.sha256(f'{info.width} {info.height} '.encode())
     pixels.update(rgb.data)
-    return row | photo_figures(rgb) | {'pixels': pixels.hexdigest(), 'issues': ' '.join(code for code,found in said.items() if found)}, rgb
+    return row | photo_figures(rgb) | {'pixels': pixels.hexdigest(),
+                                       'issues': ' '.join(code for code,found in said.items() if found)}, rgb
 
+# %% ../../nbs/10_data/40_quality.ipynb #f7f8e89f
 def add_name(
     row:dict, # As from `measure_bytes`
     path:str|Path # What the file is called
@@ -145,6 +169,7 @@ def add_name(
     if row['reason'] or os.path.splitext(path)[1].lower() in SUFFIXES[row['format']]: return row
     return row | {'issues': f'wrong_extension {row["issues"]}'.strip()}
 
+# %% ../../nbs/10_data/40_quality.ipynb #39ab944c
 def read_file(
     path:str|Path, # File
     limits:ImageLimits=LIMITS # What is let in
@@ -153,10 +178,15 @@ def read_file(
     try:
         state = os.stat(path)
         if not S_ISREG(state.st_mode): raise OSError(0, 'it is no file')
-        if state.st_size > limits.max_bytes: return _ROW | {'bytes': state.st_size, 'issues': 'image_too_large', 'reason': f'larger than {limits.max_bytes/2**20:.0f} MB'}
+        if state.st_size > limits.max_bytes:
+            return _ROW | {'bytes': state.st_size, 'issues': 'image_too_large',
+                           'reason': f'larger than {limits.max_bytes/2**20:.0f} MB'}
         with open(path, 'rb') as file: return file.read()
-    except (OSError, ValueError) as error: return _ROW | {'issues': 'image_not_found', 'reason': f'cannot be read: {getattr(error, "strerror", None) or error}'}
+    except (OSError, ValueError) as error:
+        return _ROW | {'issues': 'image_not_found',
+                       'reason': f'cannot be read: {getattr(error, "strerror", None) or error}'}
 
+# %% ../../nbs/10_data/40_quality.ipynb #eb118e15
 def measure_photo(
     path:str|Path, # File
     limits:ImageLimits=LIMITS # What is let in
@@ -167,6 +197,7 @@ def measure_photo(
     row,rgb = measure_bytes(data, limits)
     return add_name(row, path),rgb
 
+# %% ../../nbs/10_data/40_quality.ipynb #c4cab25e
 def has_issue(
     table:pd.DataFrame, # Column issues: codes joined by blanks
     codes:Iterable[str]
@@ -183,7 +214,9 @@ class QualityConfig(Config):
     min_score:float=30 # Least `overall_score` of a photo that passes, 0..100
     refuse:tuple[str,...]=() # Codes that do not pass though they are not fatal
     deviations:float=4 # Robust deviations from the set's median that are odd
-    blurred:float=10 # A photo of 256 pixels is blurred below (smaller ones: by the square of the side); in a set, if it is odd, below three times that
+    # A photo of 256 pixels is blurred below (smaller ones: by the square of the side); in a set, if it is odd, below
+    # three times that
+    blurred:float=10
     dark:float=40 # Mean grey below
     bright:float=225 # Mean grey above
     low_contrast:float=8 # Standard deviation of grey below
@@ -196,8 +229,11 @@ class QualityConfig(Config):
     min_photos:int=20 # A smaller set has no usual look
 
     def __post_init__(self):
-        if self.preset not in PRESETS: raise ConfigError(f'`preset` must be one of {", ".join(PRESETS)}, got {self.preset!r}', code='unknown_preset')
-        if wrong := sorted(set(self.refuse)-set(ISSUES)): raise ConfigError(f'`refuse` names {wrong[0]!r}, which is no code', advice=f'Known: {", ".join(NOTED)}')
+        if self.preset not in PRESETS:
+            raise ConfigError(f'`preset` must be one of {", ".join(PRESETS)}, got {self.preset!r}',
+                              code='unknown_preset')
+        if wrong := sorted(set(self.refuse)-set(ISSUES)):
+            raise ConfigError(f'`refuse` names {wrong[0]!r}, which is no code', advice=f'Known: {", ".join(NOTED)}')
         if not 0 <= self.min_score <= 100: raise ConfigError(f'`min_score` must be in 0..100, got {self.min_score}')
         for name in ('deviations', 'background', 'aspect', 'min_photos'):
             if getattr(self, name) <= 0: raise ConfigError(f'`{name}` must be above 0, got {getattr(self, name)}')
@@ -208,12 +244,15 @@ class QualityConfig(Config):
         **overrides # Settings that differ from it
     ):
         "Settings by name, with changes"
-        if preset not in PRESETS: raise ConfigError(f'`preset` must be one of {", ".join(PRESETS)}, got {preset!r}', code='unknown_preset')
+        if preset not in PRESETS:
+            raise ConfigError(f'`preset` must be one of {", ".join(PRESETS)}, got {preset!r}', code='unknown_preset')
         return cls.from_dict({'preset': preset, **PRESETS[preset], **overrides})
 
+# %% ../../nbs/10_data/40_quality.ipynb #29afc468
 PRESETS:dict[str,dict] = {
     'basic': {},
-    'strict': {'min_score': 60, 'refuse': ('partly_decoded', 'animated', 'blurred', 'dark', 'bright', 'low_contrast', 'noisy', 'low_information', 'low_resolution'),
+    'strict': {'min_score': 60, 'refuse': ('partly_decoded', 'animated', 'blurred', 'dark', 'bright', 'low_contrast',
+                                           'noisy', 'low_information', 'low_resolution'),
                'blurred': 20, 'dark': 50, 'bright': 210, 'low_contrast': 12, 'noisy': 12, 'low_resolution': 96},
 }
 QUALITY = QualityConfig()
@@ -227,8 +266,10 @@ def absolute_issues(
     small = min(1, max(row['width'], row['height'])/_SIDE)**2
     found = {'blurred': row['blur'] < config.blurred*small and row['blur'] < _SOFT*row['contrast']**2,
              'dark': row['brightness'] < config.dark, 'bright': row['brightness'] > config.bright,
-             'low_contrast': row['contrast'] < config.low_contrast, 'clipped': row['clipping'] > config.clipped, 'noisy': row['noise'] > config.noisy,
-             'low_information': row['information'] < config.low_information, 'odd_aspect_ratio': row['aspect'] > config.aspect,
+             'low_contrast': row['contrast'] < config.low_contrast, 'clipped': row['clipping'] > config.clipped,
+             'noisy': row['noise'] > config.noisy,
+             'low_information': row['information'] < config.low_information,
+             'odd_aspect_ratio': row['aspect'] > config.aspect,
              'low_resolution': min(row['width'], row['height']) < config.low_resolution}
     return [code for code,wrong in found.items() if wrong]
 
@@ -238,6 +279,7 @@ def _deviation(values, least):
     middle = np.nanmedian(values)
     return (values-middle)/max(1.4826*np.nanmedian(np.abs(values-middle)), least)
 
+# %% ../../nbs/10_data/40_quality.ipynb #f116d5d6
 def _odd_background(table, config):
     "Border colour far from that of the class, where the class has one"
     lab,odd = table[['border_l', 'border_a', 'border_b']].to_numpy(float),np.zeros(len(table), bool)
@@ -245,21 +287,28 @@ def _odd_background(table, config):
         if len(rows) < 10: continue
         away = np.linalg.norm(lab[rows]-np.median(lab[rows], axis=0), axis=1)
         usual,agree = np.median(away),away < config.background
-        if usual < config.background/6 and agree.mean() >= .85: odd[rows] = ~agree & (away > usual+2*config.deviations*np.median(np.abs(away-usual)))
+        if usual < config.background/6 and agree.mean() >= .85:
+            odd[rows] = ~agree & (away > usual+2*config.deviations*np.median(np.abs(away-usual)))
     return odd
 
+# %% ../../nbs/10_data/40_quality.ipynb #b40f7c35
 def set_issues(
     table:pd.DataFrame, # One row a readable photo: `FIGURES`, width, height and, if known, label
     config:QualityConfig=QUALITY
 ) -> dict[str,np.ndarray]: # Code -> (n,) bool
     "What is wrong with photos, each by itself and next to the others"
-    by_itself = [set(absolute_issues(row, config)) for row in table[['width', 'height', *FIGURES[:8]]].to_dict('records')]
+    by_itself = [set(absolute_issues(row, config))
+                 for row in table[['width', 'height', *FIGURES[:8]]].to_dict('records')]
     found = {code: np.array([code in codes for codes in by_itself], bool)
-             for code in ('blurred', 'dark', 'bright', 'low_contrast', 'clipped', 'noisy', 'low_information', 'odd_aspect_ratio', 'low_resolution')}
+             for code in ('blurred', 'dark', 'bright', 'low_contrast', 'clipped', 'noisy', 'low_information',
+                          'odd_aspect_ratio', 'low_resolution')}
     if len(table) < config.min_photos: return found
     v,k = {name: table[name].to_numpy(float) for name in (*FIGURES, 'width', 'height')},config.deviations
-    size,shape,colour = np.log2(np.sqrt(v['width']*v['height'])),np.log2(v['aspect']),v['colourfulness']
-    found['blurred'] |= (_deviation(np.log10(v['blur']+.1), .1) < 1-k) & (v['blur'] < np.minimum(3*config.blurred, _SOFT*v['contrast']**2))
+    size = np.log2(np.sqrt(v['width']*v['height']))
+    shape = np.log2(v['aspect'])
+    colour = v['colourfulness']
+    found['blurred'] |= (_deviation(np.log10(v['blur']+.1), .1) < 1-k) & (v['blur'] < np.minimum(3*config.blurred,
+            _SOFT*v['contrast']**2))
     found['noisy'] |= (_deviation(np.log10(v['noise']+1), .1) > k) & (v['noise'] > config.noisy*2/3)
     ground = (v['border_l'] > 98) | (v['border_l'] < 2) # a subject cut out on pure white or black
     found['clipped'] |= (_deviation(v['clipping'], .03) > k) & (v['clipping'] > config.clipped/4) & ~ground
@@ -274,8 +323,10 @@ def quality_score(
     table:pd.DataFrame # Columns blur, brightness, contrast, clipping, noise, information, width, height
 ) -> pd.Series: # 0..100, NaN where a figure is
     "How well a photo shows its subject: geometric mean of sharpness, exposure, contrast and resolution, less what is clipped, noisy or blank"
-    parts = [table['blur']/150, 1.15-(table['brightness']-128).abs()/128, table['contrast']/45, table[['width', 'height']].min(axis=1)/160]
-    mild = [1.2-table['clipping'], 1.3-table['noise']/20, table['information']/4] # pure white ground and fine relief are no faults: these count when gross
+    parts = [table['blur']/150, 1.15-(table['brightness']-128).abs()/128, table['contrast']/45,
+             table[['width', 'height']].min(axis=1)/160]
+    # pure white ground and fine relief are no faults: these count when gross
+    mild = [1.2-table['clipping'], 1.3-table['noise']/20, table['information']/4]
     score = np.prod([p.clip(.02, 1) for p in parts], axis=0)**.25 * np.prod([p.clip(.1, 1) for p in mild], axis=0)**.5
     return pd.Series(100*score, index=table.index, name='quality').round(1)
 
@@ -290,12 +341,16 @@ class QualityResult:
     figures:dict[str,float] # `FIGURES`, width and height; empty where it cannot be read
     reason:str='' # Why it does not pass
 
-    def __repr__(self): return f'QualityResult({Path(self.path).name!r}, ok={self.ok}, overall_score={self.overall_score}, issues={self.issues}, reason={self.reason!r})'
+    def __repr__(self):
+        return (f'QualityResult({Path(self.path).name!r}, ok={self.ok}, overall_score={self.overall_score}, '
+                f'issues={self.issues}, reason={self.reason!r})')
 
     def _repr_markdown_(self):
-        head = f'**{Path(self.path).name}**: {"passes" if self.ok else "does not pass"}, score {self.overall_score:.0f} of 100' + (f' ({self.reason})' if self.reason else '')
+        head = (f'**{Path(self.path).name}**: {"passes" if self.ok else "does not pass"}, score '
+                f'{self.overall_score:.0f} of 100') + (f' ({self.reason})' if self.reason else '')
         return head + ''.join(f'\n- `{code}`: {ISSUES[code].words}. {ISSUES[code].advice}.' for code in self.issues)
 
+# %% ../../nbs/10_data/40_quality.ipynb #b6299331
 class QualityChecker:
     "Judge photos by the settings of a preset"
     def __init__(self,
@@ -308,7 +363,8 @@ class QualityChecker:
     def _reason(self, issues, score, reason):
         "Why a photo does not pass; '' if it does"
         if reason: return reason
-        if refused := [code for code in issues if code in self.config.refuse]: return f'{refused[0]}: {ISSUES[refused[0]].words}'
+        if refused := [code for code in issues if code in self.config.refuse]:
+            return f'{refused[0]}: {ISSUES[refused[0]].words}'
         return f'the score {score:.1f} is below {self.config.min_score:g}' if score < self.config.min_score else ''
 
     def check_quality(self,
@@ -320,7 +376,8 @@ class QualityChecker:
         issues = row['issues'].split()+absolute_issues(row, self.config)
         score = float(quality_score(pd.DataFrame([row]))[0])
         reason = self._reason(issues, score, '')
-        return QualityResult(str(path), not reason, score, issues, {k: row[k] for k in (*FIGURES, 'width', 'height')}, reason)
+        return QualityResult(str(path), not reason, score, issues, {k: row[k] for k in (*FIGURES, 'width', 'height')},
+                             reason)
 
     def batch_check(self,
         paths:Iterable[str|Path], # Files; photos of one folder are taken for one class
@@ -329,7 +386,8 @@ class QualityChecker:
         "Judge many photos, each by itself and next to the others"
         if jobs < 0: raise ConfigError(f'`jobs` must be 0 or more, got {jobs}')
         paths = [str(p) for p in paths]
-        rows = list(progress(spread(lambda p: measure_photo(p, self.limits)[0], paths, jobs), 'Checking quality', len(paths)))
+        rows = list(progress(spread(lambda p: measure_photo(p, self.limits)[0], paths, jobs), 'Checking quality',
+                             len(paths)))
         table = pd.DataFrame(rows, columns=list(_ROW))
         fine = (table['reason']=='').to_numpy()
         table['label'] = [Path(p).parent.name for p in paths] # a folder a class is the custom
@@ -339,5 +397,6 @@ class QualityChecker:
         issues = [codes.split()+more for codes,more in zip(table['issues'], noted)]
         score = quality_score(table).fillna(0)
         reasons = [self._reason(*said) for said in zip(issues, score, table['reason'])]
-        judged = {'path': paths, 'ok': [not r for r in reasons], 'overall_score': score, 'issues': [' '.join(i) for i in issues], 'reason': reasons}
+        judged = {'path': paths, 'ok': [not r for r in reasons], 'overall_score': score,
+                  'issues': [' '.join(i) for i in issues], 'reason': reasons}
         return pd.DataFrame(judged).join(table.drop(columns=['issues', 'reason', 'label']))

@@ -32,17 +32,21 @@ def contact_sheet(
 ) -> np.ndarray: # uint8 RGB
     "Photos in rows, for a look at all of them"
     if not len(images) or len(labels) not in (0, len(images)):
-        raise ConfigError(f'there must be images, and as many `labels` or none: got {len(images)} images and {len(labels)} labels')
+        raise ConfigError(f'there must be images, and as many `labels` or none: got {len(images)} images and '
+                          f'{len(labels)} labels')
     foot,rows = 14 if len(labels) else 0, math.ceil(len(images)/columns)
     sheet = Image.new('RGB', (min(columns, len(images))*(side+4), rows*(side+foot+4)), 'white')
     pen,font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for i,image in enumerate(images):
         x,y = i%columns*(side+4)+2, i//columns*(side+foot+4)+2
         sheet.paste(Image.fromarray(resize_image(image, side, 'fit')), (x, y))
-        if foot: pen.text((x, y+side+1), _fitting(str(labels[i]), lambda t: pen.textlength(t, font) <= side), 'black', font)
+        if foot:
+            pen.text((x, y+side+1), _fitting(str(labels[i]), lambda t: pen.textlength(t, font) <= side), 'black', font)
     return np.asarray(sheet)
 
-def _fitting(text, fits): return text if fits(text) else next(t for n in range(len(text), -1, -1) if fits(t := text[:n]+'..') or not n)
+# %% ../../nbs/10_data/20_samples.ipynb #79357d7d
+def _fitting(text, fits):
+    return text if fits(text) else next(t for n in range(len(text), -1, -1) if fits(t := text[:n]+'..') or not n)
 
 # %% ../../nbs/10_data/20_samples.ipynb #e68e687f
 OUTLINES:dict[str,Callable] = {
@@ -53,7 +57,8 @@ OUTLINES:dict[str,Callable] = {
     'oval':      lambda y: np.sqrt(np.clip(1-y**2, 0, 1)),
     'octagon':   lambda y: np.clip(0.6+1.2*(1-np.abs(y)), 0, 1),
 }
-PARTS = {'posture': ('meditation', 'touching', 'covering', 'walking'), 'head': ('knot', 'spire', 'bald'), 'seat': ('none', 'lotus', 'tiers'),
+PARTS = {'posture': ('meditation', 'touching', 'covering', 'walking'), 'head': ('knot', 'spire', 'bald'),
+         'seat': ('none', 'lotus', 'tiers'),
          'frame': ('none', 'dome', 'rays', 'flame', 'leaves', 'hood'), 'border': ('plain', 'line', 'beads')}
 
 # %% ../../nbs/10_data/20_samples.ipynb #a9ae3e20
@@ -72,7 +77,8 @@ class Mould(Config):
 
     def __post_init__(self):
         for name,known in {'outline': tuple(OUTLINES), **PARTS}.items():
-            if (value := getattr(self, name)) not in known: raise ConfigError(f'`{name}` must be one of {", ".join(known)}, got {value!r}')
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f'`{name}` must be one of {", ".join(known)}, got {value!r}')
         if not 0.4 <= self.width <= 1: raise ConfigError(f'`width` must be in 0.4 .. 1, got {self.width}')
 
 # %% ../../nbs/10_data/20_samples.ipynb #67238195
@@ -93,7 +99,8 @@ MOULDS:dict[str,Mould] = {
 
 # %% ../../nbs/10_data/20_samples.ipynb #de5311bc
 _FIELD = 320 # Side of a height field, pixels
-_UNIT = 0.92*_FIELD # Pixels of the double-size drawing for one unit: a piece is 2 units high and fills 0.92 of the field
+# Pixels of the double-size drawing for one unit: a piece is 2 units high and fills 0.92 of the field
+_UNIT = 0.92*_FIELD
 
 class _Clay:
     "A height field to which parts are added; `place` sets where 0 is and how long 1 is"
@@ -110,14 +117,17 @@ class _Clay:
 
     def lines(self, lines, width, level):
         px = [self.px(points) for points in lines]
-        self.rise(cv2.polylines(np.zeros(self.height.shape, np.uint8), px, False, 1, max(1, round(width*self.scale*_UNIT)), shift=4), level, width/2)
+        self.rise(cv2.polylines(np.zeros(self.height.shape, np.uint8), px, False, 1,
+                                max(1, round(width*self.scale*_UNIT)), shift=4), level, width/2)
 
     def discs(self, discs, level, edge):
         turn = np.linspace(0, 2*np.pi, 48)
         for x,y,rx,ry in discs: self.area(np.c_[x+rx*np.cos(turn), y+ry*np.sin(turn)], level, edge)
 
 # %% ../../nbs/10_data/20_samples.ipynb #b929dae2
-_LAP,_EARTH,_FACE = [(-0.4,0), (-0.47,0.3), (0,0.42)], [(-0.4,0), (-0.48,0.3), (-0.43,0.66)], [(-0.4,0), (-0.42,0.24), (-0.07,-0.36)]
+_LAP = [(-0.4,0), (-0.47,0.3), (0,0.42)]
+_EARTH = [(-0.4,0), (-0.48,0.3), (-0.43,0.66)]
+_FACE = [(-0.4,0), (-0.42,0.24), (-0.07,-0.36)]
 _ARMS = {'meditation': (_LAP, _LAP), 'touching': (_EARTH, _LAP), 'covering': (_FACE, _FACE)}
 
 def _figure(clay, mould):
@@ -127,7 +137,8 @@ def _figure(clay, mould):
         clay.lines([[(0.08,0.15), (0.16,0.45), (0.12,0.7)], [(-0.05,0.15), (-0.1,0.42), (-0.26,0.68)]], 0.17, 0.7)
         clay.lines([[(-0.28,-0.12), (-0.36,0.1), (-0.3,0.36)], [(0.28,-0.12), (0.38,0.06), (0.14,-0.02)]], 0.12, 0.8)
     else:
-        clay.area([(-0.1,-0.2), (0.1,-0.2), (0.34,-0.1), (0.36,0), (0.2,0.5), (-0.2,0.5), (-0.36,0), (-0.34,-0.1)], 0.62, 0.12)
+        clay.area([(-0.1,-0.2), (0.1,-0.2), (0.34,-0.1), (0.36,0), (0.2,0.5), (-0.2,0.5), (-0.36,0), (-0.34,-0.1)],
+                  0.62, 0.12)
         clay.discs([(0, 0.56, 0.6, 0.15)], 0.66, 0.12)
         clay.lines([[(-0.5,0.6), (0.28,0.5)], [(0.5,0.6), (0.05,0.56)]], 0.11, 0.78)
         left,right = _ARMS[mould.posture]
@@ -151,6 +162,7 @@ def _seat(clay, mould, half, foot):
         clay.lines([[(-wide,y), (wide,y)]], 0.62*step, 0.58)
     return foot-mould.tiers*step
 
+# %% ../../nbs/10_data/20_samples.ipynb #34493b79
 def _frame(clay, kind, wide):
     "What surrounds the figure, in its units; `wide` is the room to each side"
     turn = np.linspace(-0.06, 1.06, 60)*np.pi
@@ -163,22 +175,26 @@ def _frame(clay, kind, wide):
     if kind=='rays': clay.lines([np.array([p*0.34, p*0.62])-(0,0.38) for p in circle[::3]], 0.04, 0.45)
     if kind=='hood': clay.discs([(x*0.42, y*0.42-0.42, 0.13, 0.15) for x,y in circle[2::9]], 0.5, 0.13)
 
+# %% ../../nbs/10_data/20_samples.ipynb #8d3eac8a
 def _rim(clay, mould, edge):
     "What runs along the edge, and letters that nobody can read, the same on every piece"
     loop = 0.92*np.r_[edge, edge[:1]]
     if mould.border=='line': clay.lines([loop], 0.035, 0.5)
     if mould.border=='beads':
         way = np.r_[0, np.cumsum(np.hypot(*np.diff(loop, axis=0).T))]
-        clay.discs([(np.interp(a, way, loop[:,0]), np.interp(a, way, loop[:,1]), 0.03, 0.03) for a in np.linspace(0, way[-1], 56)], 0.55, 0.03)
+        clay.discs([(np.interp(a, way, loop[:,0]), np.interp(a, way, loop[:,1]), 0.03, 0.03)
+                    for a in np.linspace(0, way[-1], 56)], 0.55, 0.03)
     rng = np.random.default_rng(derive_seed(0, mould.digest()))
     for x in (-0.73*mould.width, 0.73*mould.width) if mould.script else ():
-        clay.lines([np.c_[x+rng.uniform(-0.06, 0.06, 4), y+rng.uniform(-0.06, 0.06, 4)] for y in np.linspace(-0.4, 0.4, 6) for _ in 'ab'], 0.03, 0.5)
+        clay.lines([np.c_[x+rng.uniform(-0.06, 0.06, 4), y+rng.uniform(-0.06, 0.06, 4)]
+                    for y in np.linspace(-0.4, 0.4, 6) for _ in 'ab'], 0.03, 0.5)
 
 # %% ../../nbs/10_data/20_samples.ipynb #9df12a8b
 @lru_cache(maxsize=64)
 def relief(
     mould:Mould # One class
-) -> tuple[np.ndarray,np.ndarray]: # Height (0 is the ground, about 1 the nose) and mask (0 .. 1), each (320, 320) float32; do not write to them
+# Height (0 is the ground, about 1 the nose) and mask (0 .. 1), each (320, 320) float32; do not write to them
+) -> tuple[np.ndarray,np.ndarray]:
     "Height field of a fresh piece"
     clay,y = _Clay(),np.linspace(-1, 1, 160)
     def half(y): return mould.width*OUTLINES[mould.outline](y)
@@ -197,7 +213,8 @@ def relief(
 
 # %% ../../nbs/10_data/20_samples.ipynb #06aa058f
 MATERIALS:dict[str,tuple] = { # Colour (RGB), gloss 0 .. 1
-    'red_clay': ((176,112,74), 0.08), 'bronze': ((132,104,62), 0.5), 'ivory_powder': ((226,212,184), 0.06), 'dark_powder': ((74,66,60), 0.15),
+    'red_clay': ((176,112,74), 0.08), 'bronze': ((132,104,62), 0.5), 'ivory_powder': ((226,212,184), 0.06),
+    'dark_powder': ((74,66,60), 0.15),
     'gilt': ((214,168,74), 0.65), 'grey_lead': ((128,130,132), 0.35), 'green_powder': ((122,132,96), 0.08)}
 
 def _smooth(rng, n, cells):
@@ -215,7 +232,8 @@ def _worn(height, mask, rng):
     height = cv2.GaussianBlur(height, (0,0), 0.6+2.6*wear)
     rubbed = np.clip(0.5+0.6*_smooth(rng, _FIELD, 4), 0, 1)*wear
     height = height*(1-0.55*rubbed) + 0.03*_smooth(rng, _FIELD, 40) + rng.uniform(0.01, 0.035)*_smooth(rng, _FIELD, 160)
-    edge = max(cv2.findContours((mask > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], key=len)[:,0]
+    edge = max(cv2.findContours((mask > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], key=len)[:,
+            0]
     for _ in range(rng.poisson(0.4+2.2*wear)):
         u,v = map(float, edge[rng.integers(len(edge))] + rng.normal(0, 4, 2))
         chip = np.hypot(x-u, y-v) + 2.5*_smooth(rng, _FIELD, 24) - rng.uniform(4, 14)
@@ -226,6 +244,7 @@ def _worn(height, mask, rng):
         cv2.line(marks, start.tolist(), (start+rng.integers(-90, 90, 2)).tolist(), 1, 1, cv2.LINE_AA)
     return height-rng.uniform(0.03, 0.12)*cv2.GaussianBlur(marks, (0,0), 0.8), mask
 
+# %% ../../nbs/10_data/20_samples.ipynb #4d249c00
 def _piece(mould, seed):
     "One piece: height, mask, colour (height, width, 3) in 0 .. 1 and gloss"
     rng = np.random.default_rng(seed)
@@ -242,7 +261,8 @@ def _lit(height, colour, gloss, azimuth, elevation, ambient):
     "The piece under a lamp at these angles (radians, in the frame of the piece); `ambient` is the share of light from everywhere"
     depth = 16. # Pixels that a height of 1 rises
     gx,gy = (cv2.Sobel(height, cv2.CV_32F, *d, ksize=3, scale=depth/8) for d in ((1,0), (0,1)))
-    lamp = np.array([math.cos(azimuth)*math.cos(elevation), math.sin(azimuth)*math.cos(elevation), math.sin(elevation)], np.float32)
+    lamp = np.array([math.cos(azimuth)*math.cos(elevation), math.sin(azimuth)*math.cos(elevation),
+                     math.sin(elevation)], np.float32)
     half = (lamp+np.array([0,0,1], np.float32))/math.sqrt(2+2*math.sin(elevation))
     size = 1/np.sqrt(1+gx*gx+gy*gy)
     diffuse = np.clip((lamp[2]-gx*lamp[0]-gy*lamp[1])*size, 0, None)
@@ -263,19 +283,26 @@ def _weave(rng, n):
     u,v = x*math.cos(a)+y*math.sin(a), y*math.cos(a)-x*math.sin(a)
     return 0.08*np.sin(2*np.pi*u/pitch)*np.sin(2*np.pi*v/pitch) + 0.05*_smooth(rng, n, 5) + 0.03*_smooth(rng, n, n//3)
 
+# %% ../../nbs/10_data/20_samples.ipynb #fd978abd
 def _wood(rng, n):
     x = np.linspace(0, 1, n, dtype=np.float32)
-    grain = 0.07*np.sin(2*np.pi*(rng.uniform(5, 12)*x + 0.35*_smooth(rng, n, 2))) + 0.6*cv2.blur(rng.standard_normal((n, n), np.float32), (3, 61))
+    grain = 0.07*np.sin(2*np.pi*(rng.uniform(5, 12)*x
+                                 + 0.35*_smooth(rng, n, 2))) + 0.6*cv2.blur(rng.standard_normal((n, n), np.float32),
+            (3, 61))
     return grain if rng.random() < 0.5 else grain.T
 
 BACKGROUNDS:dict[str,tuple] = { # Colours (RGB), texture
     'cloth':  (((70,90,140), (150,60,50), (60,110,80), (200,190,170), (90,80,100)), _weave),
     'wood':   (((150,105,65), (110,72,45), (190,150,105)), _wood),
-    'paper':  (((236,234,228), (222,214,196), (205,212,222)), lambda rng, n: 0.012*_smooth(rng, n, n//2) + 0.02*_smooth(rng, n, 3)),
-    'velvet': (((130,20,30), (110,15,40), (30,30,80), (25,60,45)), lambda rng, n: 0.10*_smooth(rng, n, 6) + 0.05*_smooth(rng, n, n//3)),
-    'stone':  (((120,118,115), (160,155,150), (70,72,76)), lambda rng, n: 0.06*_smooth(rng, n, 20) + 0.05*_smooth(rng, n, n//2)),
+    'paper':  (((236,234,228), (222,214,196), (205,212,222)),
+               lambda rng, n: 0.012*_smooth(rng, n, n//2) + 0.02*_smooth(rng, n, 3)),
+    'velvet': (((130,20,30), (110,15,40), (30,30,80), (25,60,45)),
+               lambda rng, n: 0.10*_smooth(rng, n, 6) + 0.05*_smooth(rng, n, n//3)),
+    'stone':  (((120,118,115), (160,155,150), (70,72,76)),
+               lambda rng, n: 0.06*_smooth(rng, n, 20) + 0.05*_smooth(rng, n, n//2)),
 }
 
+# %% ../../nbs/10_data/20_samples.ipynb #d032c938
 def _background(rng, n):
     "What the piece lies on, (n, n, 3) 0 .. 1"
     colours,texture = BACKGROUNDS[str(rng.choice(list(BACKGROUNDS)))]
@@ -290,9 +317,11 @@ def _pose(rng, side, far, near):
     turn,size = rng.normal(0, 0.1), rng.uniform(far, near)*n/2
     corners = np.array([(-1,-1), (1,-1), (1,1), (-1,1)], np.float32)
     rot = np.array([[math.cos(turn),math.sin(turn)],[-math.sin(turn),math.cos(turn)]])
-    seen = corners@rot*size*rng.uniform(0.94, 1, 2) + n/2 + rng.uniform(-0.05, 0.05, 2)*n + rng.uniform(-0.03, 0.03, (4,2))*n
+    seen = corners@rot*size*rng.uniform(0.94, 1, 2) + n/2 + rng.uniform(-0.05, 0.05, 2)*n + rng.uniform(-0.03, 0.03,
+            (4,2))*n
     return cv2.getPerspectiveTransform((corners+1)*_FIELD/2, seen.astype(np.float32)), turn
 
+# %% ../../nbs/10_data/20_samples.ipynb #2dea5b24
 def _camera(image, rng):
     "White balance, exposure, uneven light, focus and noise; the photo as uint8"
     n = len(image)
@@ -301,8 +330,10 @@ def _camera(image, rng):
     image = image*np.array([1+warm, 1+rng.normal(0, 0.02), 1-warm], np.float32)
     image = image*(rng.uniform(0.8, 1.25)*(1+rng.uniform(0, 0.5)*(x*math.cos(a)+y*math.sin(a))))[...,None]
     image = cv2.GaussianBlur(np.clip(image, 0, 1)**rng.uniform(0.8, 1.15), (0,0), n/256*rng.uniform(0.3, 1.5))
-    return np.clip(255*image + rng.uniform(1.5, 6)*rng.standard_normal(image.shape, np.float32), 0, 255).astype(np.uint8)
+    return np.clip(255*image + rng.uniform(1.5, 6)*rng.standard_normal(image.shape, np.float32), 0,
+                   255).astype(np.uint8)
 
+# %% ../../nbs/10_data/20_samples.ipynb #dd26f61a
 def _photograph(face, mask, lamp, away, to_photo, rng, side, home):
     "Lay the lit `face` on a background with its shadow, most often on that of its `home`, and press the button"
     n = max(side, 256)
@@ -310,11 +341,14 @@ def _photograph(face, mask, lamp, away, to_photo, rng, side, home):
     alpha = cv2.warpPerspective(mask, to_photo, (n, n), flags=cv2.INTER_LINEAR)
     away *= n/256
     shift = np.array([[1,0,math.cos(lamp)*away],[0,1,math.sin(lamp)*away]], np.float32)
-    dark = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (n, n), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP), (0,0), max(away/2, 1))
+    dark = cv2.GaussianBlur(cv2.warpAffine(alpha, shift, (n, n), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP), (0,0),
+                            max(away/2, 1))
     ground *= (1-rng.uniform(0.35, 0.7)*dark)[...,None]
-    photo = _camera(ground+alpha[...,None]*(cv2.warpPerspective(face, to_photo, (n, n), flags=cv2.INTER_LINEAR)-ground), rng)
+    photo = _camera(ground+alpha[...,None]*(cv2.warpPerspective(face, to_photo, (n, n),
+                                                                flags=cv2.INTER_LINEAR)-ground), rng)
     return photo if n==side else cv2.resize(photo, (side, side), interpolation=cv2.INTER_AREA)
 
+# %% ../../nbs/10_data/20_samples.ipynb #68566395
 def draw_amulet(
     mould:Mould, # Class, e.g. `MOULDS['thuat_oval']`
     seed:int=0, # Which piece: wear, material, chips
@@ -327,20 +361,24 @@ def draw_amulet(
     lamp,elevation = rng.normal(-np.pi/2, 1.1), rng.uniform(0.45, 1.15)
     height,mask,colour,gloss = _piece(mould, derive_seed(seed, 'piece'))
     face = _lit(height, colour, gloss, lamp-turn, elevation, rng.uniform(0.25, 0.6))
-    return _photograph(face, mask, lamp, rng.uniform(2, 9)/math.tan(elevation), to_photo, rng, side, derive_seed(seed, 'home'))
+    return _photograph(face, mask, lamp, rng.uniform(2, 9)/math.tan(elevation), to_photo, rng, side,
+                       derive_seed(seed, 'home'))
 
 # %% ../../nbs/10_data/20_samples.ipynb #7c37a1e5
-_INKS = np.array(((200,30,40), (20,80,170), (20,130,80), (240,150,20), (110,40,140), (30,30,34), (0,150,170), (220,70,130)), np.float32)/255
+_INKS = np.array(((200,30,40), (20,80,170), (20,130,80), (240,150,20), (110,40,140), (30,30,34), (0,150,170),
+                  (220,70,130)), np.float32)/255
 _SYLLABLES = ('ka', 'lo', 'mi', 'ra', 'ta', 'no', 'su', 'vel', 'tor', 'an', 'ix', 'pra', 'dee', 'chai')
 
 def _ring(count): return np.c_[np.cos(t := np.linspace(0, 2*np.pi, count, endpoint=False)), np.sin(t)]
 
+# %% ../../nbs/10_data/20_samples.ipynb #7046454d
 def _shape(rng):
     "Outline of a polygon, a star or a disc within -1 .. 1"
     corners,kind = _ring(int(rng.integers(3, 9))*2),rng.random()
     if kind < 0.25: return _ring(64)
     return corners[::2] if kind < 0.65 else corners*np.tile((1,rng.uniform(0.4, 0.6)), len(corners)//2)[:,None]
 
+# %% ../../nbs/10_data/20_samples.ipynb #a1bd7bfa
 class _Card:
     "A white card on which ink is laid; x and y in -1 .. 1"
     def __init__(self, rng): self.rng,self.rgb = rng,np.full((2*_FIELD, 2*_FIELD, 3), 0.98, np.float32)
@@ -350,7 +388,8 @@ class _Card:
     def shape(self, points, x, y, size, ink, hole=0.):
         mask = np.zeros(self.rgb.shape[:2], np.uint8)
         for part,value in ((size,255), (size*hole,0)):
-            cv2.fillPoly(mask, [np.round(((points*part+(x,y))*0.46+0.5)*2*_FIELD*16).astype(np.int32)], value, cv2.LINE_AA, 4)
+            cv2.fillPoly(mask, [np.round(((points*part+(x,y))*0.46+0.5)*2*_FIELD*16).astype(np.int32)], value,
+                         cv2.LINE_AA, 4)
         self.lay(mask, ink)
 
     def word(self, y, width, ink):
@@ -362,7 +401,8 @@ class _Card:
         self.lay(image, ink)
 
     def gradient(self):
-        t,a,(first,last) = np.linspace(0, 1, 2*_FIELD, dtype=np.float32), self.rng.uniform(0, 2*np.pi), self.rng.choice(_INKS, 2, replace=False)
+        t,a,(first,last) = np.linspace(0, 1, 2*_FIELD, dtype=np.float32), self.rng.uniform(0,
+                2*np.pi), self.rng.choice(_INKS, 2, replace=False)
         return first+(last-first)*np.clip(0.5+(t[None,:,None]-0.5)*math.cos(a)+(t[:,None,None]-0.5)*math.sin(a), 0, 1)
 
 # %% ../../nbs/10_data/20_samples.ipynb #737839f6
@@ -370,17 +410,27 @@ def _text_logo(card):
     card.word(0, card.rng.uniform(1.1, 1.7), card.ink())
     if card.rng.random() < 0.5: card.word(card.rng.choice((-0.5, 0.5)), card.rng.uniform(0.6, 1.1), card.ink())
 
-def _simple_logo(card): card.shape(_shape(card.rng), 0, 0, card.rng.uniform(0.55, 0.95), card.ink(), card.rng.choice((0, 0, 0.5, 0.7)))
-def _gradient_logo(card): card.shape(_shape(card.rng), 0, 0, card.rng.uniform(0.55, 0.95), card.gradient(), card.rng.choice((0, 0, 0.5, 0.7)))
+# %% ../../nbs/10_data/20_samples.ipynb #11840687
+def _simple_logo(card):
+    card.shape(_shape(card.rng), 0, 0, card.rng.uniform(0.55, 0.95), card.ink(), card.rng.choice((0, 0, 0.5, 0.7)))
+def _gradient_logo(card):
+    card.shape(_shape(card.rng), 0, 0, card.rng.uniform(0.55, 0.95), card.gradient(), card.rng.choice((0, 0, 0.5, 0.7)))
 
+# %% ../../nbs/10_data/20_samples.ipynb #a376c209
 def _complex_logo(card):
-    rng,size,bead,ink = card.rng,card.rng.uniform(0.8, 0.95),_shape(card.rng),card.ink()
+    rng = card.rng
+    size = card.rng.uniform(0.8, 0.95)
+    bead = _shape(card.rng)
+    ink = card.ink()
     card.shape(_ring(64), 0, 0, size, card.ink(), rng.uniform(0.85, 0.93))
     for x,y in 0.76*size*_ring(int(rng.integers(10, 28))): card.shape(bead, x, y, 0.05, ink)
-    for x in (-0.22,0.1): card.shape(_shape(rng), x, -0.12, rng.uniform(0.25, 0.4), card.gradient() if rng.random() < 0.5 else card.ink(), rng.choice((0, 0.6)))
+    for x in (-0.22,0.1):
+        card.shape(_shape(rng), x, -0.12, rng.uniform(0.25, 0.4),
+                   card.gradient() if rng.random() < 0.5 else card.ink(), rng.choice((0, 0.6)))
     card.word(0.38, rng.uniform(0.6, 0.9), card.ink())
 
-LOGOS:dict[str,Callable] = {'text': _text_logo, 'simple': _simple_logo, 'gradient': _gradient_logo, 'complex': _complex_logo}
+LOGOS:dict[str,Callable] = {'text': _text_logo, 'simple': _simple_logo, 'gradient': _gradient_logo,
+                            'complex': _complex_logo}
 
 # %% ../../nbs/10_data/20_samples.ipynb #8bc12374
 def draw_logo(
@@ -401,7 +451,8 @@ def draw_logo(
         face = (0.05+0.95*face)*grid[:,None,None]*grid[None,:,None]*np.array([0.97,1,1.06], np.float32)
     else: face = face*(1+0.02*_smooth(rng, _FIELD, 150)+0.02*_smooth(rng, _FIELD, 3))[...,None]*rng.uniform(0.75, 1)
     away,mask = 1. if screen else rng.uniform(2, 8), np.ones((_FIELD, _FIELD), np.float32)
-    return _photograph(face.astype(np.float32), mask, rng.uniform(0, 2*np.pi), away, to_photo, rng, side, derive_seed(seed, 'home'))
+    return _photograph(face.astype(np.float32), mask, rng.uniform(0, 2*np.pi), away, to_photo, rng, side,
+                       derive_seed(seed, 'home'))
 
 # %% ../../nbs/10_data/20_samples.ipynb #0051df89
 @dataclass(frozen=True)
@@ -417,11 +468,13 @@ class Faults(Config):
 
     def __post_init__(self):
         for name,value in self.to_dict().items():
-            if value < 0 or (value >= 1 and value!=int(value)): raise ConfigError(f'`{name}` must be a share below 1 or a whole number, got {value}')
+            if value < 0 or (value >= 1 and value!=int(value)):
+                raise ConfigError(f'`{name}` must be a share below 1 or a whole number, got {value}')
 
     def counts(self, photos:int) -> dict[str,int]: # Fault -> files
         "Number of files of each fault among `photos` good ones"
-        return {name: int(value) if value >= 1 else max(1, round(value*photos)) if value else 0 for name,value in self.to_dict().items()}
+        return {name: int(value) if value >= 1 else max(1, round(value*photos)) if value else 0
+                for name,value in self.to_dict().items()}
 
 NO_FAULTS = Faults(*[0]*len(fields(Faults)))
 
@@ -431,6 +484,7 @@ def _encode(image, format='JPEG', **options):
     Image.fromarray(image).save(out, format, **options)
     return out.getvalue()
 
+# %% ../../nbs/10_data/20_samples.ipynb #fd40ef7b
 def _again(image, rng):
     "The photo saved again, as it is passed on"
     h,w = image.shape[:2]
@@ -442,10 +496,12 @@ def _again(image, rng):
     if way==3: image = np.clip(image*rng.uniform(1.05, 1.15)+rng.uniform(0, 8), 0, 255).astype(np.uint8)
     return _encode(np.ascontiguousarray(image), quality=int(rng.integers(50, 75)))
 
+# %% ../../nbs/10_data/20_samples.ipynb #e17d460d
 def _file_bytes(kind, label, seed, view, side, fault):
     "Content of one sample file: photo `view` of piece `seed`, with its fault if it has one"
     if fault=='empty': return b''
-    if fault=='not_an_image': return b'<!DOCTYPE html>\n<html><body><h1>404</h1><p>This photo is no longer here.</p></body></html>\n'
+    if fault=='not_an_image':
+        return b'<!DOCTYPE html>\n<html><body><h1>404</h1><p>This photo is no longer here.</p></body></html>\n'
     photo = draw_amulet(MOULDS[label], seed, view, side) if kind=='amulets' else draw_logo(label, seed, view, side)
     rng = np.random.default_rng(derive_seed(seed, 'file', view))
     if fault=='wrong_extension': return _encode(photo, 'PNG')
@@ -459,9 +515,12 @@ def _class_sizes(photos, classes):
     share = np.geomspace(3.5, 1, classes)
     return np.diff(np.round(np.r_[0, np.cumsum(share/share.sum()*photos)])).astype(int)
 
+# %% ../../nbs/10_data/20_samples.ipynb #0ec2eed5
 def _good_rows(names, photos, seed):
     "One row a good photo; a piece has one to four of them"
-    rng,rows,source = np.random.default_rng(derive_seed(seed, 'plan')), [], 0
+    rng = np.random.default_rng(derive_seed(seed, 'plan'))
+    rows = []
+    source = 0
     for name,count in zip(names, _class_sizes(photos, len(names)), strict=True):
         while count > 0:
             source,views = source+1, min(int(rng.integers(1, 5)), count)
@@ -471,17 +530,21 @@ def _good_rows(names, photos, seed):
             rows += [{**row, 'view': view} for view in range(views)]
     return rows
 
+# %% ../../nbs/10_data/20_samples.ipynb #4fbc1d59
 def _faulty_rows(good, names, faults, seed):
     "Rows to add: copies of good photos, further photos of their pieces, or new pieces in a wrong folder"
     rng,rows = np.random.default_rng(derive_seed(seed, 'faults')), []
     for fault,count in faults.counts(len(good)).items():
-        if count > len(good): raise ConfigError(f'`{fault}` asks for {count} of {len(good)} photos', advice='Ask for fewer faults, or for more photos')
+        if count > len(good):
+            raise ConfigError(f'`{fault}` asks for {count} of {len(good)} photos',
+                              advice='Ask for fewer faults, or for more photos')
         if fault=='mislabelled' and len(names)==1: continue
         for i,of in enumerate(rng.choice(len(good), count, replace=False)):
             row = {**good[of], 'fault': fault}
             if 'duplicate' in fault: row['of'] = int(of)
             elif fault=='mislabelled':
-                row.update(source=f'm{i+1:04d}', piece=derive_seed(seed, fault, i), view=0, label=str(rng.choice([n for n in names if n!=row['label']])))
+                row.update(source=f'm{i+1:04d}', piece=derive_seed(seed, fault, i), view=0,
+                           label=str(rng.choice([n for n in names if n!=row['label']])))
             else: row['view'] = 100+len(rows)
             rows.append(row)
     return rows
@@ -496,16 +559,19 @@ def _plan(names, photos, seed, faults):
     table = pd.DataFrame(rows).assign(path=paths, copy_of=[paths[row['of']] if row['of'] >= 0 else '' for row in rows])
     return table.sort_values('path', ignore_index=True)
 
+# %% ../../nbs/10_data/20_samples.ipynb #d61fe107
 def _claim(output, settings):
     "Make `output` ours, or refuse it"
     record = output/'samples.json'
-    if output.exists() and not output.is_dir(): raise DatasetError('this is a file', code='not_empty', where=output, advice='Name a new folder')
+    if output.exists() and not output.is_dir():
+        raise DatasetError('this is a file', code='not_empty', where=output, advice='Name a new folder')
     try: held = json.loads(record.read_text(encoding='utf-8')) if record.exists() else None
     except ValueError: held = None
     if held==settings: return
     if output.exists() and any(output.iterdir()):
         what = 'samples of other settings' if held else 'files that are not ours'
-        raise DatasetError(f'the folder holds {what}', code='not_empty', where=output, advice='Name a new folder, or empty this one')
+        raise DatasetError(f'the folder holds {what}', code='not_empty', where=output,
+                           advice='Name a new folder, or empty this one')
     with atomic_write(record) as part: part.write_text(json.dumps(settings, indent=2)+'\n', encoding='utf-8')
 
 # %% ../../nbs/10_data/20_samples.ipynb #dab83ed3
@@ -524,25 +590,31 @@ def make_samples(
     if kind not in ('amulets', 'logos'): raise ConfigError(f"`kind` must be 'amulets' or 'logos', got {kind!r}")
     known:dict = MOULDS if kind=='amulets' else LOGOS
     names = list(known)[:max(classes, 0)] if isinstance(classes, int) else list(dict.fromkeys(classes))
-    if not names or not set(names) <= set(known): raise ConfigError(f'`classes` must be a number from 1 or names of {", ".join(known)}; got {classes!r}')
+    if not names or not set(names) <= set(known):
+        raise ConfigError(f'`classes` must be a number from 1 or names of {", ".join(known)}; got {classes!r}')
     photos = 40*len(names) if photos is None else photos
-    if photos < 3*len(names): raise ConfigError(f'`photos` must be at least 3 a class, got {photos} for {len(names)} classes')
+    if photos < 3*len(names):
+        raise ConfigError(f'`photos` must be at least 3 a class, got {photos} for {len(names)} classes')
     table,output = _plan(names, photos, seed, faults), Path(output_dir)
     made_of = {name: known[name].to_dict() if kind=='amulets' else name for name in names}
-    _claim(output, {'generator': 1, 'kind': kind, 'photos': photos, 'classes': made_of, 'side': side, 'seed': seed, 'faults': faults.to_dict()})
+    _claim(output, {'generator': 1, 'kind': kind, 'photos': photos, 'classes': made_of, 'side': side, 'seed': seed,
+                    'faults': faults.to_dict()})
 
     def make(row):
-        with atomic_write(output/row.path) as part: part.write_bytes(_file_bytes(kind, row.true_label, row.piece, row.view, side, row.fault))
+        with atomic_write(output/row.path) as part:
+            part.write_bytes(_file_bytes(kind, row.true_label, row.piece, row.view, side, row.fault))
 
     missing = [row for row in table.itertuples() if not (output/row.path).exists()]
     threads = cv2.getNumThreads()
     try:
         cv2.setNumThreads(1) # our own threads do the sharing
-        done = Parallel(n_jobs, prefer='threads', return_as='generator_unordered')(delayed(make)(row) for row in missing)
+        done = Parallel(n_jobs, prefer='threads', return_as='generator_unordered')(delayed(make)(row)
+                for row in missing)
         for _ in progress(done, 'Making photos', len(missing)): pass
     finally: cv2.setNumThreads(threads)
     table = table[['path', 'label', 'source', 'fault', 'true_label', 'copy_of']]
-    for name,part_of in (('groups.csv', table[['path', 'source']].rename(columns={'source': 'group'})), ('samples.csv', table)):
+    for name,part_of in (('groups.csv', table[['path', 'source']].rename(columns={'source': 'group'})),
+                         ('samples.csv', table)):
         if not (output/name).exists():
             with atomic_write(output/name) as part: part_of.to_csv(part, index=False)
     return table

@@ -50,7 +50,8 @@ class MeasurementStore:
 
     def digests(self) -> dict[str,tuple[int,int,str]]: # Path -> size, time in nanoseconds, sha256
         "Files whose digest can be told without reading them"
-        return {p: (size, mtime, sha) for p,size,mtime,seen,sha in self.db.execute('select path, size, mtime, seen, sha256 from files') if mtime < seen-2*10**9}
+        return {p: (size, mtime, sha) for p,size,mtime,seen,sha in self.db.execute('select path, size, mtime, seen, '
+                'sha256 from files') if mtime < seen-2*10**9}
 
     def known(self, kind:str) -> dict[str,bytes]: # sha256 -> value
         "All values of one kind"
@@ -64,19 +65,23 @@ class MeasurementStore:
 
     def close(self): self.db.close()
 
+# %% ../../nbs/10_data/60_scan.ipynb #0873fdec
 def _state(path):
     "Size, time of the last change and time of this look, in nanoseconds; (-2, 0, 0) if there is no such file"
     try: stat,now = os.stat(path),time.time_ns()
     except OSError: return -2,0,0
     return stat.st_size,stat.st_mtime_ns,now
 
+# %% ../../nbs/10_data/60_scan.ipynb #09d1dc47
 def unchanged_digests(
     paths:list[str], # Relative to `root`
     root:str|Path,
     store:MeasurementStore
 ) -> list[str]: # sha256 of each file; [] if one of them is not known or has changed
     "Digests of files that lie there as they did"
-    known,out,root = store.digests(),[],os.path.abspath(root)
+    known = store.digests()
+    out = []
+    root = os.path.abspath(root)
     for path in paths:
         full = os.path.join(root, path)
         size,mtime,sha = known.get(full, (-1, 0, ''))
@@ -93,6 +98,7 @@ class Measured:
     vectors:dict[str,np.ndarray] # Name -> (n, d) float32; zeros where the photo cannot be used
     decoded:int # Photos that had to be decoded; the others were known
 
+# %% ../../nbs/10_data/60_scan.ipynb #6ab3e4ec
 def measure_files(
     paths:list[str], # Relative to `root`
     root:str|Path,
@@ -103,9 +109,13 @@ def measure_files(
     jobs:int=0 # Threads; 0: one a core
 ) -> Measured:
     "Read, decode and measure each file once; a bad file is a row that says so"
-    keys,paths,root = keys or {},list(paths),os.path.abspath(root)
-    kinds = {'row': f'row {QUALITY_VERSION} {limits.digest()[:12]}', 'print': f'print {PRINT_VERSION}', **{name: f'vector {key}' for name,key in keys.items()}}
-    digests,known = (store.digests(), {name: store.known(kind) for name,kind in kinds.items()}) if store else ({}, {name: {} for name in kinds})
+    keys = keys or {}
+    paths = list(paths)
+    root = os.path.abspath(root)
+    kinds = {'row': f'row {QUALITY_VERSION} {limits.digest()[:12]}', 'print': f'print {PRINT_VERSION}',
+             **{name: f'vector {key}' for name,key in keys.items()}}
+    digests,known = (store.digests(), {name: store.known(kind) for name,kind in kinds.items()}) if store else ({},
+            {name: {} for name in kinds})
 
     def recall(sha):
         "What is known of a digest, or None unless it is all"
@@ -127,14 +137,20 @@ def measure_files(
         found = {'row': json.dumps(row).encode()}
         if rgb is not None:
             found['print'] = photo_print(rgb).tobytes()
-            for name,vector in (describe(rgb) if describe else {}).items(): found[name] = np.asarray(vector, np.float16).tobytes()
+            for name,vector in (describe(rgb) if describe else {}).items():
+                found[name] = np.asarray(vector, np.float16).tobytes()
         return sha,found,(full, *state, sha),True
 
     def look_at(some): return [look(path) for path in some]
-    chunks = [paths[i:i+16] for i in range(0, len(paths), 16)] # a task of a millisecond is not worth a switch of threads
-    answers,states,fresh,decoded = [],[],[],0
+    # a task of a millisecond is not worth a switch of threads
+    chunks = [paths[i:i+16] for i in range(0, len(paths), 16)]
+    answers = []
+    states = []
+    fresh = []
+    decoded = 0
     try:
-        for sha,found,state,new in progress(chain.from_iterable(spread(look_at, chunks, jobs)), 'Inspecting', len(paths)):
+        for sha,found,state,new in progress(chain.from_iterable(spread(look_at, chunks, jobs)), 'Inspecting',
+                                            len(paths)):
             answers.append(found)
             decoded += new
             if store is None: continue
@@ -150,4 +166,5 @@ def measure_files(
     def matrix(name, dtype):
         width = max((len(found[name]) for found in answers if name in found), default=0)
         return np.stack([np.frombuffer(found.get(name, bytes(width)), dtype) for found in answers])
-    return Measured(table, matrix('print', np.uint8), {name: matrix(name, np.float16).astype(np.float32) for name in keys}, decoded)
+    return Measured(table, matrix('print', np.uint8),
+                    {name: matrix(name, np.float16).astype(np.float32) for name in keys}, decoded)

@@ -26,10 +26,12 @@ def _column(values, name):
     "One flat column of any type, and where it is empty"
     array = np.asarray(values, dtype=object)
     if array.ndim != 1:
-        raise SplitError(f'`{name}` must be one value a photo, got {"nothing" if values is None else f"an array of shape {array.shape}"}', code=f'bad_{name}',
+        raise SplitError(f'`{name}` must be one value a photo, got '
+                         f'{"nothing" if values is None else f"an array of shape {array.shape}"}', code=f'bad_{name}',
                          advice='If every photo stands alone, pass np.arange(n)' if name=='groups' else '')
     return array,pd.isna(array) | (np.where(pd.isna(array), '', array)=='')
 
+# %% ../../nbs/10_data/70_split.ipynb #4821acdc
 def group_codes(
     groups:ArrayLike # (n,) group of each photo; '' or NaN: nothing is known of it
 ) -> np.ndarray: # (n,) number of the group, in the order of their names
@@ -40,14 +42,18 @@ def group_codes(
     codes[empty] = codes.max(initial=-1) + 1 + np.arange(empty.sum())
     return codes
 
+# %% ../../nbs/10_data/70_split.ipynb #a9de1d4d
 def _checked(labels, groups) -> tuple[np.ndarray,np.ndarray]:
     "Labels as they are and groups as numbers, if they fit each other"
     array,empty = _column(labels, 'labels')
     codes = group_codes(groups)
-    if len(array) != len(codes): raise SplitError(f'there are {len(array)} labels and {len(codes)} groups', code='bad_labels', advice='Both must have one entry a photo')
+    if len(array) != len(codes):
+        raise SplitError(f'there are {len(array)} labels and {len(codes)} groups', code='bad_labels',
+                         advice='Both must have one entry a photo')
     if not len(array): raise SplitError('there are no photos', code='no_photos')
     if empty.any():
-        raise SplitError(f'{empty.sum()} of {len(array)} photos have no label, the first is number {int(empty.argmax())}', code='bad_labels', advice='Label them or leave them out')
+        raise SplitError(f'{empty.sum()} of {len(array)} photos have no label, the first is number '
+                         f'{int(empty.argmax())}', code='bad_labels', advice='Label them or leave them out')
     return np.asarray(labels),codes
 
 # %% ../../nbs/10_data/70_split.ipynb #3fcdbdd9
@@ -74,20 +80,27 @@ def assign_groups(
         if (done := bool((abs(have-wanted) < 1).all() and have.all())): break
     if not done:
         best = sorted(found, key=lambda f: f[:2])[:3]
-        bins = min((_improve(bins, counts, wanted, scale, np.random.default_rng(derive_seed(seed, 'improve', i))) for _,i,bins in best), key=lambda f: f[0])[1]
+        bins = min((_improve(bins, counts, wanted, scale, np.random.default_rng(derive_seed(seed, 'improve', i)))
+                    for _,i,bins in best), key=lambda f: f[0])[1]
     if lacking := int((_filled(bins, counts, wanted)==0).any(1).sum()):
-        log.warning('%d of %d parts lack a class: its groups are too few, or hold other classes too', lacking, len(ratio))
+        log.warning('%d of %d parts lack a class: its groups are too few, or hold other classes too', lacking,
+                    len(ratio))
     return bins[g]
 
+# %% ../../nbs/10_data/70_split.ipynb #a6ebaa5d
 def _ratios(shares):
     try: ratio = np.asarray(shares, float)
     except (TypeError, ValueError): ratio = np.zeros(0)
     if ratio.ndim != 1 or len(ratio) < 2 or not (ratio > 0).all() or abs(ratio.sum()-1) > 1e-6:
-        raise SplitError(f'ratios must be two or more, positive, with a sum of 1; got {shares}', code='bad_setting', advice='For example .7, .15 and .15')
+        raise SplitError(f'ratios must be two or more, positive, with a sum of 1; got {shares}', code='bad_setting',
+                         advice='For example .7, .15 and .15')
     return ratio
 
-def _cost(have, wanted, scale): return (((wanted-have)*scale)**2).sum(-1) + 10*(have==0).sum(-1) # a bin without a class is the worst
+# %% ../../nbs/10_data/70_split.ipynb #6a980cf0
+# a bin without a class is the worst
+def _cost(have, wanted, scale): return (((wanted-have)*scale)**2).sum(-1) + 10*(have==0).sum(-1)
 
+# %% ../../nbs/10_data/70_split.ipynb #84d76954
 def _filled(bins, counts, wanted):
     have = np.zeros_like(wanted)
     np.add.at(have, bins, counts)
@@ -104,10 +117,13 @@ def _pack(counts, wanted, scale, rng):
         gap[b] -= scaled[group]
     return bins
 
+# %% ../../nbs/10_data/70_split.ipynb #ce69b7bd
 def _improve(bins, counts, wanted, scale, rng, visits=4000, partners=400):
     "Swap two groups, or move one, as long as that brings the bins nearer to what is wanted; the cost and the bins"
     n,k = len(counts),len(wanted)
-    x,bins = np.r_[counts, np.zeros((k, counts.shape[1]))],np.r_[bins, np.arange(k)] # each bin has an empty group to trade with
+    # each bin has an empty group to trade with
+    x = np.r_[counts, np.zeros((k, counts.shape[1]))]
+    bins = np.r_[bins, np.arange(k)]
     have = _filled(bins, x, wanted)
     now,idle = _cost(have, wanted, scale),0
     order = np.concatenate([rng.permutation(n) for _ in range(-(-visits//n))])[:visits]
@@ -118,7 +134,9 @@ def _improve(bins, counts, wanted, scale, rng, visits=4000, partners=400):
         gives,b = x[group]-x[other],bins[other]
         change = _cost(have[a]-gives, wanted[a], scale) + _cost(have[b]+gives, wanted[b], scale) - now[a] - now[b]
         if change[best := int(change.argmin())] < -1e-12:
-            partner,b,idle = other[best],b[best],0
+            partner = other[best]
+            b = b[best]
+            idle = 0
             have[a] -= gives[best]; have[b] += gives[best]
             now[[a,b]] = _cost(have[[a,b]], wanted[[a,b]], scale)
             bins[group] = b
@@ -133,15 +151,22 @@ def _placed(manifest, by, part):
     "Rows that are in a part: group number, its name, whether it has one; and the parts in their natural order"
     _need(manifest, by, part)
     inside = ~_column(manifest[part], 'part')[1]
-    table = pd.DataFrame({'code': group_codes(manifest[by]), 'group': manifest[by].to_numpy(), 'part': manifest[part].to_numpy()})[inside]
-    parts = sorted(pd.factorize(table['part'], sort=True)[1], key=lambda p: _KNOWN.index(p) if p in _KNOWN else len(_KNOWN))
+    table = pd.DataFrame({'code': group_codes(manifest[by]), 'group': manifest[by].to_numpy(),
+                          'part': manifest[part].to_numpy()})[inside]
+    parts = sorted(pd.factorize(table['part'], sort=True)[1],
+                   key=lambda p: _KNOWN.index(p) if p in _KNOWN else len(_KNOWN))
     return table,parts
 
+# %% ../../nbs/10_data/70_split.ipynb #f5567d90
 def _need(manifest, *columns):
-    if not isinstance(manifest, pd.DataFrame): raise DatasetError(f'a manifest (a table, a row a photo) is needed, got {type(manifest).__name__}', code='bad_table')
+    if not isinstance(manifest, pd.DataFrame):
+        raise DatasetError(f'a manifest (a table, a row a photo) is needed, got {type(manifest).__name__}',
+                           code='bad_table')
     if missing := [c for c in columns if c not in manifest]:
-        raise DatasetError(f'the column {missing[0]!r} is missing', code='bad_table', where='manifest', advice=f'It has {", ".join(map(str, manifest.columns))}')
+        raise DatasetError(f'the column {missing[0]!r} is missing', code='bad_table', where='manifest',
+                           advice=f'It has {", ".join(map(str, manifest.columns))}')
 
+# %% ../../nbs/10_data/70_split.ipynb #2640ad7c
 def leakage(
     manifest:pd.DataFrame, # A row a photo
     by:str='group', # Column of what must not be parted: 'group', 'sha256', ...
@@ -156,6 +181,7 @@ def leakage(
     out = pd.DataFrame({'group': names.reindex(counts.index), 'parts': where, 'photos': counts.sum(axis=1)})
     return out.join(counts.rename(columns=str)).sort_values('photos', ascending=False, kind='stable', ignore_index=True)
 
+# %% ../../nbs/10_data/70_split.ipynb #fea0c9b5
 def leakage_notes(
     manifest:pd.DataFrame, # A row a photo
     by:str='group', # As in `leakage`
@@ -165,23 +191,30 @@ def leakage_notes(
     table,parts = _placed(manifest, by, part)
     counts,notes = pd.crosstab(table['code'], table['part']),[]
     for p in parts:
-        mine,rest,place = counts[counts[p] > 0],[q for q in parts if q!=p],f'the {p} part' if isinstance(p, str) else f'{part} {p}'
+        mine = counts[counts[p] > 0]
+        rest = [q for q in parts if q!=p]
+        place = f'the {p} part' if isinstance(p, str) else f'{part} {p}'
         for where,others in [(str(q), [q]) for q in rest] if len(parts) <= 3 else [('other parts', rest)]:
             shared = mine[(mine[others] > 0).any(axis=1)]
             if n := len(shared):
                 what = 'groups' if by=='group' else f'values of {by}'
-                notes.append((-n/len(mine), f'{n} of {len(mine)} {what} of {place} {"are" if n > 1 else "is"} also in {where} '
+                notes.append((-n/len(mine), f'{n} of {len(mine)} {what} of {place} {"are" if n > 1 else "is"} also in '
+                                            f'{where} '
                                             f'({shared[p].sum()} of its {mine[p].sum()} photos)'))
     return [text for _,text in sorted(notes, key=lambda note: note[0])]
 
+# %% ../../nbs/10_data/70_split.ipynb #1c5d9205
 def check_groups(split:ArrayLike, groups:ArrayLike):
     "Raise `SplitError` when a group is parted"
     part,group = _column(split, 'split')[0],_column(groups, 'groups')[0]
-    if len(part) != len(group): raise SplitError(f'there are {len(part)} parts and {len(group)} groups', code='bad_groups', advice='Both must have one entry a photo')
+    if len(part) != len(group):
+        raise SplitError(f'there are {len(part)} parts and {len(group)} groups', code='bad_groups',
+                         advice='Both must have one entry a photo')
     parted = leakage(pd.DataFrame({'group': group, 'split': part}))
     if len(parted):
         row = parted.iloc[0]
-        raise SplitError(f'{len(parted)} of {group_codes(group).max()+1} groups are in more than one part, for example {row["group"]!r} in {row["parts"]}', code='group_parted',
+        raise SplitError(f'{len(parted)} of {group_codes(group).max()+1} groups are in more than one part, for example '
+                         f'{row["group"]!r} in {row["parts"]}', code='group_parted',
                          advice='A score from such a split is too good; split by group')
 
 # %% ../../nbs/10_data/70_split.ipynb #18defc92
@@ -190,16 +223,22 @@ def groups_per_class(labels:ArrayLike, groups:ArrayLike) -> pd.Series: # Number 
     labels,codes = _checked(labels, groups)
     return pd.DataFrame({'label': labels, 'group': codes}).groupby('label')['group'].nunique()
 
+# %% ../../nbs/10_data/70_split.ipynb #74fc8990
 def _refusal(labels, groups, parts):
     "Why these photos cannot be split into so many parts, or None"
     n = groups_per_class(labels, groups)
-    if len(n) < 2: return SplitError(f'only one class ({", ".join(map(str, n.index))})', code='one_class', advice='A classifier needs at least two')
+    if len(n) < 2:
+        return SplitError(f'only one class ({", ".join(map(str, n.index))})', code='one_class',
+                          advice='A classifier needs at least two')
     if len(few := n[n < parts]):
-        return SplitError(f'no honest split exists: {", ".join(_has(c, k) for c,k in few.items())}, and each class needs {parts}', code='class_too_small',
+        return SplitError(f'no honest split exists: {", ".join(_has(c, k) for c,k in few.items())}, and each class '
+                          f'needs {parts}', code='class_too_small',
                           advice='Add photos of other objects, or leave the class out (--min-groups drops such classes)')
 
+# %% ../../nbs/10_data/70_split.ipynb #19e39756
 def _has(label, k): return f"{label!r} has {k} group" + ("s" if k!=1 else "")
 
+# %% ../../nbs/10_data/70_split.ipynb #1c2fa4c3
 def check_splittable(labels:ArrayLike, groups:ArrayLike, parts:int=2):
     "Raise `SplitError` where a class has fewer groups than parts, or there are no two classes"
     if error := _refusal(labels, groups, parts): raise error
@@ -212,12 +251,15 @@ def holdout(
     seed:int=0
 ) -> np.ndarray: # (n,) 'train' or 'test'
     "Stratified grouped holdout"
-    if not 0 < test_size < 1: raise SplitError(f'`test_size` must be between 0 and 1, got {test_size}', code='bad_setting')
+    if not 0 < test_size < 1:
+        raise SplitError(f'`test_size` must be between 0 and 1, got {test_size}', code='bad_setting')
     check_splittable(labels, groups)
-    part = np.where(assign_groups(labels, groups, [1-test_size, test_size], derive_seed(seed, 'holdout'))==1, 'test', 'train')
+    part = np.where(assign_groups(labels, groups, [1-test_size, test_size], derive_seed(seed, 'holdout'))==1, 'test',
+                    'train')
     check_groups(part, groups)
     return part
 
+# %% ../../nbs/10_data/70_split.ipynb #433c8bb9
 def folds(
     labels:ArrayLike, # (n,) class of each photo
     groups:ArrayLike, # (n,) group of each photo; empty: a group of its own
@@ -227,6 +269,7 @@ def folds(
     "Stratified grouped folds"
     return repeated_folds(labels, groups, k, 1, seed)[0]
 
+# %% ../../nbs/10_data/70_split.ipynb #433f7ef8
 def repeated_folds(
     labels:ArrayLike, # (n,) class of each photo
     groups:ArrayLike, # (n,) group of each photo; empty: a group of its own
@@ -239,10 +282,12 @@ def repeated_folds(
         if value < least: raise SplitError(f'`{name}` must be at least {least}, got {value}', code='bad_setting')
     check_splittable(labels, groups)
     k = min(k, int(groups_per_class(labels, groups).min()))
-    found = np.array([assign_groups(labels, groups, [1/k]*k, derive_seed(seed, 'folds', *([r] if r else []))) for r in range(repeats)])
+    found = np.array([assign_groups(labels, groups, [1/k]*k, derive_seed(seed, 'folds', *([r] if r else [])))
+                      for r in range(repeats)])
     for fold in found: check_groups(fold, groups)
     return found
 
+# %% ../../nbs/10_data/70_split.ipynb #fb6f58ec
 def leave_one_group_out(
     labels:ArrayLike, # (n,) class of each photo
     groups:ArrayLike # (n,) group of each photo; empty: a group of its own
@@ -253,8 +298,10 @@ def leave_one_group_out(
 
 # %% ../../nbs/10_data/70_split.ipynb #51fcc56f
 def split_dataset_stratified(
-    manifest:pd.DataFrame, # Columns label and group ('': a group of its own), and sha256 where files have been inspected
-    ratios:Mapping[str,float]|Sequence[float]=(.7,.15,.15), # Part -> share; or shares of train, val and test (three), or of train and test (two)
+    # Columns label and group ('': a group of its own), and sha256 where files have been inspected
+    manifest:pd.DataFrame,
+    # Part -> share; or shares of train, val and test (three), or of train and test (two)
+    ratios:Mapping[str,float]|Sequence[float]=(.7,.15,.15),
     seed:int=42
 ) -> pd.DataFrame: # A copy with the column split
     "Train, validation and test: every class in its share in each, no group in two"
@@ -262,15 +309,19 @@ def split_dataset_stratified(
     named = isinstance(ratios, Mapping)
     shares = _ratios(list(ratios.values()) if named else ratios) # type: ignore[union-attr]
     names = [str(name) for name in ratios] if named else list(_KNOWN) if len(shares)==3 else ['train', 'test']
-    if len(names) != len(shares) or '' in names: raise SplitError(f'each part needs a name, got {ratios}', code='bad_setting', advice="For example {'train': .7, 'test': .3}")
+    if len(names) != len(shares) or '' in names:
+        raise SplitError(f'each part needs a name, got {ratios}', code='bad_setting',
+                         advice="For example {'train': .7, 'test': .3}")
     groups = manifest['group'].to_numpy(object)
-    if 'sha256' in manifest: groups = np.where(_column(groups, 'groups')[1], manifest['sha256'].to_numpy(object), groups)
+    if 'sha256' in manifest:
+        groups = np.where(_column(groups, 'groups')[1], manifest['sha256'].to_numpy(object), groups)
     check_splittable(manifest['label'], groups, len(shares))
     bins = assign_groups(manifest['label'], groups, shares, derive_seed(seed, 'parts'))
     split = manifest.assign(split=np.array(names, dtype=object)[bins])
     check_groups(split['split'], groups)
     if 'sha256' in manifest and len(copies := leakage(split, 'sha256')):
-        raise SplitError(f'{len(copies)} files have copies in another group, and another part got them', code='copies_parted',
+        raise SplitError(f'{len(copies)} files have copies in another group, and another part got them',
+                         code='copies_parted',
                          advice='Inspect the photos first: amulet inspect joins such groups')
     return split
 
@@ -283,13 +334,16 @@ class GroupedStratifiedKFold(BaseCrossValidator):
         n_repeats:int=1, # How often all photos are dealt anew
         random_state:int=0 # Same number, same folds
     ):
-        self.n_splits,self.n_repeats,self.random_state = n_splits,n_repeats,random_state
+        self.n_splits = n_splits
+        self.n_repeats = n_repeats
+        self.random_state = random_state
 
     def get_n_splits(self, X=None, y=None, groups=None) -> int:
         "Number of models that will be fitted"
         return self.n_splits*self.n_repeats
 
-    def split(self, X, y=None, groups=None) -> Iterator[tuple[np.ndarray,np.ndarray]]: # Rows of the training and of the test photos
+    # Rows of the training and of the test photos
+    def split(self, X, y=None, groups=None) -> Iterator[tuple[np.ndarray,np.ndarray]]:
         "Deal the rows of `X`; only `y` and `groups` are looked at"
         check_splittable(y, groups, self.n_splits)
         for fold in repeated_folds(y, groups, self.n_splits, self.n_repeats, self.random_state):
@@ -299,7 +353,9 @@ class GroupedStratifiedKFold(BaseCrossValidator):
 @dataclass(frozen=True, repr=False)
 class Distribution:
     "How photos are spread over classes, groups and parts; made by `analyze_distribution`"
-    classes:pd.DataFrame # By label: photos, share, groups, effective_groups; if there are parts, deviation: largest less smallest share among them
+    # By label: photos, share, groups, effective_groups; if there are parts, deviation: largest less smallest share
+    # among them
+    classes:pd.DataFrame
     photos_by_part:pd.DataFrame # Label x part: photos
     share_by_part:pd.DataFrame # Label x part: share of the class among the photos of the part
     n_groups:int # Groups in all; one may hold several classes
@@ -328,10 +384,14 @@ class Distribution:
         "What the tables say, in sentences"
         c = self.classes
         few: Any = c['effective_groups'].idxmin()
-        out = [f'{c["photos"].sum():,} photos in {self.n_groups:,} groups; {len(c)} classes that are as varied as {self.effective_classes:.1f} of equal size',
-               f'the largest class has {self.imbalance_ratio:.1f} times the photos of the smallest ({self.smallest_class}, {c["photos"].min()})',
-               f'{few} rests on the fewest sources: {c["groups"][few]} groups that count as {c["effective_groups"][few]:.1f}']
-        if 'deviation' in c: out.append(f'class shares differ by at most {self.deviation:.1%} between parts ({c["deviation"].idxmax()})')
+        out = [f'{c["photos"].sum():,} photos in {self.n_groups:,} groups; {len(c)} classes that are as varied as '
+               f'{self.effective_classes:.1f} of equal size',
+               f'the largest class has {self.imbalance_ratio:.1f} times the photos of the smallest '
+               f'({self.smallest_class}, {c["photos"].min()})',
+               f'{few} rests on the fewest sources: {c["groups"][few]} groups that count as '
+               f'{c["effective_groups"][few]:.1f}']
+        if 'deviation' in c:
+            out.append(f'class shares differ by at most {self.deviation:.1%} between parts ({c["deviation"].idxmax()})')
         return out
 
     def __repr__(self): return f'Distribution({self.notes()[0]})'
@@ -350,8 +410,10 @@ class Distribution:
         table,widest = self._table(),self.classes['photos'].max()
         table.index = table.index.map(lambda label: html.escape(str(label)))
         table.insert(0, ' ', [f'<div style="background:#4c78a8;height:.8em;width:{max(1, round(120*n/widest))}px"></div>' for n in table['photos']])
-        return table.to_html(escape=False, border=0) + '<ul>' + ''.join(f'<li>{html.escape(note)}</li>' for note in self.notes()) + '</ul>'
+        return table.to_html(escape=False, border=0) + '<ul>' + ''.join(f'<li>{html.escape(note)}</li>'
+                                                                        for note in self.notes()) + '</ul>'
 
+# %% ../../nbs/10_data/70_split.ipynb #33352ac8
 def analyze_distribution(
     manifest:pd.DataFrame, # Columns label and group ('': a group of its own), and the parts, if there are any
     part:str='split' # Column of the parts; photos in none are counted, but in no part
@@ -359,7 +421,8 @@ def analyze_distribution(
     "Classes, groups and parts of a manifest, counted"
     _need(manifest, 'label', 'group')
     labels,codes = _checked(manifest['label'], manifest['group'])
-    sizes = pd.DataFrame({'label': labels, 'group': codes}).value_counts(sort=False).rename('n').reset_index().groupby('label')['n']
+    sizes = pd.DataFrame({'label': labels,
+                          'group': codes}).value_counts(sort=False).rename('n').reset_index().groupby('label')['n']
     classes = pd.DataFrame({'photos': sizes.sum(), 'share': sizes.sum()/len(labels), 'groups': sizes.size()})
     classes['effective_groups'] = sizes.agg(lambda n: n.sum()**2/(n**2).sum())
     classes = classes.sort_values('photos', ascending=False, kind='stable')
@@ -367,11 +430,14 @@ def analyze_distribution(
     if part != 'split': _need(manifest, part)
     if part in manifest:
         table,parts = _placed(manifest, 'group', part)
-        if parts: photos = pd.crosstab(labels[table.index], table['part']).reindex(index=classes.index, columns=parts, fill_value=0).rename(columns=str)
+        if parts:
+            photos = pd.crosstab(labels[table.index], table['part']).reindex(index=classes.index, columns=parts,
+                    fill_value=0).rename(columns=str)
     share = photos/photos.sum()
     if len(share.columns) > 1: classes['deviation'] = share.max(axis=1)-share.min(axis=1)
     return Distribution(classes, photos, share, int(codes.max())+1)
 
+# %% ../../nbs/10_data/70_split.ipynb #26b85afa
 def print_distribution(
     manifest:pd.DataFrame, # As in `analyze_distribution`
     part:str='split' # Column of the parts
@@ -395,19 +461,28 @@ class CVAdvice:
         numbers = (f', {self.k} folds' if self.k else '') + (f', {self.repeats} times' if self.repeats > 1 else '')
         return f'**{self.kind}**{numbers}: {self.refusal or self.reason}'
 
+# %% ../../nbs/10_data/70_split.ipynb #bba3990a
 def recommend_cv(
     labels:ArrayLike, # (n,) class of each photo
     groups:ArrayLike # (n,) group of each photo; empty: a group of its own
 ) -> CVAdvice:
     "Kind and number of folds for these photos, with the reason"
     codes,per_class = _checked(labels, groups)[1],groups_per_class(labels, groups)
-    n,total,least = len(codes),int(codes.max())+1,int(per_class.min())
+    n = len(codes)
+    total = int(codes.max())+1
+    least = int(per_class.min())
     numbers = f'{n:,} photos in {total:,} groups, and the rarest class ({per_class.idxmin()}) has {least}'
     if error := _refusal(labels, groups, 2): return CVAdvice('none', 0, 0, numbers, f'{error.message}. {error.advice}')
     if FEW_GROUPS >= total < n and 2*least > total:
-        return CVAdvice('leave-one-group-out', total, 1, f'{numbers}: every class is in more than half of the groups, so each group can be left out in turn')
+        return CVAdvice('leave-one-group-out', total, 1,
+                        f'{numbers}: every class is in more than half of the groups, so each group can be left out in '
+                        f'turn')
     few,name = n < FEW_PHOTOS,'stratified' if total==n else 'grouped'
     k = min(10 if few else 5, least)
     bound = ', which allows no more folds' if k==least else ''
-    if few and total > 2*k: return CVAdvice(f'repeated {name}', k, 5, f'{numbers}{bound}; under {FEW_PHOTOS} photos the luck of one draw shows, so five draws are averaged')
-    return CVAdvice(name, k, 1, f'{numbers}{bound}; ' + ('with so few groups a repeat would deal the same folds again' if few else 'with so many photos one draw is enough'))
+    if few and total > 2*k:
+        return CVAdvice(f'repeated {name}', k, 5,
+                        f'{numbers}{bound}; under {FEW_PHOTOS} photos the luck of one draw shows, so five draws are '
+                        f'averaged')
+    return CVAdvice(name, k, 1, f'{numbers}{bound}; ' + ('with so few groups a repeat would deal the same folds again'
+                                                         if few else 'with so many photos one draw is enough'))

@@ -29,15 +29,24 @@ def _quantile(q, name): return f'histogram_quantile({q}, sum by (le) (rate({name
 _FAILED = f'(sum(rate(requests_total{{code=~"5.."}}{_RATE})) or vector(0)) / sum(rate(requests_total{_RATE}))'
 
 API = (
-    Panel('Replicas that answer', {'up': 'sum(up{job="amulet"})'}, kind='stat', width=4, limits=(('red', 0), ('green', 1))),
+    Panel('Replicas that answer', {'up': 'sum(up{job="amulet"})'}, kind='stat', width=4,
+          limits=(('red', 0), ('green', 1))),
     Panel('Requests', {'all': f'sum(rate(requests_total{_RATE}))'}, 'reqps', 'stat', 5),
-    Panel('Failed', {'5xx': _FAILED}, 'percentunit', 'stat', 5, 'Answers with a status of 500 or more; a full queue is among them', (('green', 0), ('orange', .01), ('red', .05))),
-    Panel('Slowest of a hundred', {'p99': _quantile(.99, 'request_duration_seconds')}, 's', 'stat', 5, limits=(('green', 0), ('orange', 1), ('red', 5))),
-    Panel('Waiting', {'photos': 'sum(queue_depth{job="amulet"})'}, kind='stat', width=5, about='Photos in the queues of all replicas'),
-    Panel('Requests by status', {'{{code}}': f'sum by (code) (rate(requests_total{_RATE}))'}, 'reqps', width=12, stack=True),
-    Panel('Time to an answer', {f'p{round(100*q)}': _quantile(q, 'request_duration_seconds') for q in (.5, .95, .99)}, 's', width=12),
-    Panel('Requests by address', {'{{endpoint}}': f'sum by (endpoint) (rate(requests_total{_RATE}))'}, 'reqps', stack=True),
-    Panel('Refused', {'{{reason}}': f'sum by (reason) (rate(rejects_total{_RATE}))'}, 'reqps', about='By error code: busy and rate_limited are load, the rest came from callers',
+    Panel('Failed', {'5xx': _FAILED}, 'percentunit', 'stat', 5,
+          'Answers with a status of 500 or more; a full queue is among them',
+          (('green', 0), ('orange', .01), ('red', .05))),
+    Panel('Slowest of a hundred', {'p99': _quantile(.99, 'request_duration_seconds')}, 's', 'stat', 5,
+          limits=(('green', 0), ('orange', 1), ('red', 5))),
+    Panel('Waiting', {'photos': 'sum(queue_depth{job="amulet"})'}, kind='stat', width=5,
+          about='Photos in the queues of all replicas'),
+    Panel('Requests by status', {'{{code}}': f'sum by (code) (rate(requests_total{_RATE}))'}, 'reqps', width=12,
+          stack=True),
+    Panel('Time to an answer', {f'p{round(100*q)}': _quantile(q, 'request_duration_seconds') for q in (.5, .95, .99)},
+          's', width=12),
+    Panel('Requests by address', {'{{endpoint}}': f'sum by (endpoint) (rate(requests_total{_RATE}))'}, 'reqps',
+          stack=True),
+    Panel('Refused', {'{{reason}}': f'sum by (reason) (rate(rejects_total{_RATE}))'}, 'reqps',
+          about='By error code: busy and rate_limited are load, the rest came from callers',
           stack=True),
     Panel('Queue of each replica', {'{{instance}}': 'queue_depth{job="amulet"}'}),
 )
@@ -46,15 +55,23 @@ API = (
 _UNSURE = f'sum(rate(predictions_total{{class="(unsure)"}}{_RATE})) / sum(rate(predictions_total{_RATE}))'
 
 MODEL = (
-    Panel('Model', {'{{version}}': 'count by (version) (model_info{job="amulet"})'}, kind='stat', width=6, about='Replicas by version; two versions for long: a reload failed'),
+    Panel('Model', {'{{version}}': 'count by (version) (model_info{job="amulet"})'}, kind='stat', width=6,
+          about='Replicas by version; two versions for long: a reload failed'),
     Panel('Accuracy, held out', {'held out': 'max(model_accuracy{job="amulet"})'}, 'percentunit', 'stat', 6),
-    Panel('Accuracy, as told', {'told': 'sum(feedback_total{verdict="right"}) / sum(feedback_total{verdict=~"right|wrong"})'}, 'percentunit', 'stat', 6,
+    Panel('Accuracy, as told',
+          {'told': 'sum(feedback_total{verdict="right"}) / sum(feedback_total{verdict=~"right|wrong"})'},
+          'percentunit', 'stat', 6,
           'Of answers whose truth somebody sent to /feedback: no fair sample, since people write when it is wrong'),
-    Panel('From memory', {'share': f'sum(rate(cache_hits_total{_RATE})) / sum(rate(predictions_total{_RATE}))'}, 'percentunit', 'stat', 6, 'Photos that were known already'),
-    Panel('Answers by class', {'{{class}}': f'sum by (class) (rate(predictions_total{_RATE}))'}, 'reqps', width=12, stack=True),
-    Panel('Not sure', {'share': _UNSURE}, 'percentunit', width=12, about='Share of answers without a name: below the threshold, or never seen'),
-    Panel('Who answers', {'{{route}}': f'sum by (route) (rate(predictions_total{_RATE}))'}, 'reqps', stack=True, about='The cheap parts of the cascade should carry the load'),
-    Panel('Time in the model', {f'p{round(100*q)}': _quantile(q, 'prediction_latency_seconds') for q in (.5, .95, .99)}, 's'),
+    Panel('From memory', {'share': f'sum(rate(cache_hits_total{_RATE})) / sum(rate(predictions_total{_RATE}))'},
+          'percentunit', 'stat', 6, 'Photos that were known already'),
+    Panel('Answers by class', {'{{class}}': f'sum by (class) (rate(predictions_total{_RATE}))'}, 'reqps', width=12,
+          stack=True),
+    Panel('Not sure', {'share': _UNSURE}, 'percentunit', width=12,
+          about='Share of answers without a name: below the threshold, or never seen'),
+    Panel('Who answers', {'{{route}}': f'sum by (route) (rate(predictions_total{_RATE}))'}, 'reqps', stack=True,
+          about='The cheap parts of the cascade should carry the load'),
+    Panel('Time in the model', {f'p{round(100*q)}': _quantile(q, 'prediction_latency_seconds')
+                                for q in (.5, .95, .99)}, 's'),
     Panel('Feedback', {'{{verdict}}': 'sum by (verdict) (increase(feedback_total[1h]))'}, about='In the last hour'),
 )
 
@@ -63,48 +80,69 @@ _DISK = 'node_filesystem_avail_bytes{fstype!~"tmpfs|overlay|squashfs|ramfs"}'
 
 SYSTEM = (
     Panel('Memory of each replica', {'{{instance}}': 'process_resident_memory_bytes{job="amulet"}'}, 'bytes'),
-    Panel('Processor of each replica', {'{{instance}}': f'rate(process_cpu_seconds_total{{job="amulet"}}{_RATE})'}, about='1 is one core'),
+    Panel('Processor of each replica', {'{{instance}}': f'rate(process_cpu_seconds_total{{job="amulet"}}{_RATE})'},
+          about='1 is one core'),
     Panel('Open files of each replica', {'{{instance}}': 'process_open_fds{job="amulet"}'}),
-    Panel('Database', {'{{instance}}': 'database_up{job="amulet"}'}, kind='stat', width=6, about='1: rows reach it', limits=(('red', 0), ('green', 1))),
-    Panel('Rows that wait for the database', {'{{instance}}': 'records_spooled{job="amulet"}'}, width=9, about='They lie in the spool, and are written when the database is back'),
+    Panel('Database', {'{{instance}}': 'database_up{job="amulet"}'}, kind='stat', width=6, about='1: rows reach it',
+          limits=(('red', 0), ('green', 1))),
+    Panel('Rows that wait for the database', {'{{instance}}': 'records_spooled{job="amulet"}'}, width=9,
+          about='They lie in the spool, and are written when the database is back'),
     Panel('Bodies that are held', {'{{instance}}': 'held_bytes{job="amulet"}'}, 'bytes', width=9),
-    Panel('Processor of the machine', {'busy': f'1 - avg(rate(node_cpu_seconds_total{{mode="idle"}}{_RATE}))'}, 'percentunit', width=6),
-    Panel('Memory of the machine', {'free': 'node_memory_MemAvailable_bytes', 'all': 'node_memory_MemTotal_bytes'}, 'bytes', width=6),
+    Panel('Processor of the machine', {'busy': f'1 - avg(rate(node_cpu_seconds_total{{mode="idle"}}{_RATE}))'},
+          'percentunit', width=6),
+    Panel('Memory of the machine', {'free': 'node_memory_MemAvailable_bytes', 'all': 'node_memory_MemTotal_bytes'},
+          'bytes', width=6),
     Panel('Room on disk', {'{{mountpoint}}': _DISK}, 'bytes', width=6),
-    Panel('Network', {way: f'sum(rate(node_network_{name}_bytes_total{{device!="lo"}}{_RATE}))' for way,name in (('in', 'receive'), ('out', 'transmit'))}, 'Bps', width=6),
+    Panel('Network', {way: f'sum(rate(node_network_{name}_bytes_total{{device!="lo"}}{_RATE}))'
+                      for way,name in (('in', 'receive'), ('out', 'transmit'))}, 'Bps', width=6),
 )
 BOARDS = {'api': API, 'model': MODEL, 'system': SYSTEM}
 
 # %% ../../nbs/80_deploy/10_dashboards.ipynb #3dcc174f
 _SOURCE = {'type': 'prometheus', 'uid': 'prometheus'}
 
-def _target(number, legend, query): return {'refId': chr(ord('A')+number), 'datasource': _SOURCE, 'expr': query, 'legendFormat': legend, 'range': True}
+def _target(number, legend, query):
+    return {'refId': chr(ord('A')+number), 'datasource': _SOURCE, 'expr': query, 'legendFormat': legend, 'range': True}
 
+# %% ../../nbs/80_deploy/10_dashboards.ipynb #9fd0d933
 def _panel_json(panel, number, x, y, height):
-    steps = [{'color': c, 'value': None if i==0 else v} for i,(c,v) in enumerate(panel.limits)] or [{'color': 'blue', 'value': None}]
-    drawn = {'lineWidth': 1, 'fillOpacity': 25 if panel.stack else 8, 'showPoints': 'never', 'stacking': {'mode': 'normal' if panel.stack else 'none', 'group': 'A'}}
-    number_options = {'reduceOptions': {'calcs': ['lastNotNull'], 'fields': '', 'values': False}, 'colorMode': 'value', 'graphMode': 'area', 'textMode': 'value_and_name'}
-    curve_options = {'legend': {'displayMode': 'list', 'placement': 'bottom', 'showLegend': True}, 'tooltip': {'mode': 'multi', 'sort': 'desc'}}
+    steps = [{'color': c, 'value': None if i==0 else v}
+             for i,(c,v) in enumerate(panel.limits)] or [{'color': 'blue', 'value': None}]
+    drawn = {'lineWidth': 1, 'fillOpacity': 25 if panel.stack else 8, 'showPoints': 'never',
+             'stacking': {'mode': 'normal' if panel.stack else 'none', 'group': 'A'}}
+    number_options = {'reduceOptions': {'calcs': ['lastNotNull'], 'fields': '', 'values': False}, 'colorMode': 'value',
+                      'graphMode': 'area', 'textMode': 'value_and_name'}
+    curve_options = {'legend': {'displayMode': 'list', 'placement': 'bottom', 'showLegend': True},
+                     'tooltip': {'mode': 'multi', 'sort': 'desc'}}
     stat = panel.kind=='stat'
-    defaults = {'unit': panel.unit, 'min': 0, 'color': {'mode': 'thresholds' if stat else 'palette-classic'}, 'thresholds': {'mode': 'absolute', 'steps': steps}}
-    return {'id': number, 'type': panel.kind, 'title': panel.title, 'description': panel.about, 'datasource': _SOURCE, 'gridPos': {'h': height, 'w': panel.width, 'x': x, 'y': y},
-            'targets': [_target(i, *q) for i,q in enumerate(panel.queries.items())], 'options': number_options if stat else curve_options,
+    defaults = {'unit': panel.unit, 'min': 0, 'color': {'mode': 'thresholds' if stat else 'palette-classic'},
+                'thresholds': {'mode': 'absolute', 'steps': steps}}
+    return {'id': number, 'type': panel.kind, 'title': panel.title, 'description': panel.about, 'datasource': _SOURCE,
+            'gridPos': {'h': height, 'w': panel.width, 'x': x, 'y': y},
+            'targets': [_target(i, *q) for i,q in enumerate(panel.queries.items())],
+            'options': number_options if stat else curve_options,
             'fieldConfig': {'defaults': defaults if stat else {**defaults, 'custom': drawn}, 'overrides': []}}
 
+# %% ../../nbs/80_deploy/10_dashboards.ipynb #e607ad8b
 def dashboard_json(
     name:str, # Of the service
     board:str, # 'api', 'model' or 'system'
     panels:Sequence[Panel]
 ) -> dict[str,Any]: # As Grafana imports it
     "One dashboard"
-    out,x,y,tall = [],0,0,0
+    out = []
+    x = 0
+    y = 0
+    tall = 0
     for number,panel in enumerate(panels, 1):
         if x+panel.width > 24: x,y,tall = 0,y+tall,0
         height = 4 if panel.kind=='stat' else 8
         out.append(_panel_json(panel, number, x, y, height))
         x,tall = x+panel.width,max(tall, height)
-    about = {'uid': f'{name}-{board}', 'title': f'{name}: {board}', 'tags': [name], 'timezone': 'browser', 'editable': True, 'schemaVersion': 39}
-    return {**about, 'graphTooltip': 1, 'refresh': '10s', 'time': {'from': 'now-1h', 'to': 'now'}, 'templating': {'list': []}, 'annotations': {'list': []}, 'panels': out}
+    about = {'uid': f'{name}-{board}', 'title': f'{name}: {board}', 'tags': [name], 'timezone': 'browser',
+             'editable': True, 'schemaVersion': 39}
+    return {**about, 'graphTooltip': 1, 'refresh': '10s', 'time': {'from': 'now-1h', 'to': 'now'},
+            'templating': {'list': []}, 'annotations': {'list': []}, 'panels': out}
 
 # %% ../../nbs/80_deploy/10_dashboards.ipynb #95a545e2
 @dataclass(frozen=True)
@@ -120,23 +158,34 @@ class Alert:
 ALERTS = (
     Alert('ReplicaDown', 'up{job="amulet"} == 0', '1m', 'ticket', 'The replica {{ $labels.instance }} does not answer',
           'Its log says why; the others carry its load meanwhile.'),
-    Alert('NobodyAnswers', 'sum(up{job="amulet"}) == 0 or absent(up{job="amulet"})', '30s', 'page', 'No replica answers',
+    Alert('NobodyAnswers', 'sum(up{job="amulet"}) == 0 or absent(up{job="amulet"})', '30s', 'page',
+          'No replica answers',
           'Look at the logs of all; roll back to the last image or bundle that worked.'),
-    Alert('ManyFailures', 'sum(rate(requests_total{code=~"5.."}[5m])) / sum(rate(requests_total[5m])) > 0.05', '5m', 'page', 'More than 5 % of requests fail',
+    Alert('ManyFailures', 'sum(rate(requests_total{code=~"5.."}[5m])) / sum(rate(requests_total[5m])) > 0.05', '5m',
+          'page', 'More than 5 % of requests fail',
           'The board "api" tells whether it is load (busy) or a fault (internal_error, whose request id is in the log).'),
-    Alert('SlowAnswers', 'histogram_quantile(0.99, sum by (le) (rate(request_duration_seconds_bucket[5m]))) > 2', '10m', 'ticket', 'One answer in a hundred takes more than 2 s',
+    Alert('SlowAnswers', 'histogram_quantile(0.99, sum by (le) (rate(request_duration_seconds_bucket[5m]))) > 2',
+          '10m', 'ticket', 'One answer in a hundred takes more than 2 s',
           'Add replicas, or see on the board "model" whether the dear tier answers more often than it did.'),
-    Alert('TurnedAway', 'sum(rate(rejects_total{reason="busy"}[5m])) > 0.1', '5m', 'ticket', 'Callers are sent away because the queues are full', 'Add replicas.'),
-    Alert('DatabaseDown', 'database_up{job="amulet"} == 0', '5m', 'page', 'Predictions of {{ $labels.instance }} do not reach the database',
+    Alert('TurnedAway', 'sum(rate(rejects_total{reason="busy"}[5m])) > 0.1', '5m', 'ticket',
+          'Callers are sent away because the queues are full', 'Add replicas.'),
+    Alert('DatabaseDown', 'database_up{job="amulet"} == 0', '5m', 'page',
+          'Predictions of {{ $labels.instance }} do not reach the database',
           'Nothing is lost as long as the spool has room: bring the database back.'),
-    Alert('SpoolGrows', 'records_spooled{job="amulet"} > 10000 and deriv(records_spooled{job="amulet"}[10m]) > 0', '15m', 'ticket', 'The database does not keep up',
+    Alert('SpoolGrows', 'records_spooled{job="amulet"} > 10000 and deriv(records_spooled{job="amulet"}[10m]) > 0',
+          '15m', 'ticket', 'The database does not keep up',
           'See what slows it down; retention (amulet store prune) may be due.'),
-    Alert('NotRecorded', 'increase(record_failures_total[10m]) > 0', '0m', 'page', '{{ $labels.instance }} answers without recording',
+    Alert('NotRecorded', 'increase(record_failures_total[10m]) > 0', '0m', 'page',
+          '{{ $labels.instance }} answers without recording',
           'Is the disk of its spool full?'),
-    Alert('TwoModels', 'count(count by (version) (model_info{job="amulet"})) > 1', '30m', 'ticket', 'Replicas answer with different models',
+    Alert('TwoModels', 'count(count by (version) (model_info{job="amulet"})) > 1', '30m', 'ticket',
+          'Replicas answer with different models',
           'A reload failed on one of them; its log says why.'),
-    Alert('OftenWrong', 'feedback_accuracy{job="amulet"} < model_accuracy{job="amulet"} - 0.2 and on (instance) sum by (instance) (feedback_total{job="amulet"}) > 50',
-          '1h', 'ticket', 'People say it is wrong far more often than it was on held-out photos', 'Judge it on the new photos: amulet evaluate.'),
-    Alert('DiskFills', 'predict_linear(node_filesystem_avail_bytes{fstype!~"tmpfs|overlay|squashfs|ramfs"}[6h], 86400) < 0', '30m', 'ticket',
+    Alert('OftenWrong', 'feedback_accuracy{job="amulet"} < model_accuracy{job="amulet"} - 0.2 and on (instance) sum by '
+                        '(instance) (feedback_total{job="amulet"}) > 50',
+          '1h', 'ticket', 'People say it is wrong far more often than it was on held-out photos',
+          'Judge it on the new photos: amulet evaluate.'),
+    Alert('DiskFills', 'predict_linear(node_filesystem_avail_bytes{fstype!~"tmpfs|overlay|squashfs|ramfs"}[6h], 86400) '
+                       '< 0', '30m', 'ticket',
           '{{ $labels.mountpoint }} is full within a day', 'Make room: old images, old records, old photos.'),
 )

@@ -74,26 +74,35 @@ class DeploySettings(Config):
 
 # %% ../../nbs/80_deploy/20_rendering.ipynb #d8e84c28
 _SERIES = '.'.join(map(str, sys.version_info[:2]))
-_LABEL,_PATH,_IMAGE = r'[a-z]([a-z0-9-]{0,28}[a-z0-9])?',r'(/[A-Za-z0-9._-]+)+',r'[a-z0-9]+([._/-][a-z0-9]+|:[0-9]+/[a-z0-9]+)*'
+_LABEL = r'[a-z]([a-z0-9-]{0,28}[a-z0-9])?'
+_PATH = r'(/[A-Za-z0-9._-]+)+'
+_IMAGE = r'[a-z0-9]+([._/-][a-z0-9]+|:[0-9]+/[a-z0-9]+)*'
 _WORDS = {
-    **dict.fromkeys(('name', 'namespace', 'ingress_class', 'ingress_namespace', 'monitoring_namespace', 'render_plan'), (_LABEL, 'small letters, digits and -, at most 30')),
+    **dict.fromkeys(('name', 'namespace', 'ingress_class', 'ingress_namespace', 'monitoring_namespace', 'render_plan'),
+                    (_LABEL, 'small letters, digits and -, at most 30')),
     **dict.fromkeys(('nginx_image', 'postgres_image', 'redis_image', 'prometheus_image', 'grafana_image', 'node_image'),
-                    (_IMAGE+r'(:(?!latest$)[\w][\w.-]{0,127}|(:[\w][\w.-]*)?@sha256:[0-9a-f]{64})', 'an image with a version; latest is none')),
+                    (_IMAGE+r'(:(?!latest$)[\w][\w.-]{0,127}|(:[\w][\w.-]*)?@sha256:[0-9a-f]{64})',
+                     'an image with a version; latest is none')),
     **dict.fromkeys(('install_dir', 'data_dir'), (_PATH, 'an absolute path of letters, digits and ._-')),
     **dict.fromkeys(('tls_dir', 'nginx_dir'), (f'({_PATH})?', 'empty, or an absolute path of letters, digits and ._-')),
-    'image': (_IMAGE, 'an image without tag, in small letters'), 'tag': (r'((?!latest$)[\w][\w.-]{0,127})?', 'empty, or a version; latest is none'),
-    'domain': (r'([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+)?', 'empty, or a name like amulets.example.org'),
+    'image': (_IMAGE, 'an image without tag, in small letters'),
+    'tag': (r'((?!latest$)[\w][\w.-]{0,127})?', 'empty, or a version; latest is none'),
+    'domain': (r'([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+)?',
+               'empty, or a name like amulets.example.org'),
     'python': (r'(3\.1[1-9])?', 'empty, or a series like 3.12'),
 }
 _NUMBERS = {
-    **dict.fromkeys(('port', 'grafana_port', 'service_port', 'first_port'), (1, 65535)), 'redirect_port': (0, 65535), 'replicas': (1, 100), 'most_replicas': (1, 1000),
-    'max_photo_mb': (1, 1000), 'max_batch_mb': (1, 10_000), 'memory_mb': (256, 1_000_000), 'cpus': (.1, 256), 'uid': (1000, 65535), 'connections_per_client': (1, 100_000),
+    **dict.fromkeys(('port', 'grafana_port', 'service_port', 'first_port'), (1, 65535)), 'redirect_port': (0, 65535),
+    'replicas': (1, 100), 'most_replicas': (1, 1000),
+    'max_photo_mb': (1, 1000), 'max_batch_mb': (1, 10_000), 'memory_mb': (256, 1_000_000), 'cpus': (.1, 256),
+    'uid': (1000, 65535), 'connections_per_client': (1, 100_000),
     **dict.fromkeys(('timeout_seconds', 'body_seconds', 'grace_seconds'), (1, 3600)),
 }
 
 # %% ../../nbs/80_deploy/20_rendering.ipynb #f81caec0
 def _wrong(name, value, allowed): raise ConfigError(f'`{name}` must be {allowed}, got {str(value)[:60]!r}')
 
+# %% ../../nbs/80_deploy/20_rendering.ipynb #d29fc841
 def _check(s):
     "Refuse what no file could hold, or what cannot be true together"
     for name,(pattern,allowed) in _WORDS.items():
@@ -102,20 +111,25 @@ def _check(s):
     for name,(low,high) in _NUMBERS.items():
         value = getattr(s, name)
         kinds = (int, float) if name=='cpus' else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high: _wrong(name, value, f'a number in {low}..{high}')
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            _wrong(name, value, f'a number in {low}..{high}')
     try: ipaddress.ip_address(s.host)
     except ValueError: _wrong('host', s.host, 'an address such as 127.0.0.1, or 0.0.0.0 for all')
-    if s.most_replicas < s.replicas: _wrong('most_replicas', s.most_replicas, f'at least `replicas`, which is {s.replicas}')
+    if s.most_replicas < s.replicas:
+        _wrong('most_replicas', s.most_replicas, f'at least `replicas`, which is {s.replicas}')
     if s.first_port+s.replicas > 65536: _wrong('first_port', s.first_port, f'low enough for {s.replicas} ports')
     if s.redirect_port and not s.tls_dir: _wrong('redirect_port', s.redirect_port, '0 where there is no `tls_dir`')
     outside = [p for p in (s.port, s.redirect_port, s.grafana_port, *range(s.first_port, s.first_port+s.replicas)) if p]
-    if len(set(outside))<len(outside): _wrong('port', s.port, 'another one than those of the redirect, of Grafana and of the replicas')
+    if len(set(outside))<len(outside):
+        _wrong('port', s.port, 'another one than those of the redirect, of Grafana and of the replicas')
     _check_subnet(s)
 
+# %% ../../nbs/80_deploy/20_rendering.ipynb #4a5ffa3e
 def _check_subnet(s):
     try: net = ipaddress.IPv4Network(s.subnet)
     except ValueError: _wrong('subnet', s.subnet, 'a network such as 172.30.77.0/24')
-    if not net.is_private or net.num_addresses < s.replicas+32: _wrong('subnet', s.subnet, f'private, with room for {s.replicas+32} addresses')
+    if not net.is_private or net.num_addresses < s.replicas+32:
+        _wrong('subnet', s.subnet, f'private, with room for {s.replicas+32} addresses')
 
 # %% ../../nbs/80_deploy/20_rendering.ipynb #41d1e2f4
 def service_environment(
@@ -123,17 +137,22 @@ def service_environment(
     public_key:str='' # Where the key lies by which the bundle must be signed; '': signatures are not looked at
 ) -> dict[str,str]: # AMULET_* variables
     "What a replica in a container is told; no secrets"
-    told = {'host': '0.0.0.0', 'port': s.service_port, 'model_dir': f'{s.install_dir}/model', 'spool_dir': f'{s.data_dir}/spool', 'workers': math.ceil(s.cpus),
-            'max_bytes': f'{s.max_photo_mb}MiB', 'max_batch_bytes': f'{max(s.max_batch_mb, s.max_photo_mb)}MiB', 'timeout_seconds': s.timeout_seconds,
-            'body_seconds': s.body_seconds, 'grace_seconds': s.grace_seconds, 'log_format': 'json', 'metrics_open': 'true', 'public_key': public_key}
+    told = {'host': '0.0.0.0', 'port': s.service_port, 'model_dir': f'{s.install_dir}/model',
+            'spool_dir': f'{s.data_dir}/spool', 'workers': math.ceil(s.cpus),
+            'max_bytes': f'{s.max_photo_mb}MiB', 'max_batch_bytes': f'{max(s.max_batch_mb, s.max_photo_mb)}MiB',
+            'timeout_seconds': s.timeout_seconds,
+            'body_seconds': s.body_seconds, 'grace_seconds': s.grace_seconds, 'log_format': 'json',
+            'metrics_open': 'true', 'public_key': public_key}
     return {f'AMULET_{k.upper()}': str(v) for k,v in told.items() if v!=''}
 
 SECRETS = {
     'AMULET_API_KEYS': 'Who may call: NAME:SHA256 of each key, separated by commas (amulet key NAME makes one)',
     'AMULET_ADMIN_KEY': 'SHA256 of the key for /admin/reload; empty: nobody may',
-    'AMULET_DATABASE_URL': 'Where predictions are recorded, e.g. postgresql+psycopg://USER:PASSWORD@HOST:5432/amulet; compose makes its own',
+    'AMULET_DATABASE_URL': 'Where predictions are recorded, e.g. postgresql+psycopg://USER:PASSWORD@HOST:5432/amulet; '
+                           'compose makes its own',
     'AMULET_CACHE': 'Where answers are remembered: memory, off, or redis://:PASSWORD@HOST:6379/0; compose makes its own',
-    'POSTGRES_PASSWORD': 'Of the PostgreSQL in compose', 'REDIS_PASSWORD': 'Of the Redis in compose', 'GRAFANA_PASSWORD': 'Of the user admin of Grafana in compose',
+    'POSTGRES_PASSWORD': 'Of the PostgreSQL in compose', 'REDIS_PASSWORD': 'Of the Redis in compose',
+    'GRAFANA_PASSWORD': 'Of the user admin of Grafana in compose',
 }
 
 # %% ../../nbs/80_deploy/20_rendering.ipynb #418193ee
@@ -145,7 +164,8 @@ def service_options() -> list[tuple[str,str,str]]: # Variable, what it is, defau
     for name,known in Settings.model_fields.items():
         if f'{PREFIX}{name.upper()}' in SECRETS: continue
         default = known.default
-        shown = '' if default is None else str(default).lower() if isinstance(default, bool) else str(int(default)) if isinstance(default, int) else str(default)
+        shown = '' if default is None else str(default).lower() if isinstance(default,
+                bool) else str(int(default)) if isinstance(default, int) else str(default)
         out.append((f'{PREFIX}{name.upper()}', ' '.join((known.description or '').split()), shown))
     return out
 
@@ -155,6 +175,7 @@ _REQUIREMENT = re.compile(r'([A-Za-z0-9][\w.-]*)(\[[^\]]*\])?([^;]*)(?:;.*extra\
 
 def _name(line): return re.split(r'[^\w.-]', line.strip(), maxsplit=1)[0].lower().replace('_', '-')
 
+# %% ../../nbs/80_deploy/20_rendering.ipynb #45d471bf
 def deployment_requirements(
     bundle_lines:str, # What the bundle asks for
     signed:bool=False # Its signature is to be checked
@@ -168,19 +189,24 @@ def deployment_requirements(
         known.add(_name(name))
         try: more.append(f'{name}{options or ""}=={importlib.metadata.version(name)}')
         except importlib.metadata.PackageNotFoundError: more.append(f'{name}{options or ""}{asked.strip()}')
-    return bundle_lines.rstrip()+'\n'+(''.join(['# For the service, its records and its cache\n', *(f'{line}\n' for line in more)]) if more else '')
+    return bundle_lines.rstrip()+'\n'+(''.join(['# For the service, its records and its cache\n',
+                                                *(f'{line}\n' for line in more)]) if more else '')
 
 # %% ../../nbs/80_deploy/20_rendering.ipynb #5ecae342
 _IMAGE_FILES = {'docker/Dockerfile': 'Dockerfile', 'docker/.dockerignore': 'dockerignore', f'docker/{REQUIREMENTS}': ''}
 KINDS:dict[str,dict[str,str]] = { # Kind -> file -> template; '' is no template
-    'docker': {**_IMAGE_FILES, 'docker/compose.yaml': 'compose.yaml', 'docker/nginx/nginx.conf': 'nginx.conf', 'docker/nginx/{name}.conf': 'site.conf',
+    'docker': {**_IMAGE_FILES, 'docker/compose.yaml': 'compose.yaml', 'docker/nginx/nginx.conf': 'nginx.conf',
+               'docker/nginx/{name}.conf': 'site.conf',
                'docker/prometheus/prometheus.yml': 'prometheus.yml', 'docker/prometheus/rules.yml': 'rules.yml',
-               'docker/grafana/provisioning/datasources/prometheus.yml': 'datasource.yml', 'docker/grafana/provisioning/dashboards/dashboards.yml': 'dashboards.yml',
+               'docker/grafana/provisioning/datasources/prometheus.yml': 'datasource.yml',
+               'docker/grafana/provisioning/dashboards/dashboards.yml': 'dashboards.yml',
                **{f'docker/grafana/dashboards/{board}.json': '' for board in BOARDS}},
     'systemd': {'systemd/{name}@.service': 'service', 'systemd/{name}.target': 'target', REQUIREMENTS: ''},
     'nginx': {'nginx/nginx.conf': 'nginx.conf', 'nginx/{name}.conf': 'site.conf'},
-    'kubernetes': {**_IMAGE_FILES, **{f'kubernetes/{part}.yaml': f'kubernetes_{part}.yaml' for part in ('config', 'deployment', 'service', 'scaling', 'network')},
-                   'kubernetes/secret.example.yaml': 'kubernetes_secret.yaml', 'kubernetes/kustomization.yaml': 'kustomization.yaml'},
+    'kubernetes': {**_IMAGE_FILES, **{f'kubernetes/{part}.yaml': f'kubernetes_{part}.yaml'
+                                      for part in ('config', 'deployment', 'service', 'scaling', 'network')},
+                   'kubernetes/secret.example.yaml': 'kubernetes_secret.yaml',
+                   'kubernetes/kustomization.yaml': 'kustomization.yaml'},
     'render': {**_IMAGE_FILES, 'render/render.yaml': 'render.yaml'},
 }
 _ALWAYS = {'README.md': 'README.md', '.env.example': 'env'}
@@ -189,7 +215,9 @@ def kinds_of(
     kind:str # One of `KINDS`, or 'all'
 ) -> list[str]:
     "Which kinds are meant"
-    if kind!='all' and kind not in KINDS: raise ConfigError(f'there is no kind {kind[:40]!r} of deployment', where='type', advice=f'Known: {", ".join([*KINDS, "all"])}')
+    if kind!='all' and kind not in KINDS:
+        raise ConfigError(f'there is no kind {kind[:40]!r} of deployment', where='type',
+                          advice=f'Known: {", ".join([*KINDS, "all"])}')
     return list(KINDS) if kind=='all' else [kind]
 
 # %% ../../nbs/80_deploy/20_rendering.ipynb #f7d708a9
@@ -197,16 +225,23 @@ def _replicas(s):
     net = ipaddress.IPv4Network(s.subnet)
     return [{'name': f'replica{i+1}', 'address': str(net[i+11])} for i in range(s.replicas)]
 
+# %% ../../nbs/80_deploy/20_rendering.ipynb #2cbfc675
 def _nginx(s, inside):
     "Where nginx finds things: inside a container, in a folder of its own, or as Debian has them"
     place = f'[{s.host}]' if ':' in s.host else s.host
     body = math.ceil(max(s.max_batch_mb, s.max_photo_mb)*4/3)+1
     ports = list(range(s.first_port, s.first_port+s.replicas))
-    if inside: return {'user': '', 'pid': '/tmp/nginx.pid', 'errors': '/dev/stderr', 'access': '/dev/stdout', 'temp': '/tmp', 'listen': '8080', 'body_mb': body, 'ports': ports,
-                       'redirect': '8081' if s.redirect_port else '', 'servers': [f'{r["address"]}:{s.service_port}' for r in _replicas(s)]}
-    home = {'user': 'www-data', 'pid': '/run/nginx.pid', 'errors': '/var/log/nginx/error.log', 'access': f'/var/log/nginx/{s.name}.log', 'temp': '/var/lib/nginx'}
-    own = {'user': '', 'pid': f'{s.nginx_dir}/nginx.pid', 'errors': f'{s.nginx_dir}/error.log', 'access': f'{s.nginx_dir}/access.log', 'temp': s.nginx_dir}
-    return {**(own if s.nginx_dir else home), 'listen': f'{place}:{s.port}', 'redirect': f'{place}:{s.redirect_port}' if s.redirect_port else '', 'body_mb': body, 'ports': ports,
+    if inside:
+        return {'user': '', 'pid': '/tmp/nginx.pid', 'errors': '/dev/stderr', 'access': '/dev/stdout', 'temp': '/tmp',
+                'listen': '8080', 'body_mb': body, 'ports': ports,
+                'redirect': '8081' if s.redirect_port else '',
+                'servers': [f'{r["address"]}:{s.service_port}' for r in _replicas(s)]}
+    home = {'user': 'www-data', 'pid': '/run/nginx.pid', 'errors': '/var/log/nginx/error.log',
+            'access': f'/var/log/nginx/{s.name}.log', 'temp': '/var/lib/nginx'}
+    own = {'user': '', 'pid': f'{s.nginx_dir}/nginx.pid', 'errors': f'{s.nginx_dir}/error.log',
+           'access': f'{s.nginx_dir}/access.log', 'temp': s.nginx_dir}
+    return {**(own if s.nginx_dir else home), 'listen': f'{place}:{s.port}',
+            'redirect': f'{place}:{s.redirect_port}' if s.redirect_port else '', 'body_mb': body, 'ports': ports,
             'servers': [f'127.0.0.1:{p}' for p in ports]}
 
 # %% ../../nbs/80_deploy/20_rendering.ipynb #629ebcc3
@@ -218,7 +253,9 @@ class Shipment:
     wheel:str='' # Name of our wheel; '': from the package index
     signed:bool=False # The bundle's signature is checked, with model.pub
 
-_ASK = ("import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', {port}, timeout=4); c.request('GET', '/health/ready'); sys.exit(c.getresponse().status != 200)")
+# %% ../../nbs/80_deploy/20_rendering.ipynb #087f0a03
+_ASK = ("import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', {port}, timeout=4); c.request('GET', "
+        "'/health/ready'); sys.exit(c.getresponse().status != 200)")
 _OUTER = ('/', '/predict', '/predict-batch', '/feedback', '/health', '/info', '/docs', '/openapi.json')
 
 def _context(s, kinds, ship):
@@ -226,10 +263,14 @@ def _context(s, kinds, ship):
     fixed = ('AMULET_HOST', 'AMULET_PORT', 'AMULET_MODEL_DIR', 'AMULET_SPOOL_DIR', 'AMULET_PUBLIC_KEY')
     tag = s.tag or '-'.join(filter(None, (__version__, ship.model_version)))
     secrets = {k: v for k,v in SECRETS.items() if 'docker' in kinds or not k.endswith('_PASSWORD')}
-    return {'s': s, 'head': f'Rendered by amulet deploy {__version__}', 'version': __version__, 'tag': tag, 'image': f'{s.image}:{tag}', 'wheel': ship.wheel, 'signed': ship.signed,
-            'kinds': kinds, 'kind': kinds[0] if len(kinds)==1 else 'all', 'replicas': _replicas(s), 'shared': told, 'environment': {k: told[k] for k in fixed if k in told},
-            'told': {k: v for k,v in told.items() if k not in (*fixed, 'AMULET_METRICS_OPEN')}, 'secrets': secrets, 'options': service_options(), 'alerts': ALERTS,
-            'health': [f'{s.install_dir}/venv/bin/python', '-I', '-S', '-c', _ASK.format(port=s.service_port)], 'url': 'https://github.com/amulet-hybrid/amulet_hybrid',
+    return {'s': s, 'head': f'Rendered by amulet deploy {__version__}', 'version': __version__, 'tag': tag,
+            'image': f'{s.image}:{tag}', 'wheel': ship.wheel, 'signed': ship.signed,
+            'kinds': kinds, 'kind': kinds[0] if len(kinds)==1 else 'all', 'replicas': _replicas(s), 'shared': told,
+            'environment': {k: told[k] for k in fixed if k in told},
+            'told': {k: v for k,v in told.items() if k not in (*fixed, 'AMULET_METRICS_OPEN')}, 'secrets': secrets,
+            'options': service_options(), 'alerts': ALERTS,
+            'health': [f'{s.install_dir}/venv/bin/python', '-I', '-S', '-c', _ASK.format(port=s.service_port)],
+            'url': 'https://github.com/amulet-hybrid/amulet_hybrid',
             'paths': [*_OUTER, *(f'/v1{p}' for p in _OUTER if p!='/')], 'requirements_file': REQUIREMENTS}
 
 # %% ../../nbs/80_deploy/20_rendering.ipynb #61112b98
@@ -241,14 +282,17 @@ def render_deployment(
     "All files of a deployment, written nowhere"
     from jinja2 import Environment, PackageLoader, StrictUndefined
     kinds = kinds_of(kind)
-    page = Environment(loader=PackageLoader('amulet_hybrid.deploy', 'templates'), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    page.filters['tojson'] = lambda value: json.dumps(value, ensure_ascii=False) # as YAML and Docker read it; jinja2's own escapes for HTML
+    page = Environment(loader=PackageLoader('amulet_hybrid.deploy', 'templates'), undefined=StrictUndefined,
+                       trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    # as YAML and Docker read it; jinja2's own escapes for HTML
+    page.filters['tojson'] = lambda value: json.dumps(value, ensure_ascii=False)
     context,out = _context(settings, kinds, ship),{}
     for path,template in {**_ALWAYS, **{p: t for k in kinds for p,t in KINDS[k].items()}}.items():
         board = Path(path).stem
         if path.endswith(REQUIREMENTS): text = ship.requirements
         elif not template: text = json.dumps(dashboard_json(settings.name, board, BOARDS[board]), indent=1)+'\n'
-        else: text = page.get_template(f'{template}.j2').render(**context, n=_nginx(settings, path.startswith('docker/')))
+        else:
+            text = page.get_template(f'{template}.j2').render(**context, n=_nginx(settings, path.startswith('docker/')))
         out[path.format(name=settings.name)] = text
     out['deploy.json'] = json.dumps(settings.to_dict(), indent=2)+'\n'
     return out
@@ -263,6 +307,7 @@ def _edited(folder, files):
     def foreign(path, text): return file_digest(folder/path) not in (known.get(path), bytes_digest(text.encode()))
     return [path for path,text in files.items() if (folder/path).is_file() and foreign(path, text)],known
 
+# %% ../../nbs/80_deploy/20_rendering.ipynb #13ddf73f
 def write_deployment(
     files:Mapping[str,str], # File -> content
     output_dir:str|Path,
@@ -275,11 +320,13 @@ def write_deployment(
     if edited and not force:
         raise AmuletError(f'edited since it was rendered: {", ".join(edited)}', code='edited_files', where=folder,
                           advice='Move your changes to the settings, or give --force to lose them')
-    changed = [path for path,text in files.items() if not (folder/path).is_file() or (folder/path).read_bytes()!=text.encode()]
+    changed = [path for path,text in files.items() if not (folder/path).is_file()
+               or (folder/path).read_bytes()!=text.encode()]
     for path in changed:
         with atomic_write(folder/path) as part: part.write_bytes(files[path].encode())
     with atomic_write(folder/RECORD) as part:
-        part.write_text(json.dumps(known | {path: bytes_digest(text.encode()) for path,text in files.items()}, indent=1, sort_keys=True)+'\n', encoding='utf-8')
+        part.write_text(json.dumps(known | {path: bytes_digest(text.encode()) for path,text in files.items()},
+                                   indent=1, sort_keys=True)+'\n', encoding='utf-8')
     return changed
 
 # %% ../../nbs/80_deploy/20_rendering.ipynb #44703b6a
@@ -293,11 +340,14 @@ class Deployment:
     notes:list[str] = field(default_factory=list) # What is still to do
 
     def _repr_markdown_(self):
-        return '\n'.join([f'{len(self.files)} files in `{self.folder.name}`, {len(self.changed)} of them new or changed', '', *(f'- {n}' for n in self.notes)])
+        return ('\n'.join([f'{len(self.files)} files in `{self.folder.name}`, {len(self.changed)} of them new or '
+                           f'changed', '', *(f'- {n}' for n in self.notes)]))
 
+# %% ../../nbs/80_deploy/20_rendering.ipynb #156a58bf
 def _copy_model(source, manifest, target):
     "The served part of a bundle, readable for whoever runs it"
-    if target.is_dir() and (target/MANIFEST).is_file() and file_digest(target/MANIFEST)==file_digest(source/MANIFEST): return
+    if target.is_dir() and (target/MANIFEST).is_file() and file_digest(target/MANIFEST)==file_digest(source/MANIFEST):
+        return
     if target.exists() and not (target/MANIFEST).is_file():
         raise AmuletError('it is there, and no bundle', code='edited_files', where=target, advice='Move it away')
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -311,6 +361,7 @@ def _copy_model(source, manifest, target):
         if target.exists(): target.rename(Path(name)/'old')
         part.rename(target)
 
+# %% ../../nbs/80_deploy/20_rendering.ipynb #aeee2bd4
 def _copy_file(source, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as part: shutil.copyfile(source, part)
@@ -320,13 +371,17 @@ def _shipment(settings, model_dir, wheel, public_key):
     "What goes along, checked"
     if wheel and not (re.fullmatch(r'amulet_hybrid-[\w.!+]+-py3-none-any\.whl', wheel.name) and wheel.is_file()):
         raise ConfigError('it is no wheel of amulet_hybrid', where=wheel, advice='Make one: python -m build --wheel')
-    if public_key and not model_dir: raise ConfigError('a public key goes with a bundle', where='public_key', advice='Give the bundle, too')
+    if public_key and not model_dir:
+        raise ConfigError('a public key goes with a bundle', where='public_key', advice='Give the bundle, too')
     manifest = verify_bundle(model_dir, public_key, training=False) if model_dir else {}
     lines = (model_dir/REQUIREMENTS).read_text(encoding='utf-8') if model_dir else production_requirements(())
-    ship = Shipment(manifest.get('digest', '')[:12], deployment_requirements(lines, bool(public_key)), wheel.name if wheel else '', bool(public_key))
+    ship = Shipment(manifest.get('digest', '')[:12], deployment_requirements(lines, bool(public_key)),
+                    wheel.name if wheel else '', bool(public_key))
     series = '.'.join(str(manifest.get('versions', {}).get('python', '')).split('.')[:2])
-    return manifest,ship,settings if settings.python or not re.fullmatch(_WORDS['python'][0], series) else settings.replace(python=series)
+    return manifest,ship,settings if settings.python or not re.fullmatch(_WORDS['python'][0],
+            series) else settings.replace(python=series)
 
+# %% ../../nbs/80_deploy/20_rendering.ipynb #d6a65841
 def deploy(
     settings:DeploySettings,
     output_dir:str|Path,
@@ -344,10 +399,12 @@ def deploy(
     changed,notes = write_deployment(files, folder, force),[]
     if any(path.startswith('docker/') for path in files):
         if model: _copy_model(model, manifest, folder/'docker'/'model')
-        elif not (folder/'docker'/'model'/MANIFEST).is_file(): notes.append('There is no model yet: put a bundle into docker/model, or give --model-dir.')
+        elif not (folder/'docker'/'model'/MANIFEST).is_file():
+            notes.append('There is no model yet: put a bundle into docker/model, or give --model-dir.')
         if wheel_path: _copy_file(wheel_path, folder/'docker'/'wheels'/wheel_path.name)
         if key: _copy_file(key, folder/'docker'/'model.pub')
     if 'docker' in kinds or 'systemd' in kinds: notes.append('Secrets: copy .env.example to .env and fill it in.')
     if not ipaddress.ip_address(settings.host).is_loopback and not settings.tls_dir:
-        notes.append(f'Others can reach {settings.host}, and there is no TLS: give --tls-dir, or put it behind something that has it.')
+        notes.append(f'Others can reach {settings.host}, and there is no TLS: give --tls-dir, or put it behind '
+                     f'something that has it.')
     return Deployment(folder, kinds, list(files), changed, notes)

@@ -28,23 +28,29 @@ def _photos(y, groups) -> tuple[np.ndarray, np.ndarray]:
     "Class indices and group numbers"
     y = np.asarray(y)
     if y.ndim!=1 or not len(y) or not np.issubdtype(y.dtype, np.integer) or y.min()<0:
-        raise ConfigError(f'labels must be class indices, one a photo; got {y.dtype} of shape {y.shape}', code='bad_arrays', where='y')
+        raise ConfigError(f'labels must be class indices, one a photo; got {y.dtype} of shape {y.shape}',
+                          code='bad_arrays', where='y')
     codes = np.arange(len(y)) if groups is None else pd.factorize(np.asarray(groups))[0]
-    if len(codes)!=len(y) or codes.min()<0: raise ConfigError(f'{len(y)} photos need as many group names, got {len(codes)}', code='bad_arrays', where='groups')
+    if len(codes)!=len(y) or codes.min()<0:
+        raise ConfigError(f'{len(y)} photos need as many group names, got {len(codes)}', code='bad_arrays',
+                          where='groups')
     return y,codes
 
+# %% ../../nbs/40_evaluate/30_importance.ipynb #5321a4d5
 def _dealt(codes, rng):
     "Photo whose numbers each photo gets: some photo of the group that its own was dealt"
     order,size = np.argsort(codes, kind='stable'), np.bincount(codes)
     partner = rng.permutation(len(size))[codes]
     return order[(size.cumsum()-size)[partner] + (rng.random(len(codes))*size[partner]).astype(int)]
 
+# %% ../../nbs/40_evaluate/30_importance.ipynb #ba28d907
 def _by_group(values, y, codes, k):
     "(..., groups, classes) sums of (..., photos) values"
     table = np.zeros((codes.max()+1, k, *np.shape(values)[:-1]))
     np.add.at(table, (codes, y), np.moveaxis(np.asarray(values, float), -1, 0))
     return np.moveaxis(table, (0, 1), (-2, -1))
 
+# %% ../../nbs/40_evaluate/30_importance.ipynb #eb217918
 def _class_mean(weights, sums, truth):
     "(resamples, ...) mean over the classes that were drawn"
     n = weights@truth
@@ -65,15 +71,20 @@ def _shuffled_hits(predict, blocks, y, codes, units, hit, n_repeats, seed, rows)
         for i,(u,r) in enumerate(part):
             name,columns = units[u]
             stack[name][i*n:(i+1)*n,columns] = blocks[name][mixed[r]][:,columns]
-        for (u,_),p in zip(part, np.asarray(predict(stack), float).reshape(len(part), n, -1), strict=True): out[u] += hit(p)/n_repeats
+        for (u,_),p in zip(part, np.asarray(predict(stack), float).reshape(len(part), n, -1), strict=True):
+            out[u] += hit(p)/n_repeats
     return out
 
+# %% ../../nbs/40_evaluate/30_importance.ipynb #f00d94a2
 def _checked_blocks(blocks, n):
     if not blocks: raise ConfigError('there are no blocks', where='blocks')
     for name,X in blocks.items():
-        if np.ndim(X)!=2 or len(X)!=n: raise ConfigError(f'the block {name} has shape {np.shape(X)} for {n} labels', code='bad_blocks', where='blocks')
+        if np.ndim(X)!=2 or len(X)!=n:
+            raise ConfigError(f'the block {name} has shape {np.shape(X)} for {n} labels', code='bad_blocks',
+                              where='blocks')
     return {name: np.asarray(X) for name,X in blocks.items()}
 
+# %% ../../nbs/40_evaluate/30_importance.ipynb #1f80802f
 @dataclass(frozen=True, eq=False)
 class Importance:
     "How much worse a model gets when something is mixed up among photos"
@@ -89,11 +100,14 @@ class Importance:
         first,(value,low,high) = self.table.index[0], self.table.iloc[0]
         useless = list(self.table.index[self.table.low<=0])
         if low<=0:
-            return (f'On {count_words(self.n, self.n_groups)} none is missed when it alone is mixed up, as far as can be told from chance: '
+            return (f'On {count_words(self.n, self.n_groups)} none is missed when it alone is mixed up, as far as can '
+                    f'be told from chance: '
                     'what one knows the others know too, or there are too few photos to see it.')
-        words = f'It leans most on {first}: mixed up among photos, the {self.measure} falls by {Interval(value, low, high)}, from {self.baseline:.3f}.'
+        words = (f'It leans most on {first}: mixed up among photos, the {self.measure} falls by '
+                 f'{Interval(value, low, high)}, from {self.baseline:.3f}.')
         few = ', '.join(map(str, useless[:5])) + (f' and {len(useless)-5} more' if len(useless)>5 else '')
-        return words+(f' Nothing that could be told from chance is lost without {few}: what they know, others may know too.' if useless else '')
+        return words+(f' Nothing that could be told from chance is lost without {few}: what they know, others may know '
+                      f'too.' if useless else '')
 
     def plot(self): # matplotlib Figure
         "The fall of each, with its range"
@@ -130,15 +144,18 @@ def block_importance(
     y,codes = _photos(y, groups)
     found,k = _checked_blocks(blocks, len(y)), int(y.max())+1
     def hit(p): return p.argmax(1)==y
-    before,after = hit(np.asarray(predict(found))), _shuffled_hits(predict, found, y, codes, [(b, slice(None)) for b in found], hit, n_repeats, seed, rows)
+    before = hit(np.asarray(predict(found)))
+    after = _shuffled_hits(predict, found, y, codes, [(b, slice(None)) for b in found], hit, n_repeats, seed, rows)
     sums,truth = _by_group(np.vstack([before, after]), y, codes, k), _by_group(np.ones(len(y)), y, codes, k)
     scores = np.concatenate([_class_mean(w, sums, truth) for w in group_weights(len(truth), n_boot, seed)])
     value = _class_mean(np.ones((1,len(truth))), sums, truth)[0]
     fall,ends = value[0]-value[1:], np.quantile(scores[:,:1]-scores[:,1:], [(1-confidence)/2, (1+confidence)/2], axis=0)
     unseen = share_interval(np.zeros(len(truth)), n_boot=20, confidence=confidence).high # what so few groups may hide
     few = np.array([(np.abs(s-sums[0]).sum(1)>1e-9).sum()<6 for s in sums[1:]])
-    low,high = np.where(few, np.minimum(ends[0], fall-unseen), ends[0]), np.where(few, np.maximum(ends[1], fall+unseen), ends[1])
-    table = pd.DataFrame({'value': fall, 'low': low, 'high': high}, index=pd.Index(list(found), name='block')).sort_values('value', ascending=False, kind='stable')
+    low = np.where(few, np.minimum(ends[0], fall-unseen), ends[0])
+    high = np.where(few, np.maximum(ends[1], fall+unseen), ends[1])
+    table = pd.DataFrame({'value': fall, 'low': low, 'high': high},
+                         index=pd.Index(list(found), name='block')).sort_values('value', ascending=False, kind='stable')
     return Importance(table, float(value[0]), 'balanced accuracy', len(y), len(truth))
 
 # %% ../../nbs/40_evaluate/30_importance.ipynb #e8629e71
@@ -159,12 +176,15 @@ def permutation_importance(
     "Which numbers of a block a model leans on"
     y,codes = _photos(y, groups)
     found,k = _checked_blocks(blocks, len(y)), int(y.max())+1
-    if block not in found: raise ConfigError(f'there is no block {block}', code='unknown_block', where='block', advice=f'Known: {", ".join(found)}')
+    if block not in found:
+        raise ConfigError(f'there is no block {block}', code='unknown_block', where='block',
+                          advice=f'Known: {", ".join(found)}')
     width = found[block].shape[1]
     labels = [f'{block} {i}' for i in range(width)] if names is None else [str(name) for name in names]
     if len(labels)!=width: raise ConfigError(f'{width} columns need as many names, got {len(labels)}', where='names')
     def hit(p): return p[np.arange(len(y)), y]
-    before,after = hit(np.asarray(predict(found))), _shuffled_hits(predict, found, y, codes, [(block, [c]) for c in range(width)], hit, n_repeats, seed, rows)
+    before = hit(np.asarray(predict(found)))
+    after = _shuffled_hits(predict, found, y, codes, [(block, [c]) for c in range(width)], hit, n_repeats, seed, rows)
     truth = _by_group(np.ones(len(y)), y, codes, k)
     one,fall = np.ones((1,len(truth))), before-after
     value = _class_mean(one, _by_group(fall, y, codes, k), truth)[0]
@@ -172,14 +192,17 @@ def permutation_importance(
     sums = _by_group(fall[top], y, codes, k)
     spread = np.concatenate([_class_mean(w, sums, truth) for w in group_weights(len(truth), n_boot, seed)]).std(0)
     half = NormalDist().inv_cdf(1-(1-confidence)/2/width)*spread
-    table = pd.DataFrame({'value': value[top], 'low': value[top]-half, 'high': value[top]+half}, index=pd.Index([labels[i] for i in top], name='column'))
-    return Importance(table, float(_class_mean(one, _by_group(before, y, codes, k), truth)[0]), 'probability of the true class', len(y), len(truth))
+    table = pd.DataFrame({'value': value[top], 'low': value[top]-half, 'high': value[top]+half},
+                         index=pd.Index([labels[i] for i in top], name='column'))
+    return Importance(table, float(_class_mean(one, _by_group(before, y, codes, k), truth)[0]),
+                      'probability of the true class', len(y), len(truth))
 
 # %% ../../nbs/40_evaluate/30_importance.ipynb #94baa69f
 @dataclass(frozen=True, eq=False)
 class LearningCurve:
     "Balanced accuracy by number of training photos, and what more would give"
-    table:pd.DataFrame # Index `share` of the training groups; `photos`, `groups` (trained on, mean of the folds), `value`, `low`, `high`
+    # Index `share` of the training groups; `photos`, `groups` (trained on, mean of the folds), `value`, `low`, `high`
+    table:pd.DataFrame
     forecast:Interval|None # With `times` as many photos; None where it cannot be said
     reason:str # Why not
     times:float # E.g. 2
@@ -191,11 +214,15 @@ class LearningCurve:
         "The answer in words"
         now = Interval(*map(float, self.table[['value', 'low', 'high']].iloc[-1]))
         more = 'twice' if self.times==2 else f'{self.times:g} times'
-        if self.forecast is None: return f'What {more} the photos would give cannot be said: {self.reason}. Now, in cross-validation, balanced accuracy is {now}.'
+        if self.forecast is None:
+            return (f'What {more} the photos would give cannot be said: {self.reason}. Now, in cross-validation, '
+                    f'balanced accuracy is {now}.')
         f = self.forecast
-        start = (f'{more.capitalize()} the photos would give about {f.value:.2f} [{f.low:.2f}, {f.high:.2f}] balanced accuracy, '
+        start = (f'{more.capitalize()} the photos would give about {f.value:.2f} [{f.low:.2f}, {f.high:.2f}] balanced '
+                 f'accuracy, '
                  f'where cross-validation now gives {now.value:.2f} [{now.low:.2f}, {now.high:.2f}].')
-        return start+(' That is hardly more: better photos or labels may help where more do not.' if f.value-now.value < .01 else '')
+        return start+(' That is hardly more: better photos or labels may help where more do not.'
+                      if f.value-now.value < .01 else '')
 
     def plot(self): # matplotlib Figure
         "The curve, and the forecast as a hollow dot"
@@ -230,20 +257,24 @@ def _power_law(photos, errors, floor):
     slope = (z*x).sum(-1)/(x**2).sum()
     return np.exp(z.mean(-1)-slope*np.log(photos).mean()), -slope
 
+# %% ../../nbs/40_evaluate/30_importance.ipynb #069f212c
 def _forecast(photos, seen, scores, times, confidence, seed):
     "Range at `times` the photos, or the reason why not; `scores` are those of resamples, `seen` those of the test"
     errors,rng = 1-scores, np.random.default_rng(derive_seed(seed, 'floor'))
     floor = rng.uniform(0, .9, len(errors))*errors.min(1)
     factor,power = _power_law(photos, errors, floor[:,None])
-    if (power<=0).mean() > .4: return None,'within these photos more did not help in a way that could be told from chance'
+    if (power<=0).mean() > .4:
+        return None,'within these photos more did not help in a way that could be told from chance'
     fits = [c+a*photos**-b for c in np.linspace(0, .9, 10)*(1-seen).min() for a,b in [_power_law(photos, 1-seen, c)]]
     noise = np.maximum((errors-(floor[:,None]+factor[:,None]*photos**-power[:,None])).std(0), .002)
-    if min(np.abs((1-seen-fit)/noise).max() for fit in fits) > 4: return None,'the figures do not climb along a curve that could be carried on'
+    if min(np.abs((1-seen-fit)/noise).max() for fit in fits) > 4:
+        return None,'the figures do not climb along a curve that could be carried on'
     there = np.where(power>0, floor+factor*(times*photos[-1])**-np.maximum(power, 0), errors[:,-1])
     low,value,high = 1-np.quantile(there, [(1+confidence)/2, .5, (1-confidence)/2])
     if high-low > .3: return None,f'with so few photos it could be anything from {low:.2f} to {high:.2f}'
     return Interval(float(value), float(low), float(high)),''
 
+# %% ../../nbs/40_evaluate/30_importance.ipynb #421c5ef8
 def _nested(y, codes, train, shares, rng):
     "Training rows for each share: of every class that share of its groups, at least one, the smaller inside the larger"
     group_class = pd.Series(y[train]).groupby(codes[train]).first()
@@ -256,7 +287,8 @@ def _nested(y, codes, train, shares, rng):
 
 # %% ../../nbs/40_evaluate/30_importance.ipynb #35affa49
 def learning_curve(
-    fit_predict:Callable[[np.ndarray, np.ndarray], np.ndarray], # Training rows, test rows -> (test rows, classes) probabilities
+    # Training rows, test rows -> (test rows, classes) probabilities
+    fit_predict:Callable[[np.ndarray, np.ndarray], np.ndarray],
     y:ArrayLike, # (n,) class indices
     groups:ArrayLike|None=None, # (n,) names; never parted; None: each photo alone
     shares:Sequence[float]=(.25, .5, .75, 1.), # Of the training groups, rising to 1
@@ -270,36 +302,51 @@ def learning_curve(
     "How balanced accuracy climbs with the photos, and what more would give"
     y,codes = _photos(y, groups)
     wanted = np.asarray(shares, float)
-    if len(wanted)<1 or (np.diff(wanted)<=0).any() or wanted[0]<=0 or wanted[-1]!=1: raise ConfigError(f'`shares` must rise from above 0 to 1, got {list(shares)}')
-    if draws<1 or times<=1: raise ConfigError(f'`draws` must be at least 1 and `times` above 1, got {draws} and {times}')
+    if len(wanted)<1 or (np.diff(wanted)<=0).any() or wanted[0]<=0 or wanted[-1]!=1:
+        raise ConfigError(f'`shares` must rise from above 0 to 1, got {list(shares)}')
+    if draws<1 or times<=1:
+        raise ConfigError(f'`draws` must be at least 1 and `times` above 1, got {draws} and {times}')
     fold,k = folds(y, codes, cv_folds, seed), int(y.max())+1
-    hits,sizes,fewest = np.zeros((len(wanted), draws, len(y))), [[] for _ in wanted], np.inf
+    hits = np.zeros((len(wanted), draws, len(y)))
+    sizes = [[] for _ in wanted]
+    fewest = np.inf
     for f in np.unique(fold):
         train,test = np.flatnonzero(fold!=f), np.flatnonzero(fold==f)
         for d in range(draws):
-            for i,part in enumerate(_nested(y, codes, train, wanted, np.random.default_rng(derive_seed(seed, 'share', f, d)))):
+            for i,part in enumerate(_nested(y, codes, train, wanted,
+                                            np.random.default_rng(derive_seed(seed, 'share', f, d)))):
                 if d and wanted[i]==1: hits[i,d,test] = hits[i,0,test]; continue
-                with threadpool_limits(1): hits[i,d,test] = np.asarray(fit_predict(part, test)).argmax(1)==y[test] # small fits: more threads only wait for each other
+                # small fits: more threads only wait for each other
+                with threadpool_limits(1): hits[i,d,test] = np.asarray(fit_predict(part, test)).argmax(1)==y[test]
                 sizes[i].append((len(part), len(np.unique(codes[part]))))
                 fewest = min(fewest, pd.Series(codes[part]).groupby(y[part]).nunique().min())
-    return _curve(wanted, hits, [np.mean(s, axis=0) for s in sizes], y, codes, k, fewest, times, n_boot, confidence, seed)
+    return _curve(wanted, hits, [np.mean(s, axis=0) for s in sizes], y, codes, k, fewest, times, n_boot, confidence,
+                  seed)
 
+# %% ../../nbs/40_evaluate/30_importance.ipynb #dbb71950
 def _curve(shares, hits, sizes, y, codes, k, fewest, times, n_boot, confidence, seed):
     "Table and forecast from right (1) and wrong (0) photos, (shares, draws, photos)"
     sums,truth = _by_group(hits, y, codes, k), _by_group(np.ones(len(y)), y, codes, k)
-    rng,draws,photos = np.random.default_rng(derive_seed(seed, 'draws')), hits.shape[1], np.array([s[0] for s in sizes])
+    rng = np.random.default_rng(derive_seed(seed, 'draws'))
+    draws = hits.shape[1]
+    photos = np.array([s[0] for s in sizes])
     many = np.concatenate([_class_mean(w, sums, truth) for w in group_weights(len(truth), n_boot, seed)])
     scores = np.take_along_axis(many, rng.integers(0, draws, (len(many), len(shares), 1)), axis=2)[...,0]
     seen = _class_mean(np.ones((1,len(truth))), sums, truth)[0].mean(1)
     per_class = (truth>0).sum(0)
     even = max(1, math.floor((per_class>0).sum()**2/(1/per_class[per_class>0]).sum()))
-    limit = share_interval(np.ones(even), n_boot=20, confidence=confidence).low # no claim beyond what so many groups allow
+    # no claim beyond what so many groups allow
+    limit = share_interval(np.ones(even), n_boot=20, confidence=confidence).low
     low,high = np.quantile(scores, [(1-confidence)/2, (1+confidence)/2], axis=0)
-    table = pd.DataFrame({'photos': photos, 'groups': [s[1] for s in sizes], 'value': seen, 'low': np.minimum(low, limit), 'high': np.maximum(high, 1-limit)},
+    table = pd.DataFrame({'photos': photos, 'groups': [s[1] for s in sizes], 'value': seen,
+                          'low': np.minimum(low, limit), 'high': np.maximum(high, 1-limit)},
                          index=pd.Index(shares, name='share'))
     wrong = len(np.unique(codes[hits[-1,0]==0]))
     if len(shares)<3: forecast,reason = None,'three shares at least are needed'
-    elif wrong<5: forecast,reason = None,f'{wrong or "no"} group{"s"*(wrong>1)} {"were" if wrong>1 else "was"} ever wrong, so there is hardly an error left to fall'
+    elif wrong<5:
+        forecast = None
+        reason = (f'{wrong or "no"} group{"s"*(wrong>1)} {"were" if wrong>1 else "was"} ever wrong, so there is hardly '
+                  f'an error left to fall')
     elif fewest<2: forecast,reason = None,'the smallest training sets had one group only of some class'
     else: forecast,reason = _forecast(photos, seen, scores, times, confidence, seed)
     return LearningCurve(table, forecast, reason, times, len(y), len(truth))
@@ -330,7 +377,8 @@ class Neighbours:
     def sentence(self, y_test:ArrayLike, y_train:ArrayLike, groups:ArrayLike|None=None) -> str:
         "The same in words"
         x,n = self.agreement(y_test, y_train, groups), len(self.rows)
-        return f'The most similar training photo is of the same class for {round(x.value*n)} of {n:,} photos, {x.value:.0%} [{x.low:.0%}, {x.high:.0%}].'
+        return (f'The most similar training photo is of the same class for {round(x.value*n)} of {n:,} photos, '
+                f'{x.value:.0%} [{x.low:.0%}, {x.high:.0%}].')
 
     def plot(self,
         right:ArrayLike # (n,) bool: was the photo named rightly?
@@ -346,6 +394,7 @@ class Neighbours:
         ax.set_xlabel('similarity to the nearest training photo (upright line: median)', color=INK, fontsize=9)
         return fig
 
+# %% ../../nbs/40_evaluate/30_importance.ipynb #9201311d
 def nearest_training(
     X_test:np.ndarray|Mapping[str, np.ndarray], # (n, n_features), or blocks by name
     X_train:np.ndarray|Mapping[str, np.ndarray], # The same of the training photos
@@ -354,16 +403,20 @@ def nearest_training(
     "The training photos that are most like each photo"
     parts = [b if isinstance(b, Mapping) else {'features': np.asarray(b)} for b in (X_test, X_train)]
     if k<1: raise ConfigError(f'`k` must be at least 1, got {k}')
-    if set(parts[0])!=set(parts[1]): raise ConfigError(f'the blocks differ: {", ".join(parts[0])} and {", ".join(parts[1])}', code='bad_blocks', where='X_train')
+    if set(parts[0])!=set(parts[1]):
+        raise ConfigError(f'the blocks differ: {", ".join(parts[0])} and {", ".join(parts[1])}', code='bad_blocks',
+                          where='X_train')
     A,B = [], []
     for name,known in parts[1].items():
         new,known = np.asarray(parts[0][name], np.float64), np.asarray(known, np.float64)
         if new.ndim!=2 or known.ndim!=2 or new.shape[1]!=known.shape[1] or not len(known):
-            raise ConfigError(f'the block {name} has shapes {new.shape} and {known.shape}', code='bad_blocks', where='X_train')
+            raise ConfigError(f'the block {name} has shapes {new.shape} and {known.shape}', code='bad_blocks',
+                              where='X_train')
         mean,scale = known.mean(0), known.std(0)
         weight = np.where(scale>1e-9, 1/np.where(scale>1e-9, scale, 1), 0)/math.sqrt(known.shape[1])
         A.append((new-mean)*weight); B.append((known-mean)*weight)
     a,b = (np.hstack(z) for z in (A, B))
-    like = (a/np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12))@(b/np.maximum(np.linalg.norm(b, axis=1, keepdims=True), 1e-12)).T
+    like = (a/np.maximum(np.linalg.norm(a, axis=1, keepdims=True),
+                         1e-12))@(b/np.maximum(np.linalg.norm(b, axis=1, keepdims=True), 1e-12)).T
     rows = np.argsort(-like, axis=1, kind='stable')[:,:k]
     return Neighbours(rows, np.take_along_axis(like, rows, 1))

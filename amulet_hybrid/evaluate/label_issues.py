@@ -21,14 +21,20 @@ def _check(labels, proba, classes):
     names = [str(c) for c in classes]
     p = np.asarray(proba, dtype=np.float64)
     given = pd.Series(np.asarray(labels)).astype(str)
-    if len(names)<2 or len(set(names))<len(names): raise ConfigError(f'at least two class names are needed, each once; got {names}', where='classes')
+    if len(names)<2 or len(set(names))<len(names):
+        raise ConfigError(f'at least two class names are needed, each once; got {names}', where='classes')
     if not len(given) or p.shape!=(len(given), len(names)):
-        raise ConfigError(f'{len(given)} labels and {len(names)} classes need probabilities of that shape, got {p.shape}', code='bad_arrays', where='proba')
-    if unknown := sorted(set(given)-set(names)): raise ConfigError(f'{unknown[0]!r} is no class', code='bad_arrays', where='labels', advice=f'Known: {", ".join(names)}')
+        raise ConfigError(f'{len(given)} labels and {len(names)} classes need probabilities of that shape, got '
+                          f'{p.shape}', code='bad_arrays', where='proba')
+    if unknown := sorted(set(given)-set(names)):
+        raise ConfigError(f'{unknown[0]!r} is no class', code='bad_arrays', where='labels',
+                          advice=f'Known: {", ".join(names)}')
     if not np.isfinite(p).all():
-        raise ConfigError('some probabilities are not finite', code='bad_arrays', where='proba', advice='A photo that was in no fold has none: leave it out')
+        raise ConfigError('some probabilities are not finite', code='bad_arrays', where='proba',
+                          advice='A photo that was in no fold has none: leave it out')
     if p.min() < -1e-6 or np.abs(p.sum(1)-1).max() > 1e-3:
-        raise ConfigError(f'probabilities must not be negative and must sum to 1 in each row; the lowest is {p.min():.4g}, the largest sum {p.sum(1).max():.4g}',
+        raise ConfigError(f'probabilities must not be negative and must sum to 1 in each row; the lowest is '
+                          f'{p.min():.4g}, the largest sum {p.sum(1).max():.4g}',
                           code='bad_arrays', where='proba')
     return pd.Categorical(given, names).codes.astype(int), np.clip(p, 0, None)
 
@@ -37,10 +43,12 @@ def _confident(y, p):
     "Class that each photo passes for, -1 where it passes for none"
     k = p.shape[1]
     there = np.bincount(y, minlength=k) > 0
-    threshold = np.array([max(p[y==c,c].mean(), 1/k) if there[c] else np.inf for c in range(k)]) # below chance nobody passes for anything
+    # below chance nobody passes for anything
+    threshold = np.array([max(p[y==c,c].mean(), 1/k) if there[c] else np.inf for c in range(k)])
     passes = np.where(p >= threshold-1e-12, p, -1)
     return np.where(passes.max(1) >= 0, passes.argmax(1), -1)
 
+# %% ../../nbs/40_evaluate/40_label_issues.ipynb #0630eaa1
 def confident_joint(
     labels:ArrayLike, # (n,) given names
     proba:ArrayLike, # (n, classes) out-of-fold probabilities
@@ -53,16 +61,20 @@ def confident_joint(
     counts = np.zeros((k,k))
     np.add.at(counts, (y[guess>=0], guess[guess>=0]), 1)
     rows = counts.sum(1, keepdims=True)
-    share = np.where(rows > 0, counts/np.maximum(rows, 1), np.eye(k)) # a class of which nothing is sure is taken as it is
+    # a class of which nothing is sure is taken as it is
+    share = np.where(rows > 0, counts/np.maximum(rows, 1), np.eye(k))
     names = [str(c) for c in classes]
-    return pd.DataFrame(share*n[:,None]/n.sum(), index=pd.Index(names, name='given'), columns=pd.Index(names, name='true'))
+    return pd.DataFrame(share*n[:,None]/n.sum(), index=pd.Index(names, name='given'),
+                        columns=pd.Index(names, name='true'))
 
 # %% ../../nbs/40_evaluate/40_label_issues.ipynb #22957137
 def label_noise(
     labels:ArrayLike, # (n,) given names
     proba:ArrayLike, # (n, classes) out-of-fold probabilities
     classes:Sequence[str] # Names of the columns
-) -> pd.DataFrame: # Index class and, last, 'all': `photos`, `noise` (share 0..1 that may be something else), `mostly` (what they may be most often)
+# Index class and, last, 'all': `photos`, `noise` (share 0..1 that may be something else), `mostly` (what they may be
+# most often)
+) -> pd.DataFrame:
     "How many photos of each class may bear a wrong name"
     joint = confident_joint(labels, proba, classes)
     names,n = list(joint.index), len(np.asarray(labels))
@@ -71,7 +83,8 @@ def label_noise(
     noise = wrong.sum(1)/np.maximum(joint.sum(axis=1).to_numpy(), 1e-12)
     mostly = [names[i] if w[i] > 0 else '' for w,i in zip(wrong, wrong.argmax(1))]
     rows = pd.DataFrame({'photos': photos, 'noise': noise, 'mostly': mostly}, index=pd.Index(names, name='class'))
-    return pd.concat([rows, pd.DataFrame({'photos': [n], 'noise': [wrong.sum()], 'mostly': ['']}, index=pd.Index(['all'], name='class'))])
+    return pd.concat([rows, pd.DataFrame({'photos': [n], 'noise': [wrong.sum()], 'mostly': ['']},
+                                         index=pd.Index(['all'], name='class'))])
 
 # %% ../../nbs/40_evaluate/40_label_issues.ipynb #ab07ee8c
 FLOOR,OTHER_WEIGHT,CLASS_WEIGHT,PRIOR_PHOTOS = .1, .5, .25, 10
@@ -85,6 +98,7 @@ def _to_shares(p, share, steps=50):
         factor += np.log(np.maximum(share, 1e-9)/np.maximum(q.mean(0), 1e-9))
     return q
 
+# %% ../../nbs/40_evaluate/40_label_issues.ipynb #3127ea3f
 def _class_noise(y, guess, k):
     "Log odds that a photo of each class bears a wrong name, small classes drawn towards the whole"
     n,bad = np.bincount(y, minlength=k), np.zeros(k)
@@ -95,11 +109,14 @@ def _class_noise(y, guess, k):
     share = (bad+PRIOR_PHOTOS*bad.sum()/n.sum()+1e-3)/(n+PRIOR_PHOTOS+2e-3)
     return np.log(share/(1-share))
 
+# %% ../../nbs/40_evaluate/40_label_issues.ipynb #d072ff4a
 def find_label_issues(
     labels:ArrayLike, # (n,) given names
     proba:ArrayLike, # (n, classes) out-of-fold probabilities
     classes:Sequence[str] # Names of the columns
-) -> pd.DataFrame: # `row`, `given`, `suggested`, `probability_given`, `probability_suggested`, `score`, `suspect`; all photos, the most suspicious first
+# `row`, `given`, `suggested`, `probability_given`, `probability_suggested`, `score`, `suspect`; all photos, the most
+# suspicious first
+) -> pd.DataFrame:
     "All photos in the order in which their labels should be looked at"
     y,p = _check(labels, proba, classes)
     rows,k = np.arange(len(y)), p.shape[1]
@@ -108,9 +125,11 @@ def find_label_issues(
     others = fair.copy()
     others[rows,y] = -1
     best = others.argmax(1)
-    score = OTHER_WEIGHT*np.log(fair[rows,best]+FLOOR) - np.log(fair[rows,y]+FLOOR) + CLASS_WEIGHT*_class_noise(y, guess, k)[y]
+    score = OTHER_WEIGHT*np.log(fair[rows,best]+FLOOR) - np.log(fair[rows,y]+FLOOR) + CLASS_WEIGHT*_class_noise(y,
+            guess, k)[y]
     suspect = (guess >= 0) & (guess!=y) & (fair[rows,best] > fair[rows,y])
-    table = pd.DataFrame({'row': rows, 'given': names[y], 'suggested': names[best], 'probability_given': fair[rows,y], 'probability_suggested': fair[rows,best],
+    table = pd.DataFrame({'row': rows, 'given': names[y], 'suggested': names[best], 'probability_given': fair[rows,y],
+                          'probability_suggested': fair[rows,best],
                           'score': score, 'suspect': suspect})
     return table.sort_values('score', ascending=False, kind='stable', ignore_index=True)
 
@@ -124,7 +143,9 @@ def neighbours(
 ) -> np.ndarray: # At most `n` rows, the nearest first; never `row` itself
     "Photos of a class that are most like one photo (cosine)"
     X,given = np.asarray(features, dtype=np.float32), np.asarray(labels).astype(str)
-    if X.ndim!=2 or len(X)!=len(given): raise ConfigError(f'{len(given)} labels need as many rows of features, got {X.shape}', code='bad_arrays', where='features')
+    if X.ndim!=2 or len(X)!=len(given):
+        raise ConfigError(f'{len(given)} labels need as many rows of features, got {X.shape}', code='bad_arrays',
+                          where='features')
     if not 0 <= row < len(X): raise ConfigError(f'there is no row {row}; rows are 0..{len(X)-1}', where='row')
     rows = np.flatnonzero(given==str(wanted))
     rows = rows[rows!=row]

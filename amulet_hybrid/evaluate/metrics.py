@@ -39,19 +39,25 @@ class Interval:
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #e5fea5fb
 def _refuse(message, where, advice=''): raise ConfigError(message, code='bad_arrays', where=where, advice=advice)
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #ec5d343d
 def _check(y_true, proba, classes, groups=None):
     "Labels, probabilities, group numbers 0..n_groups-1 and the number of groups"
     y,p = np.asarray(y_true), np.asarray(proba, dtype=np.float64)
-    if y.ndim!=1 or not len(y): _refuse(f'one label a photo is needed, and at least one photo; got an array of shape {y.shape}', 'y_true')
+    if y.ndim!=1 or not len(y):
+        _refuse(f'one label a photo is needed, and at least one photo; got an array of shape {y.shape}', 'y_true')
     if not np.issubdtype(y.dtype, np.integer):
-        _refuse(f'labels must be whole numbers, got {y.dtype}', 'y_true', 'Make them so with `pd.Categorical(labels, classes).codes`')
+        _refuse(f'labels must be whole numbers, got {y.dtype}', 'y_true',
+                'Make them so with `pd.Categorical(labels, classes).codes`')
     k = len(classes)
-    if k<2 or len(set(classes))<k: _refuse(f'at least two class names are needed, each once; got {list(classes)}', 'classes')
+    if k<2 or len(set(classes))<k:
+        _refuse(f'at least two class names are needed, each once; got {list(classes)}', 'classes')
     if y.min()<0 or y.max()>=k: _refuse(f'labels must be in 0..{k-1}, got {y.min()}..{y.max()}', 'y_true')
-    if p.shape!=(len(y),k): _refuse(f'{len(y)} photos and {k} classes need the shape {(len(y),k)}, got {p.shape}', 'proba')
+    if p.shape!=(len(y),k):
+        _refuse(f'{len(y)} photos and {k} classes need the shape {(len(y),k)}, got {p.shape}', 'proba')
     if not np.isfinite(p).all() or p.min() < -1e-6: _refuse('probabilities must be finite and not negative', 'proba')
     if (off := np.abs(p.sum(1)-1)).max() > 1e-3:
-        _refuse(f'each row must sum to 1; row {off.argmax()} sums to {p[off.argmax()].sum():.4g}', 'proba', 'Scores are no probabilities: calibrate them first')
+        _refuse(f'each row must sum to 1; row {off.argmax()} sums to {p[off.argmax()].sum():.4g}', 'proba',
+                'Scores are no probabilities: calibrate them first')
     if groups is None: return y, p, np.arange(len(y)), len(y)
     if len(groups)!=len(y): _refuse(f'{len(y)} photos need as many group names, got {len(groups)}', 'groups')
     codes,names = pd.factorize(np.asarray(groups))
@@ -59,34 +65,46 @@ def _check(y_true, proba, classes, groups=None):
     return y, p, codes, len(names)
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #5e146fae
-OVERALL = ('accuracy', 'balanced_accuracy', 'macro_f1', 'mcc', 'top2_accuracy', 'top3_accuracy', 'log_loss', 'brier', 'augrc', 'ece', 'ece_classwise')
-SHARES = ('accuracy', 'balanced_accuracy', 'macro_f1', 'top2_accuracy', 'top3_accuracy') # of photos or means of them: more is better, never beyond 1
+OVERALL = ('accuracy', 'balanced_accuracy', 'macro_f1', 'mcc', 'top2_accuracy', 'top3_accuracy', 'log_loss', 'brier',
+           'augrc', 'ece', 'ece_classwise')
+# of photos or means of them: more is better, never beyond 1
+SHARES = ('accuracy', 'balanced_accuracy', 'macro_f1', 'top2_accuracy', 'top3_accuracy')
 _SUMS = OVERALL[:8] # what follows from sums
 
 def _tally(y, p, codes, n_groups):
     "One row a group: right, true and called photos of each class, those whose class comes second or third at worst, both losses"
-    rows,k,called = np.arange(len(y)), p.shape[1], p.argmax(1)
+    rows = np.arange(len(y))
+    k = p.shape[1]
+    called = p.argmax(1)
     eye = np.eye(k)
-    truth,calls,right = eye[y], eye[called], y==called
+    truth = eye[y]
+    calls = eye[called]
+    right = y==called
     place = (np.argsort(-p, axis=1, kind='stable')==y[:,None]).argmax(1)
     terms = np.column_stack([place<2, place<3, -np.log(np.clip(p[rows,y], 1e-12, 1)), ((p-truth)**2).sum(1)])
     sums = np.zeros((n_groups, 3*k+4))
     np.add.at(sums, codes, np.hstack([truth*right[:,None], truth, calls, terms]))
     return sums
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #af84ee15
 def _figures(
     sums:np.ndarray, # (..., columns of `_tally`)
     k:int # Number of classes
 ) -> tuple[np.ndarray, np.ndarray]: # (..., 8) the first of `OVERALL`; (..., 3, k) precision, recall, F1
     "All figures from sums of tallies"
-    right,truth,calls,rest = sums[...,:k], sums[...,k:2*k], sums[...,2*k:3*k], sums[...,3*k:]
+    right = sums[...,:k]
+    truth = sums[...,k:2*k]
+    calls = sums[...,2*k:3*k]
+    rest = sums[...,3*k:]
     n,there = truth.sum(-1), truth>0
-    with np.errstate(divide='ignore', invalid='ignore'): per_class = np.stack([right/calls, right/truth, 2*right/(truth+calls)], axis=-2)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        per_class = np.stack([right/calls, right/truth, 2*right/(truth+calls)], axis=-2)
     per_class = np.where(there[...,None,:], per_class, np.nan)
     means = np.where(there[...,None,:], per_class[...,1:,:], 0).sum(-1)/there.sum(-1)[...,None]
     hits,spread = right.sum(-1), (n**2-(calls**2).sum(-1))*(n**2-(truth**2).sum(-1))
     mcc = np.where(spread>0, hits*n-(calls*truth).sum(-1), 0)/np.sqrt(np.where(spread>0, spread, 1))
-    return np.stack([hits/n, means[...,0], means[...,1], mcc, *np.moveaxis(rest/n[...,None], -1, 0)], axis=-1), per_class
+    return np.stack([hits/n, means[...,0], means[...,1], mcc, *np.moveaxis(rest/n[...,None], -1, 0)],
+                    axis=-1), per_class
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #beb1fd86
 def _by_confidence(y, p, codes):
@@ -97,6 +115,7 @@ def _by_confidence(y, p, codes):
     at = np.flatnonzero(wrong[order])
     return codes[order], at, first[which][at], (first+count)[which][at]
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #88ce5270
 def _augrc(
     weights:np.ndarray, # (..., groups) how often each is drawn
     ranks:tuple # As from `_by_confidence`
@@ -120,6 +139,7 @@ def group_weights(
         drawn = rng.integers(0, n_groups, (b,n_groups)) + np.arange(b)[:,None]*n_groups
         yield np.bincount(drawn.ravel(), minlength=b*n_groups).reshape(b, n_groups).astype(float)
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #cd78fcd7
 def _resample(
     tally:np.ndarray, # (groups, columns)
     n_boot:int, # How many resamples
@@ -139,6 +159,7 @@ def _perfect_low(
     "Lower end (Clopper-Pearson) of a share when all of `n` are right"
     return ((1-confidence)/2)**(1/n) if n else 0.
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #146b1133
 def _limits(
     samples:np.ndarray, # (n_boot,), NaN where undefined
     confidence:float, # E.g. 0.95
@@ -152,10 +173,12 @@ def _limits(
     limit = _perfect_low(n, confidence)
     return min(low, limit), max(high, 1-limit)
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #137118c9
 def _mcc_limits(samples, confidence, n, k):
     low,high = _limits((samples*(k-1)+1)/k, confidence, n) # as if it were a mean recall of k classes
     return (k*low-1)/max(1, k-1), (k*high-1)/max(1, k-1)
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #bd9002bb
 def _augrc_limits(samples, confidence, n):
     (low,high),limit = _limits(samples, confidence), _perfect_low(n, confidence)
     return min(low, limit**2/2), max(high, (1-limit)/2)
@@ -164,8 +187,10 @@ def _augrc_limits(samples, confidence, n):
 @dataclass(frozen=True, eq=False)
 class Metrics:
     "What a test on `n` photos of `n_groups` groups says about a classifier"
-    overall:pd.DataFrame # Index as in `OVERALL`, without what so few classes cannot have; columns `value`, `low`, `high`
-    per_class:pd.DataFrame # Index class; `precision`, `recall`, `f1`, each with `_low` and `_high`; `support` (photos), `groups`
+    # Index as in `OVERALL`, without what so few classes cannot have; columns `value`, `low`, `high`
+    overall:pd.DataFrame
+    # Index class; `precision`, `recall`, `f1`, each with `_low` and `_high`; `support` (photos), `groups`
+    per_class:pd.DataFrame
     confusion:np.ndarray # (classes, classes) photos; rows are the truth
     n:int # Photos
     n_groups:int # Groups that were drawn as one
@@ -181,22 +206,29 @@ class Metrics:
     def to_dict(self) -> dict: # What JSON can hold; None where undefined
         "All figures as plain values"
         rows = self.per_class.astype(object).where(self.per_class.notna(), None).to_dict('index')
-        return {'n': self.n, 'n_groups': self.n_groups, 'confidence': self.confidence, 'overall': {k: self.interval(k).to_dict() for k in self.overall.index},
-                'per_class': rows, 'classes': list(self.per_class.index), 'confusion': self.confusion.tolist(), 'confusion_shares': self.shares.tolist(),
+        return {'n': self.n, 'n_groups': self.n_groups, 'confidence': self.confidence,
+                'overall': {k: self.interval(k).to_dict() for k in self.overall.index},
+                'per_class': rows, 'classes': list(self.per_class.index), 'confusion': self.confusion.tolist(),
+                'confusion_shares': self.shares.tolist(),
                 'calibration': self.calibration.to_dict()}
 
     @property
-    def shares(self) -> np.ndarray: # (classes, classes) each row sums to 1, or to 0 where the test has no photo of the class
+    # (classes, classes) each row sums to 1, or to 0 where the test has no photo of the class
+    def shares(self) -> np.ndarray:
         "`confusion` as shares of the true class"
         return self.confusion/np.maximum(self.confusion.sum(1, keepdims=True), 1)
 
-    def __repr__(self): return f'Metrics({count_words(self.n, self.n_groups)}, balanced accuracy {self.interval("balanced_accuracy")})'
+    def __repr__(self):
+        return f'Metrics({count_words(self.n, self.n_groups)}, balanced accuracy {self.interval("balanced_accuracy")})'
 
     def _repr_html_(self):
         table = self.per_class[['support', 'groups']].copy()
-        for k in ('precision', 'recall', 'f1'): table[k] = [str(Interval(*row)) for row in self.per_class[[k, f'{k}_low', f'{k}_high']].to_numpy()]
-        head = pd.DataFrame({'': [str(self.interval(k)) for k in self.overall.index]}, index=list(self.overall.index)).to_html(border=0)
-        return f'<p>{html.escape(count_words(self.n, self.n_groups))}; ranges of {self.confidence:.0%}</p>{head}{table.to_html(border=0)}'
+        for k in ('precision', 'recall', 'f1'):
+            table[k] = [str(Interval(*row)) for row in self.per_class[[k, f'{k}_low', f'{k}_high']].to_numpy()]
+        head = pd.DataFrame({'': [str(self.interval(k)) for k in self.overall.index]},
+                            index=list(self.overall.index)).to_html(border=0)
+        return (f'<p>{html.escape(count_words(self.n, self.n_groups))}; ranges of '
+                f'{self.confidence:.0%}</p>{head}{table.to_html(border=0)}')
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #efd461ea
 def count_words(
@@ -207,6 +239,7 @@ def count_words(
     photos = f'{n:,} photo'+'s'*(n!=1)
     return photos if n==n_groups else f'{photos} in {n_groups:,} group'+'s'*(n_groups!=1)
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #da48ba25
 def _class_table(tally, classes, per_class, samples, confidence):
     "The frame of `Metrics.per_class`"
     k = len(classes)
@@ -214,11 +247,13 @@ def _class_table(tally, classes, per_class, samples, confidence):
     groups = {'precision': calls.sum(0), 'recall': truth.sum(0), 'f1': (truth|calls).sum(0)}
     table = {}
     for i,(name,n) in enumerate(groups.items()):
-        ends = [_limits(samples[:,i,c], confidence, n[c]) if not np.isnan(per_class[i,c]) else (math.nan, math.nan) for c in range(k)]
+        ends = [_limits(samples[:,i,c], confidence, n[c]) if not np.isnan(per_class[i,c]) else (math.nan, math.nan)
+                for c in range(k)]
         table |= {name: per_class[i], f'{name}_low': [e[0] for e in ends], f'{name}_high': [e[1] for e in ends]}
     table |= {'support': tally[:,k:2*k].sum(0).astype(int), 'groups': groups['recall']}
     return pd.DataFrame(table, index=pd.Index(list(classes), name='class'))
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #163b11e4
 def _effective_groups(tally, k):
     "Groups behind each of `SHARES`: all, and for class means those of an even test that is as precise"
     per_class = (tally[:,k:2*k]>0).sum(0)
@@ -230,6 +265,7 @@ def _check_bootstrap(n_boot, confidence):
     if n_boot<20: raise ConfigError(f'`n_boot` must be at least 20, got {n_boot}')
     if not 0 < confidence < 1: raise ConfigError(f'`confidence` must be between 0 and 1, got {confidence}')
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #151a928b
 def evaluate_predictions(
     y_true:ArrayLike, # (n,) indices into `classes`
     proba:np.ndarray, # (n, classes) probabilities, rows sum to 1
@@ -242,20 +278,25 @@ def evaluate_predictions(
     "Figures of a classifier on test photos, each with an interval"
     _check_bootstrap(n_boot, confidence)
     y,p,codes,n_groups = _check(y_true, proba, classes, groups)
-    k,tally,ranks = len(classes), _tally(y, p, codes, n_groups), _by_confidence(y, p, codes)
+    k = len(classes)
+    tally = _tally(y, p, codes, n_groups)
+    ranks = _by_confidence(y, p, codes)
     sums,areas = _resample(tally, n_boot, seed, ranks)
     (overall,per_class),(many,many_classes) = _figures(tally.sum(0), k), _figures(sums, k)
     n_all,n_even,_ = _effective_groups(tally, k)
-    behind = {'accuracy': n_all, 'top2_accuracy': n_all, 'top3_accuracy': n_all, 'balanced_accuracy': n_even, 'macro_f1': n_even}
+    behind = {'accuracy': n_all, 'top2_accuracy': n_all, 'top3_accuracy': n_all, 'balanced_accuracy': n_even,
+              'macro_f1': n_even}
     rows = {name: (overall[i], *_limits(many[:,i], confidence, behind.get(name))) for i,name in enumerate(_SUMS)}
     rows['mcc'] = (overall[3], *_mcc_limits(many[:,3], confidence, n_even, int((tally[:,k:2*k].sum(0)>0).sum())))
     rows['augrc'] = (float(_augrc(np.ones(n_groups), ranks)), *_augrc_limits(areas, confidence, n_all))
     calibration = evaluate_calibration(p, y, codes, n_boot=min(n_boot, 1000), confidence=confidence, seed=seed)
     for name in ('ece', 'ece_classwise'): rows[name] = tuple(calibration.figures.loc[name])
     names = [name for name in OVERALL if not (name.startswith('top') and k<=int(name[3]))]
-    table = pd.DataFrame([rows[name] for name in names], columns=['value', 'low', 'high'], index=pd.Index(names, name='figure'))
+    table = pd.DataFrame([rows[name] for name in names], columns=['value', 'low', 'high'],
+                         index=pd.Index(names, name='figure'))
     confusion = np.bincount(y*k + p.argmax(1), minlength=k*k).reshape(k, k)
-    return Metrics(table, _class_table(tally, classes, per_class, many_classes, confidence), confusion, len(y), n_groups, confidence, calibration)
+    return Metrics(table, _class_table(tally, classes, per_class, many_classes, confidence), confusion, len(y),
+                   n_groups, confidence, calibration)
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #2e56ebd3
 def paired_difference(
@@ -312,20 +353,28 @@ def risk_coverage(
     n_boot:int=1000, # Resamples
     confidence:float=.95, # Of the intervals
     seed:int=0 # Same seed, same intervals
-) -> pd.DataFrame: # Index `refused`; `threshold` (least confidence that is named), `photos` (named), `wrong` (share of these), `low`, `high`
+# Index `refused`; `threshold` (least confidence that is named), `photos` (named), `wrong` (share of these), `low`,
+# `high`
+) -> pd.DataFrame:
     "What is wrong among the photos that are named, the surest first"
     _check_bootstrap(n_boot, confidence)
     shares = np.asarray(refused, float)
-    if not len(shares) or shares.min()<0 or shares.max()>=1: raise ConfigError(f'`refused` must be shares from 0 to below 1, got {list(refused)}')
+    if not len(shares) or shares.min()<0 or shares.max()>=1:
+        raise ConfigError(f'`refused` must be shares from 0 to below 1, got {list(refused)}')
     y,p,codes,n_groups = _check(y_true, proba, range(np.asarray(proba).shape[-1]), groups)
     order = np.argsort(-p.max(1), kind='stable')
-    codes,wrong,top = codes[order], (p.argmax(1)!=y)[order], p.max(1)[order]
+    codes = codes[order]
+    wrong = (p.argmax(1)!=y)[order]
+    top = p.max(1)[order]
     parts = [_risks(w, codes, wrong, 1-shares) for w in group_weights(n_groups, n_boot, seed, len(y))]
     (value,),samples = _risks(np.ones((1,n_groups)), codes, wrong, 1-shares), np.concatenate(parts)
     named = [max(1, math.floor((1-share)*len(y)+1e-9)) for share in shares]
-    rows = [(top[m-1], m, value[i], *_limits(samples[:,i], confidence, len(np.unique(codes[:m])))) for i,m in enumerate(named)]
-    return pd.DataFrame(rows, columns=['threshold', 'photos', 'wrong', 'low', 'high'], index=pd.Index(shares, name='refused'))
+    rows = [(top[m-1], m, value[i], *_limits(samples[:,i], confidence, len(np.unique(codes[:m]))))
+            for i,m in enumerate(named)]
+    return pd.DataFrame(rows, columns=['threshold', 'photos', 'wrong', 'low', 'high'],
+                        index=pd.Index(shares, name='refused'))
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #4209b02d
 def _risks(weights, codes, wrong, coverage):
     "(resamples, coverages) share of wrong ones among the surest photos"
     w = weights[:,codes]
@@ -334,6 +383,7 @@ def _risks(weights, codes, wrong, coverage):
     there = np.take_along_axis(named, last, 1)
     return np.where(there>0, np.take_along_axis(errors, last, 1)/np.maximum(there, 1e-12), np.nan)
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #2f86baf0
 def plot_risk(
     table:pd.DataFrame # As from `amulet_hybrid.evaluate.metrics.risk_coverage`
 ): # matplotlib Figure
@@ -346,6 +396,7 @@ def plot_risk(
     ax.set(xlim=(0, refused.max()), ylim=(0, 105*max(float(table.high.max()), .01)))
     return _named_axes(fig, ax, '% of photos that it refuses, the least sure first', '% wrong among the rest')
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #2ed70257
 def _named_axes(fig, ax, below, beside):
     ax.grid(True, color='#e8edf1')
     ax.set_xlabel(below, color=INK, fontsize=9)
@@ -356,11 +407,13 @@ def _named_axes(fig, ax, below, beside):
 def _group_sums(values, groups):
     "Sums of the rows of `values` over groups"
     codes,names = (np.arange(len(values)), range(len(values))) if groups is None else pd.factorize(np.asarray(groups))
-    if len(codes)!=len(values) or not len(values) or codes.min()<0: _refuse(f'{len(values)} values need as many group names, got {len(codes)}', 'groups')
+    if len(codes)!=len(values) or not len(values) or codes.min()<0:
+        _refuse(f'{len(values)} values need as many group names, got {len(codes)}', 'groups')
     sums = np.zeros((len(names), *np.shape(values)[1:]))
     np.add.at(sums, codes, values)
     return sums
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #bd46f11e
 def share_interval(
     hits:ArrayLike, # (n,) bool
     groups:ArrayLike|None=None, # (n,) names; None: each photo alone
@@ -375,6 +428,7 @@ def share_interval(
     many = np.concatenate([w@sums for w in group_weights(len(sums), n_boot, seed)])
     return Interval(float(h.mean()), *map(float, _limits(many[:,0]/many[:,1], confidence, len(sums))))
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #99f7ac1e
 def auroc_interval(
     known:ArrayLike, # (n,) scores of known photos
     strangers:ArrayLike, # (m,) scores of strangers, which should be higher
@@ -387,12 +441,15 @@ def auroc_interval(
     "Share of pairs of a known photo and a stranger that the score puts in the right order"
     _check_bootstrap(n_boot, confidence)
     a,b = np.asarray(known, float), np.asarray(strangers, float)
-    order = _group_sums(_group_sums((a[:,None]<b) + .5*(a[:,None]==b), groups).T, stranger_groups).T # pairs won by groups
+    # pairs won by groups
+    order = _group_sums(_group_sums((a[:,None]<b) + .5*(a[:,None]==b), groups).T, stranger_groups).T
     n,m = _group_sums(np.ones((len(a),1)), groups)[:,0], _group_sums(np.ones((len(b),1)), stranger_groups)[:,0]
-    v,w = (np.concatenate(list(group_weights(len(x), n_boot, derive_seed(seed, name)))) for x,name in ((n, 'known'), (m, 'strangers')))
+    v,w = (np.concatenate(list(group_weights(len(x), n_boot, derive_seed(seed, name))))
+           for x,name in ((n, 'known'), (m, 'strangers')))
     samples = ((v@order)*w).sum(1)/((v@n)*(w@m))
     return Interval(float(order.sum()/len(a)/len(b)), *map(float, _limits(samples, confidence, min(len(n), len(m)))))
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #9683552e
 def plot_roc(
     known:ArrayLike, # (n,) scores of known photos, higher is stranger
     strangers:ArrayLike, # (m,) scores of strangers
@@ -416,25 +473,30 @@ def _either(y_true, predicted, classes):
         found = np.asarray(labels)
         if np.issubdtype(found.dtype, np.integer): return found
         names = [str(c) for c in classes]
-        if unknown := sorted(set(found.astype(str).tolist())-set(names)): _refuse(f'{unknown[0]!r} is no class', where, f'Known: {", ".join(names)}')
+        if unknown := sorted(set(found.astype(str).tolist())-set(names)):
+            _refuse(f'{unknown[0]!r} is no class', where, f'Known: {", ".join(names)}')
         return pd.Categorical(found.astype(str), names).codes.astype(int)
     y,p = indices(y_true, 'y_true'), np.asarray(predicted)
     if p.ndim==2: return y,p,True
     said = indices(predicted, 'predicted')
-    if len(said) and (said.min()<0 or said.max()>=len(classes)): _refuse(f'labels must be in 0..{len(classes)-1}, got {said.min()}..{said.max()}', 'predicted')
+    if len(said) and (said.min()<0 or said.max()>=len(classes)):
+        _refuse(f'labels must be in 0..{len(classes)-1}, got {said.min()}..{said.max()}', 'predicted')
     return y, np.eye(len(classes))[said], False
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #6c9e77b6
 def compute_per_class_metrics(
     y_true:ArrayLike, # (n,) class indices or names
     predicted:ArrayLike, # (n, classes) probabilities, or (n,) indices or names
     classes:Sequence[str], # Class names in the order of the columns
     groups:ArrayLike|None=None, # (n,) names; None: each photo alone
     **settings:Any # `n_boot`, `confidence` and `seed` of `evaluate_predictions`
-) -> pd.DataFrame: # Index class; `precision`, `recall`, `f1`, each with `_low` and `_high`; `support` (photos), `groups`
+# Index class; `precision`, `recall`, `f1`, each with `_low` and `_high`; `support` (photos), `groups`
+) -> pd.DataFrame:
     "How each class fares, each figure with its interval"
     y,p,_ = _either(y_true, predicted, classes)
     return evaluate_predictions(y, p, classes, groups, **settings).per_class
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #aca8f1fe
 def print_report(
     y_true:ArrayLike, # (n,) class indices or names
     predicted:ArrayLike, # (n, classes) probabilities, or (n,) indices or names
@@ -447,46 +509,59 @@ def print_report(
     y,p,sure = _either(y_true, predicted, classes)
     m = evaluate_predictions(y, p, classes, groups, **settings)
     table = pd.DataFrame({'photos': m.per_class['support'], 'groups': m.per_class['groups']})
-    for k in ('precision', 'recall', 'f1'): table[k] = [str(Interval(*row)) if row[0]==row[0] else '-' for row in m.per_class[[k, f'{k}_low', f'{k}_high']].to_numpy()]
+    for k in ('precision', 'recall', 'f1'):
+        table[k] = [str(Interval(*row)) if row[0]==row[0] else '-'
+                    for row in m.per_class[[k, f'{k}_low', f'{k}_high']].to_numpy()]
     names = [k for k in m.overall.index if sure or k in ('accuracy', 'balanced_accuracy', 'macro_f1', 'mcc')]
-    lines = [f'{count_words(m.n, m.n_groups)}; ranges hold {m.confidence:.0%}', '', table.rename_axis(None).to_string(), '', *(f'{k:<18}  {m.interval(k)}' for k in names)]
+    lines = [f'{count_words(m.n, m.n_groups)}; ranges hold {m.confidence:.0%}', '',
+             table.rename_axis(None).to_string(), '', *(f'{k:<18}  {m.interval(k)}' for k in names)]
     print('\n'.join(lines), file=file)
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #2aa30485
 class PerformanceAnalyzer:
     "Metrics of your own, with the interval that whole groups give them"
     def __init__(self,
-        metrics:Mapping[str, Callable[[np.ndarray, np.ndarray], float]], # Name -> function of (n,) class indices and (n, classes) probabilities
+        # Name -> function of (n,) class indices and (n, classes) probabilities
+        metrics:Mapping[str, Callable[[np.ndarray, np.ndarray], float]],
         n_boot:int=500, # Resamples; each calls every metric once
         confidence:float=.95, # Of the intervals
         seed:int=0 # Same seed, same intervals
     ):
         _check_bootstrap(n_boot, confidence)
-        if not metrics or not all(map(callable, metrics.values())): raise ConfigError('`metrics` must be functions by name', advice="For example {'cost': lambda y, p: ...}")
-        self.metrics,self.n_boot,self.confidence,self.seed = dict(metrics), n_boot, confidence, seed
+        if not metrics or not all(map(callable, metrics.values())):
+            raise ConfigError('`metrics` must be functions by name', advice="For example {'cost': lambda y, p: ...}")
+        self.metrics = dict(metrics)
+        self.n_boot = n_boot
+        self.confidence = confidence
+        self.seed = seed
 
     def analyze(self,
         y_true:ArrayLike, # (n,) class indices
         proba:np.ndarray, # (n, classes) probabilities
         groups:ArrayLike|None=None # (n,) names; None: each photo alone
-    ) -> pd.DataFrame: # Index metric; `value`, `low`, `high` (NaN where all resamples agree), `resamples` from which it could be had
+    # Index metric; `value`, `low`, `high` (NaN where all resamples agree), `resamples` from which it could be had
+    ) -> pd.DataFrame:
         "Each metric on the test photos"
         y,p,codes,n_groups = _check(y_true, proba, range(np.asarray(proba).shape[-1]), groups)
         values = {name: self._value(metric, y, p) for name,metric in self.metrics.items()}
-        if bad := [f'{name!r}: {v}' for name,v in values.items() if isinstance(v, str)]: raise ConfigError(f'the metric {bad[0]}', code='bad_metric', where='metrics')
+        if bad := [f'{name!r}: {v}' for name,v in values.items() if isinstance(v, str)]:
+            raise ConfigError(f'the metric {bad[0]}', code='bad_metric', where='metrics')
         samples: dict[str, list[float]] = {name: [] for name in values}
         for weights in group_weights(n_groups, self.n_boot, self.seed, len(y)):
             for row in weights:
                 drawn = np.repeat(np.arange(len(y)), row[codes].astype(int))
                 for name,metric in self.metrics.items():
-                    if isinstance(v := self._value(metric, y[drawn], p[drawn]), float) and not math.isnan(v): samples[name].append(v)
-        self.table_ = pd.DataFrame([(values[k], *self._ends(found), len(found)) for k,found in samples.items()], columns=['value', 'low', 'high', 'resamples'],
+                    if isinstance(v := self._value(metric, y[drawn], p[drawn]), float) and not math.isnan(v):
+                        samples[name].append(v)
+        self.table_ = pd.DataFrame([(values[k], *self._ends(found), len(found)) for k,found in samples.items()],
+                                   columns=['value', 'low', 'high', 'resamples'],
                                    index=pd.Index(list(values), name='metric'))
         return self.table_
 
     def _value(self, metric, y, p) -> Any:
         try: return float(metric(y, p))
-        except Exception as error: return str(error) or type(error).__name__ # whatever a metric raises, it has no value here
+        # whatever a metric raises, it has no value here
+        except Exception as error: return str(error) or type(error).__name__
 
     def _ends(self, found): # none where it says nothing
         low,high = _limits(np.array(found), self.confidence) if len(found)>=20 else (0, 0)
@@ -494,6 +569,8 @@ class PerformanceAnalyzer:
 
     def section(self) -> tuple[str, str, pd.DataFrame]: # Title, text and table, as `evaluate(sections=...)` takes them
         "What `analyze` found, for the report"
-        rows = [(name, f'{r.value:.3f}', f'{r.low:.3f} to {r.high:.3f}' if r.low==r.low else 'none: all draws agree', int(r.resamples)) for name,r in self.table_.iterrows()]
-        return ('Metrics of your own', f'Each with a range that holds {self.confidence:.0%}, from {self.n_boot:,} draws of whole groups.',
+        rows = [(name, f'{r.value:.3f}', f'{r.low:.3f} to {r.high:.3f}' if r.low==r.low else 'none: all draws agree',
+                 int(r.resamples)) for name,r in self.table_.iterrows()]
+        return ('Metrics of your own',
+                f'Each with a range that holds {self.confidence:.0%}, from {self.n_boot:,} draws of whole groups.',
                 pd.DataFrame(rows, columns=['metric', 'seen', 'range', 'draws']).set_index('metric'))

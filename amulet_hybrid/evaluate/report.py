@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike
 from ..learn.calibration import plot_reliability, reliability
 from ..learn.conformal import SetReport, evaluate_sets
 from ..core import ConfigError, atomic_write
-from .metrics import (Interval, Metrics, PerformanceAnalyzer, auroc_interval, confusion_order, count_words, evaluate_predictions, paired_difference,
+from .metrics import (Interval, Metrics, PerformanceAnalyzer, auroc_interval, confusion_order,
+                                            count_words, evaluate_predictions, paired_difference,
                                    plot_risk, plot_roc, risk_coverage, share_interval)
 from ..base.html import INK, cell_text, figure_source, quiet_figure, render_page, section_parts, short_name, table_parts, thumbnail
 
@@ -38,20 +39,23 @@ def plot_confusion(
     "Who is taken for whom: photos as numbers, share of the true class as colour"
     c,k = np.asarray(confusion), len(classes)
     if c.shape!=(k,k): raise ConfigError(f'{k} classes need a {k} x {k} matrix, got {c.shape}', where='confusion')
-    cell,names = .56 if k<=10 else float(np.clip(2.8/k, .3, .55)), [f'{short_name(n, 24)}  {i+1}' for i,n in enumerate(classes)]
+    cell = .56 if k<=10 else float(np.clip(2.8/k, .3, .55))
+    names = [f'{short_name(n, 24)}  {i+1}' for i,n in enumerate(classes)]
     fig,ax = quiet_figure(.6+.072*max(map(len, names))+cell*k, .6+cell*k, names)
     share = c/np.maximum(c.sum(1, keepdims=True), 1)
     edges = np.arange(k+1)-.5
     ax.pcolormesh(edges, edges, share, cmap='Blues', vmin=0, vmax=1, edgecolor='#e8edf1', linewidth=.8)
     for i,j in np.argwhere(c>0):
         ink = 'white' if share[i,j]>.55 else INK
-        ax.text(j, i-.13 if k<=10 else i, str(c[i,j]), ha='center', va='center', fontsize=9 if cell>.35 else 7, color=ink)
+        ax.text(j, i-.13 if k<=10 else i, str(c[i,j]), ha='center', va='center', fontsize=9 if cell>.35 else 7,
+                color=ink)
         if k<=10: ax.text(j, i+.26, f'{share[i,j]:.0%}', ha='center', va='center', fontsize=6.5, color=ink)
     ax.set_xticks(range(k), labels=range(1, k+1))
     ax.spines[:].set_visible(False)
     ax.set_xlabel('called (rows: what it is)', color=INK, fontsize=9)
     return fig
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #08d9cf02
 def plot_per_class(
     per_class:pd.DataFrame # As in `Metrics.per_class`; drawn from top to bottom
 ): # matplotlib Figure
@@ -87,6 +91,7 @@ def list_cases(
 # %% ../../nbs/40_evaluate/60_report.ipynb #d838eecc
 def _ms(value): return f'{value:.0f} ms' if value>=9.95 else f'{value:.1f} ms' if value>=.095 else f'{value:.2f} ms'
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #bcae9104
 def judge(
     rival:str, # Its name
     difference:Interval, # Balanced accuracy, ours minus the rival's
@@ -97,11 +102,15 @@ def judge(
     "Whether the judged model earns its milliseconds against a rival"
     extra = None if ms is None or rival_ms is None else ms-rival_ms
     if difference.low>0:
-        cost = '' if extra is None else f' for {_ms(extra)} more a photo: worth it' if extra>0 else ' in no more time: worth it'
+        cost = '' if extra is None else f' for {_ms(extra)} more a photo: worth it' if extra>0 else (' in no more '
+                'time: '
+                                                                         'worth it')
         return f'The {name} beats {rival} by {difference} balanced accuracy{cost}.'
     if difference.high<0:
-        return f'{rival} alone beats the {name} by {Interval(-difference.value, -difference.high, -difference.low)} balanced accuracy: use it alone.'
-    start = f'The {name} is not shown to be better than {rival}: the interval of the difference in balanced accuracy, {difference}, holds 0'
+        return (f'{rival} alone beats the {name} by {Interval(-difference.value, -difference.high, -difference.low)} '
+                f'balanced accuracy: use it alone.')
+    start = (f'The {name} is not shown to be better than {rival}: the interval of the difference in balanced accuracy, '
+             f'{difference}, holds 0')
     if extra is not None and extra<=0: return f'{start}; but {rival} is no quicker, so the {name} may stay.'
     return f'{start}, so {rival} alone would do{"" if not extra or not ms else f" in {1-extra/ms:.0%} of the time"}.'
 
@@ -109,21 +118,25 @@ def judge(
 def compare_rivals(
     y_true:ArrayLike, # (n,) class indices
     proba:np.ndarray, # (n, classes) of the judged model
-    rivals:dict[str, tuple[np.ndarray, float|None]], # Name -> its probabilities for the same photos, and milliseconds a photo
+    # Name -> its probabilities for the same photos, and milliseconds a photo
+    rivals:dict[str, tuple[np.ndarray, float|None]],
     classes:Sequence[str], # Names of the columns
     groups:ArrayLike|None=None, # (n,) names; None: each photo alone
     ms:float|None=None, # Milliseconds a photo of the judged model
     name:str='ensemble', # Of the judged model
     n_boot:int=2000, # Resamples
     seed:int=0 # Same seed, same resamples
-) -> pd.DataFrame: # Index model; `balanced_accuracy`, `macro_f1`, `log_loss`, `difference` (each an `Interval`), `milliseconds`, `verdict`
+# Index model; `balanced_accuracy`, `macro_f1`, `log_loss`, `difference` (each an `Interval`), `milliseconds`, `verdict`
+) -> pd.DataFrame:
     "The judged model and its rivals, side by side on the same photos"
-    if name in rivals: raise ConfigError(f'{name!r} is the judged model itself', where='rivals', advice='Give the rival another name')
+    if name in rivals:
+        raise ConfigError(f'{name!r} is the judged model itself', where='rivals', advice='Give the rival another name')
     rows: dict[str, dict[str, Any]] = {}
     for who,(q,took) in {name: (proba, ms), **rivals}.items():
         metrics = evaluate_predictions(y_true, q, classes, groups, n_boot, seed=seed)
         difference = None if who==name else paired_difference(y_true, proba, q, groups=groups, n_boot=n_boot, seed=seed)
-        rows[who] = {**{k: metrics.interval(k) for k in ('balanced_accuracy', 'macro_f1', 'log_loss')}, 'difference': difference,
+        rows[who] = {**{k: metrics.interval(k) for k in ('balanced_accuracy', 'macro_f1', 'log_loss')},
+                     'difference': difference,
                      'milliseconds': took, 'verdict': judge(who, difference, ms, took, name) if difference else ''}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('model')
 
@@ -146,7 +159,8 @@ class NoveltyTest:
     ) -> dict[str, Interval]: # 'false_alarms'; with strangers 'found' and 'auroc'
         "Figures with their ranges"
         a = np.asarray(self.known, float)
-        if a.ndim!=1 or not np.isfinite(a).all(): raise ConfigError(f'`known` must be one finite score a photo, got shape {a.shape}', where='novelty')
+        if a.ndim!=1 or not np.isfinite(a).all():
+            raise ConfigError(f'`known` must be one finite score a photo, got shape {a.shape}', where='novelty')
         out = {'false_alarms': share_interval(a>self.threshold, groups, n_boot, seed=seed)}
         if self.strangers is None or not len(b := np.asarray(self.strangers, float)): return out
         return out | {'found': share_interval(b>self.threshold, self.stranger_groups, n_boot, seed=seed),
@@ -159,16 +173,22 @@ class NoveltyTest:
         row: Any = self.table.loc[self.name] if self.name in self.table.index else self.table.iloc[0]
         return row.dropna().sort_values(kind='stable').rename_axis('class').to_frame('auroc')
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #8207e778
 def _novelty_words(test, figures):
     "What the section on strangers says"
     alarms,left = figures['false_alarms'], test.left_out
-    where = 'below it' if alarms.high<test.rate else 'above it: the threshold is too low for these photos' if alarms.low>test.rate else 'no difference that chance could not make'
-    lines = [f'{alarms.value:.1%} of the known test photos are called novel [{alarms.low:.1%}, {alarms.high:.1%}]; {test.rate:.0%} were asked for ({where}).']
+    where = ('below it' if alarms.high<test.rate else 'above it: the threshold is too low for these photos'
+             if alarms.low>test.rate else 'no difference that chance could not make')
+    lines = [f'{alarms.value:.1%} of the known test photos are called novel [{alarms.low:.1%}, {alarms.high:.1%}]; '
+             f'{test.rate:.0%} were asked for ({where}).']
     if 'found' in figures:
-        lines.append(f'{figures["found"].value:.1%} of {len(np.asarray(test.strangers)):,} strangers are noticed [{figures["found"].low:.1%}, {figures["found"].high:.1%}]. '
+        lines.append(f'{figures["found"].value:.1%} of {len(np.asarray(test.strangers)):,} strangers are noticed '
+                     f'[{figures["found"].low:.1%}, {figures["found"].high:.1%}]. '
                      f'The area under the curve is {figures["auroc"]} (0.5 is chance, 1 is best).')
-    if len(left): lines.append(f'Left out of training, each class in turn was told from known photos with an area under the ROC curve of {left.auroc.mean():.2f} in the mean, '
-                               f'{left.auroc.iloc[0]:.2f} for {left.index[0]}. This comes from the training photos.')
+    if len(left):
+        lines.append(f'Left out of training, each class in turn was told from known photos with an area under the ROC '
+                     f'curve of {left.auroc.mean():.2f} in the mean, '
+                     f'{left.auroc.iloc[0]:.2f} for {left.index[0]}. This comes from the training photos.')
     return lines if len(lines)>1 else [*lines, 'No strangers were at hand: how many of them it notices is not known.']
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #b4c84de7
@@ -200,7 +220,8 @@ class Evaluation:
     def summary(self) -> str: # One sentence
         "The answer in words"
         m = self.metrics
-        return (f'Right on {int(np.trace(m.confusion)):,} of {count_words(m.n, m.n_groups)}: balanced accuracy {m.interval("balanced_accuracy")} '
+        return (f'Right on {int(np.trace(m.confusion)):,} of {count_words(m.n, m.n_groups)}: balanced accuracy '
+                f'{m.interval("balanced_accuracy")} '
                 f'over {int((m.per_class.support>0).sum())} classes.')
 
     def __repr__(self): return self.summary
@@ -215,18 +236,25 @@ class Evaluation:
     def figures(self) -> dict: # What JSON can hold
         "All figures, for programs"
         table = pd.DataFrame() if self.rivals is None else self.rivals.astype(object).where(self.rivals.notna(), None)
-        rivals = [{'name': str(k), **{c: v.to_dict() if isinstance(v, Interval) else v for c,v in row.items()}} for k,row in table.iterrows()]
-        return {'title': self.title, 'summary': self.summary, 'verdict': self.verdict, 'metrics': self.metrics.to_dict(), 'rivals': rivals,
-                'mean_confidence': self.mean_confidence, 'reliability': _records(self.reliability), 'risk_coverage': _records(self.risks.reset_index()),
-                'confusion_order': confusion_order(self.metrics.confusion).tolist(), 'sets': self.sets.to_dict() if self.sets else None, 'novelty': self._novelty(),
+        rivals = [{'name': str(k), **{c: v.to_dict() if isinstance(v, Interval) else v for c,v in row.items()}}
+                  for k,row in table.iterrows()]
+        return {'title': self.title, 'summary': self.summary, 'verdict': self.verdict,
+                'metrics': self.metrics.to_dict(), 'rivals': rivals,
+                'mean_confidence': self.mean_confidence, 'reliability': _records(self.reliability),
+                'risk_coverage': _records(self.risks.reset_index()),
+                'confusion_order': confusion_order(self.metrics.confusion).tolist(),
+                'sets': self.sets.to_dict() if self.sets else None, 'novelty': self._novelty(),
                 'own_metrics': [] if self.own is None else _records(self.own.reset_index()),
                 'errors': _records(self.errors.reset_index()), 'unsure': _records(self.unsure.reset_index()),
                 'milliseconds': self.timings, 'notes': [{'level': level, 'text': text} for level,text in self.notes],
-                'sections': [{'title': t, 'text': s, 'table': _records(c, 'split')} for t,s,c in self.sections if isinstance(c, pd.DataFrame)]}
+                'sections': [{'title': t, 'text': s, 'table': _records(c, 'split')}
+                             for t,s,c in self.sections if isinstance(c, pd.DataFrame)]}
 
     def _novelty(self):
-        return None if self.novelty is None else {'threshold': float(self.novelty.threshold), 'asked': self.novelty.rate, 'detector': self.novelty.name,
-                **{k: v.to_dict() for k,v in (self.novelty_figures or {}).items()}, 'left_out': _records(self.novelty.left_out.reset_index())}
+        return None if self.novelty is None else {'threshold': float(self.novelty.threshold),
+                                                  'asked': self.novelty.rate, 'detector': self.novelty.name,
+                **{k: v.to_dict() for k,v in (self.novelty_figures or {}).items()},
+                                                  'left_out': _records(self.novelty.left_out.reset_index())}
 
     def to_html(self) -> str: # A whole page
         "The report as one file that needs nothing else"
@@ -236,17 +264,22 @@ class Evaluation:
         output_dir:str|Path # Folder; made if absent
     ) -> dict[str, Path]: # 'report', 'figures' and the folder 'pictures'
         "Write `report.html`, `figures.json` and the pictures as `figures/*.png`, each whole or not at all"
-        paths = {'report': Path(output_dir)/'report.html', 'figures': Path(output_dir)/'figures.json', 'pictures': Path(output_dir)/'figures'}
+        paths = {'report': Path(output_dir)/'report.html', 'figures': Path(output_dir)/'figures.json',
+                 'pictures': Path(output_dir)/'figures'}
         for name,picture in self.plots.items():
-            with atomic_write(paths['pictures']/f'{name}.png') as part: part.write_bytes(base64.b64decode(picture['src'].partition(',')[2]))
+            with atomic_write(paths['pictures']/f'{name}.png') as part:
+                part.write_bytes(base64.b64decode(picture['src'].partition(',')[2]))
         with atomic_write(paths['report']) as part: part.write_text(self.to_html(), encoding='utf-8')
-        with atomic_write(paths['figures']) as part: part.write_text(json.dumps(self.figures(), indent=1, allow_nan=False)+'\n', encoding='utf-8')
+        with atomic_write(paths['figures']) as part:
+            part.write_text(json.dumps(self.figures(), indent=1, allow_nan=False)+'\n', encoding='utf-8')
         return paths
 
     def _repr_html_(self):
         words = ''.join(f'<p>{html.escape(s)}</p>' for s in (self.summary, self.verdict) if s)
-        return words + pd.DataFrame({'figure': [str(self.metrics.interval(k)) for k in self.metrics.overall.index]}, index=list(self.metrics.overall.index)).to_html(border=0)
+        return words + pd.DataFrame({'figure': [str(self.metrics.interval(k)) for k in self.metrics.overall.index]},
+                                    index=list(self.metrics.overall.index)).to_html(border=0)
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #178bc4f4
 def _records(frame, orient='records'): return json.loads(frame.to_json(orient=orient, default_handler=str))
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #b63ea70a
@@ -254,36 +287,49 @@ def _check_extras(notes, sections):
     "Notes and sections that the report can show"
     from matplotlib.figure import Figure
     for note in notes:
-        if len(note)!=2 or note[0] not in ('warning', 'info'): raise ConfigError(f"a note is ('warning' or 'info', text), got {note!r}", where='notes')
+        if len(note)!=2 or note[0] not in ('warning', 'info'):
+            raise ConfigError(f"a note is ('warning' or 'info', text), got {note!r}", where='notes')
     for section in sections:
         if len(section)!=3 or not (section[2] is None or isinstance(section[2], (pd.DataFrame, Figure, list, tuple))):
-            raise ConfigError(f'a section is (title, text, DataFrame, Figure, list of (photo, caption) or None), got {type(section[-1]).__name__} in the end',
+            raise ConfigError(f'a section is (title, text, DataFrame, Figure, list of (photo, caption) or None), got '
+                              f'{type(section[-1]).__name__} in the end',
                               where='sections')
     return tuple(map(tuple, notes)), tuple(map(tuple, sections))
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #b8d2a645
 def _small(read, key, side=160):
     "A small photo; a reason in place of one that can't be read"
     try: return thumbnail(read(key), side)
     except Exception as error: return f'cannot be shown: {error}' # whatever a reader raises, the report goes on
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #5ddf902a
 def _checked_sets(sets, n, k, asked):
     if sets is None: return None
     found = np.asarray(sets)
-    if found.shape!=(n,k) or found.dtype!=bool: raise ConfigError(f'`sets` must be bool of shape {(n,k)}, got {found.dtype} of shape {found.shape}', where='sets')
+    if found.shape!=(n,k) or found.dtype!=bool:
+        raise ConfigError(f'`sets` must be bool of shape {(n,k)}, got {found.dtype} of shape {found.shape}',
+                          where='sets')
     if not 0 < asked < 1: raise ConfigError(f'`set_coverage` must be between 0 and 1, got {asked}')
     return found
 
-def _section_name(i, title): return f'section_{i:02}_{re.sub("[^a-z0-9]+", "_", title.lower()).strip("_")[:40]}'.rstrip('_')
+# %% ../../nbs/40_evaluate/60_report.ipynb #89b9d369
+def _section_name(i, title):
+    return f'section_{i:02}_{re.sub("[^a-z0-9]+", "_", title.lower()).strip("_")[:40]}'.rstrip('_')
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #d1b1ff78
 def _draw_plots(y, p, metrics, risks, novelty, sections):
     "The pictures of the page by name; classes in the order in which the confused stand together"
     order = confusion_order(metrics.confusion)
-    plots = {'confusion': plot_confusion(metrics.confusion[np.ix_(order, order)], [str(metrics.per_class.index[i]) for i in order]),
-             'per_class': plot_per_class(metrics.per_class.iloc[order]), 'reliability': plot_reliability(p, y), 'risk_coverage': plot_risk(risks)}
-    if novelty is not None and novelty.strangers is not None: plots['novelty_roc'] = plot_roc(novelty.known, novelty.strangers, novelty.threshold)
+    plots = {'confusion': plot_confusion(metrics.confusion[np.ix_(order, order)],
+                                         [str(metrics.per_class.index[i]) for i in order]),
+             'per_class': plot_per_class(metrics.per_class.iloc[order]), 'reliability': plot_reliability(p, y),
+             'risk_coverage': plot_risk(risks)}
+    if novelty is not None and novelty.strangers is not None:
+        plots['novelty_roc'] = plot_roc(novelty.known, novelty.strangers, novelty.threshold)
     own = {_section_name(i, title): c for i,(title,_,c) in enumerate(sections) if hasattr(c, 'savefig')}
     return {name: figure_source(fig) for name,fig in {**plots, **own}.items()}
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #84a61ea3
 def evaluate(
     y_true:ArrayLike, # (n,) indices into `classes`
     proba:np.ndarray, # (n, classes) probabilities, rows sum to 1
@@ -292,20 +338,25 @@ def evaluate(
     groups:ArrayLike|None=None, # (n,) names; photos of one group are drawn together; None: each photo alone
     paths:Sequence[Any]|None=None, # (n,) file names to show
     read_photo:Callable[[int], np.ndarray]|None=None, # Row -> (height, width, 3) uint8 RGB; None: no photos are shown
-    rivals:dict[str, tuple[np.ndarray, float|None]]|None=None, # Name -> probabilities for the same photos, milliseconds a photo
+    # Name -> probabilities for the same photos, milliseconds a photo
+    rivals:dict[str, tuple[np.ndarray, float|None]]|None=None,
     timings:dict[str, float]|None=None, # Stage -> milliseconds a photo
-    milliseconds:float|None=None, # A photo, of the judged model, measured as the rivals were; None: the sum of `timings`
+    # A photo, of the judged model, measured as the rivals were; None: the sum of `timings`
+    milliseconds:float|None=None,
     notes:Sequence[tuple[str, str]]=(), # ('warning' or 'info', text), shown first
-    sections:Sequence[tuple[str, str, Any]]=(), # (title, text, DataFrame, matplotlib Figure, list of (photo, caption) or None), shown last
+    # (title, text, DataFrame, matplotlib Figure, list of (photo, caption) or None), shown last
+    sections:Sequence[tuple[str, str, Any]]=(),
     title:str='Report', # Heading
     name:str='ensemble', # Of the judged model
     n_boot:int=2000, # Resamples behind each interval
     seed:int=0, # Same seed, same figures
-    sets:np.ndarray|None=None, # (n, classes) bool, classes that each photo may be of, as from `ConformalPredictor.predict_set`
+    # (n, classes) bool, classes that each photo may be of, as from `ConformalPredictor.predict_set`
+    sets:np.ndarray|None=None,
     set_coverage:float=.9, # Share of photos that was asked to be of a class in their set
     set_witnesses:int|None=None, # Groups that set the threshold of the sets; None: very many
     novelty:NoveltyTest|None=None, # What a detector said of the test photos, and of strangers
-    neighbours:Callable[[int], Sequence[tuple[str, Any]]]|None=None, # Row -> label and key (a path, a number) of the training photos nearest to it
+    # Row -> label and key (a path, a number) of the training photos nearest to it
+    neighbours:Callable[[int], Sequence[tuple[str, Any]]]|None=None,
     read_neighbour:Callable[[Any], np.ndarray]|None=None, # Key -> (height, width, 3) uint8 RGB; None: their labels only
     own_metrics:Mapping[str, Callable[[np.ndarray, np.ndarray], float]]|None=None # As `PerformanceAnalyzer` takes them
 ) -> Evaluation: # Shows its headline in a notebook; `save` writes the report
@@ -314,28 +365,35 @@ def evaluate(
     metrics = evaluate_predictions(y_true, proba, classes, groups, n_boot, seed=seed)
     y,proba = np.asarray(y_true), np.asarray(proba)
     found = _checked_sets(sets, len(y), proba.shape[-1], set_coverage)
-    if novelty is not None and np.shape(novelty.known)!=y.shape: raise ConfigError(f'{len(y)} photos need as many scores, got {np.shape(novelty.known)}', where='novelty')
+    if novelty is not None and np.shape(novelty.known)!=y.shape:
+        raise ConfigError(f'{len(y)} photos need as many scores, got {np.shape(novelty.known)}', where='novelty')
     if absent := list(metrics.per_class.index[metrics.per_class.support==0]):
-        told = (*told, ('warning', f'No test photo shows {", ".join(map(str, absent))}: nothing is known about {"it" if len(absent)==1 else "them"}.'))
+        told = (*told, ('warning', f'No test photo shows {", ".join(map(str, absent))}: nothing is known about '
+                                   f'{"it" if len(absent)==1 else "them"}.'))
     ms = sum(timings.values()) if milliseconds is None and timings else milliseconds
     table = compare_rivals(y_true, proba, rivals, classes, groups, ms, name, n_boot, seed) if rivals else None
     errors,unsure = (list_cases(y_true, proba, classes, paths, right) for right in (False, True))
     unsure = unsure.head(_N_UNSURE).copy()
     if found is not None:
-        lists = ['' if row.sum()==1 else ', '.join(str(c) for c,there in zip(classes, row) if there) or 'nothing' for row in found]
+        lists = ['' if row.sum()==1 else ', '.join(str(c) for c,there in zip(classes, row) if there) or 'nothing'
+                 for row in found]
         for frame in (errors, unsure): frame['set'] = [lists[i] for i in frame.index]
     shown = [int(i) for i in (*errors.index[:_N_ERRORS], *unsure.index)]
     small = {i: _small(read_photo, i) for i in shown} if read_photo else {}
-    beside = {i: [(str(label), _small(read_neighbour, key, 80) if read_neighbour else '') for label,key in neighbours(i)] for i in shown} if neighbours else {}
+    beside = {i: [(str(label), _small(read_neighbour, key, 80) if read_neighbour else '')
+                  for label,key in neighbours(i)] for i in shown} if neighbours else {}
     analyzer = PerformanceAnalyzer(own_metrics, min(n_boot, 500), seed=seed) if own_metrics else None
     own = analyzer.analyze(y, proba, groups) if analyzer else None
     if analyzer: extra = (analyzer.section(), *extra)
     risks = risk_coverage(y, proba, groups, np.linspace(0, .6, 61).tolist(), min(n_boot, 1000), seed=seed)
-    return Evaluation(title, name, metrics, table, reliability(proba, y), risks, errors, unsure, float(proba.max(1).mean()), small, beside,
-                      _draw_plots(y, proba, metrics, risks, novelty, extra), {k: float(v) for k,v in (timings or {}).items()}, told, extra, n_boot,
+    return Evaluation(title, name, metrics, table, reliability(proba, y), risks, errors, unsure,
+                      float(proba.max(1).mean()), small, beside,
+                      _draw_plots(y, proba, metrics, risks, novelty, extra),
+                      {k: float(v) for k,v in (timings or {}).items()}, told, extra, n_boot,
                       None if found is None else evaluate_sets(found, y, groups, set_coverage, set_witnesses),
                       novelty, novelty.judge(groups, n_boot, seed) if novelty else None, own)
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #1ceb1f94
 _N_ERRORS,_N_UNSURE = 24, 8 # photos that are shown
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #c2fa49b0
@@ -399,17 +457,23 @@ Look at the labels first: a mistake the model is sure of is often a photo in the
 {% endfor %}'''
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #a8e0f032
-_WORDS = {'balanced_accuracy': ('Balanced accuracy', 'mean recall of the classes: a small class counts as much as a large one'),
+_WORDS = {'balanced_accuracy': ('Balanced accuracy',
+                                'mean recall of the classes: a small class counts as much as a large one'),
           'accuracy': ('Accuracy', 'share of photos that are named rightly'),
           'macro_f1': ('Macro F1', 'mean F1 of the classes: false calls count too'),
           'log_loss': ('Log loss', 'lower is better; sure mistakes cost most'),
-          'ece': ('Calibration error', '0 to 1, lower is better; how far confidence is from the share of right ones, without what chance adds (ECE)'),
+          'ece': ('Calibration error',
+                  '0 to 1, lower is better; how far confidence is from the share of right ones, without what chance '
+                  'adds (ECE)'),
           'mcc': ('MCC', '-1 to 1; agreement beyond chance: 0 is a guess, whatever the class sizes'),
           'top2_accuracy': ('In the first two', 'share of photos whose class is among the two most probable'),
           'top3_accuracy': ('In the first three', 'share of photos whose class is among the three most probable'),
           'brier': ('Brier score', '0 to 2, lower is better; squared distance to the truth'),
-          'augrc': ('Undetected errors', '0 to 0.5, lower is better; share of photos wrong and yet named, over all shares that it may refuse (AUGRC)'),
-          'ece_classwise': ('Calibration error by class', '0 to 1, lower is better; the same for the probability of each class, averaged')}
+          'augrc': ('Undetected errors',
+                    '0 to 0.5, lower is better; share of photos wrong and yet named, over all shares that it may '
+                    'refuse (AUGRC)'),
+          'ece_classwise': ('Calibration error by class',
+                            '0 to 1, lower is better; the same for the probability of each class, averaged')}
 _MAIN = ('balanced_accuracy', 'accuracy', 'macro_f1', 'log_loss', 'ece')
 
 def _headline(metrics):
@@ -423,53 +487,72 @@ def _headline(metrics):
         if name not in metrics.overall.index: continue
         x = metrics.interval(name)
         top = 1.1*max(x.high, guess[name]) if name in ('log_loss', 'brier') else .5 if name=='augrc' else 1
-        rows.append({'label': label, 'words': words, 'interval': x, 'top': top, 'guess': guess.get(name), 'main': name in _MAIN})
+        rows.append({'label': label, 'words': words, 'interval': x, 'top': top, 'guess': guess.get(name),
+                     'main': name in _MAIN})
     return rows
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #3aac4aad
 def _ranges_words(metrics, n_boot):
     "What the intervals are"
     how = 'photo by photo' if metrics.n==metrics.n_groups else 'photos of one group always together'
-    return (f'From {count_words(metrics.n, metrics.n_groups)}. Ranges hold {metrics.confidence:.0%}: the test was drawn again {n_boot:,} times, {how}, '
-            f'and no range claims more than a test of this size allows. The thin upright line is what guessing gets (the largest class, or even odds).')
+    return (f'From {count_words(metrics.n, metrics.n_groups)}. Ranges hold {metrics.confidence:.0%}: the test was '
+            f'drawn again {n_boot:,} times, {how}, '
+            f'and no range claims more than a test of this size allows. The thin upright line is what guessing gets '
+            f'(the largest class, or even odds).')
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #a72492c5
 def _calibration_words(metrics, confidence):
     "Too sure, too modest, or neither; `confidence` is the mean of the calls"
     seen = metrics.interval('accuracy')
-    start = f'On {count_words(metrics.n, metrics.n_groups)} it is {confidence:.0%} sure in the mean and right on {seen.value:.0%}'
+    start = (f'On {count_words(metrics.n, metrics.n_groups)} it is {confidence:.0%} sure in the mean and right on '
+             f'{seen.value:.0%}')
     if confidence in seen: return f'{start}: no difference that chance could not make.'
-    return f'{start}: it is too {"sure" if confidence>seen.value else "modest"}. Calibrate it before its confidence is used as a threshold.'
+    return (f'{start}: it is too {"sure" if confidence>seen.value else "modest"}. Calibrate it before its confidence '
+            f'is '
+            f'used as a threshold.')
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #4beaef83
 def _error_words(metrics):
     "The calibration error in one sentence"
     x,by_class = metrics.interval('ece'), metrics.interval('ece_classwise')
     return (f'The calibration error (ECE) is {x}{": no error that could be told from chance" if x.low==0 else ""}; '
-            f'by class {by_class}, and {metrics.calibration.value("ece_plain"):.3f} as most papers count it, noise and all.')
+            f'by class {by_class}, and {metrics.calibration.value("ece_plain"):.3f} as most papers count it, noise and '
+            f'all.')
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #66e5eca2
 def _refusal_words(risks):
     "What refusing buys"
     x = risks.iloc[0]
     lines = [f'Naming every photo, it is wrong on {x.wrong:.1%} [{x.low:.1%}, {x.high:.1%}].']
     for share in (.1, .3) if x.wrong else ():
         r = risks.iloc[int(np.argmin(np.abs(risks.index.to_numpy(float)-share)))]
-        lines.append(f'If the least sure {share:.0%} go to a person (all below a confidence of {r.threshold:.2f}), {r.wrong:.1%} of the rest are wrong '
+        lines.append(f'If the least sure {share:.0%} go to a person (all below a confidence of {r.threshold:.2f}), '
+                     f'{r.wrong:.1%} of the rest are wrong '
                      f'[{r.low:.1%}, {r.high:.1%}].')
     return lines
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #6889b555
 def _set_parts(report, classes):
     "What the section on short lists shows"
     verdict = 'the promise is kept' if report.kept else 'the promise is not kept'
-    words = [f'{report.coverage:.1%} of {count_words(report.n, report.n_groups)} are of a class in their list [{report.low:.1%}, {report.high:.1%}]. '
-             f'{report.asked:.0%} were asked for, and {report.band[0]:.1%} to {report.band[1]:.1%} could be expected: {verdict}.',
-             f'A list holds {report.mean_size:.2f} names in the mean; {report.single:.0%} hold one' + (f', {report.empty:.0%} none.' if report.empty else '.')]
-    rows = [{'name': c, 'photos': int(r.photos), 'coverage': Interval(r.coverage, r.low, r.high), 'size': '' if math.isnan(r.mean_size) else f'{r.mean_size:.2f}'}
+    words = [f'{report.coverage:.1%} of {count_words(report.n, report.n_groups)} are of a class in their list '
+             f'[{report.low:.1%}, {report.high:.1%}]. '
+             f'{report.asked:.0%} were asked for, and {report.band[0]:.1%} to {report.band[1]:.1%} could be expected: '
+             f'{verdict}.',
+             f'A list holds {report.mean_size:.2f} names in the mean; {report.single:.0%} hold one'
+             + (f', {report.empty:.0%} none.' if report.empty else '.')]
+    rows = [{'name': c, 'photos': int(r.photos), 'coverage': Interval(r.coverage, r.low, r.high),
+             'size': '' if math.isnan(r.mean_size) else f'{r.mean_size:.2f}'}
             for c,r in zip(classes, report.per_class.itertuples())]
     return {'words': words, 'rows': rows, 'asked': report.asked}
 
+# %% ../../nbs/40_evaluate/60_report.ipynb #4f166981
 def _pairs(metrics, most=5):
     "The most frequent mistakes in words"
     wrong,names = metrics.confusion - np.diag(np.diag(metrics.confusion)), list(metrics.per_class.index)
     cells = sorted(zip(*np.nonzero(wrong), strict=True), key=lambda ij: -wrong[ij])[:most]
-    return [f'{wrong[i,j]} of {(n := wrong[i].sum()+metrics.confusion[i,i])} photos of {names[i]} ({wrong[i,j]/n:.0%}) are called {names[j]}.' for i,j in cells]
+    return [f'{wrong[i,j]} of {(n := wrong[i].sum()+metrics.confusion[i,i])} photos of {names[i]} ({wrong[i,j]/n:.0%}) '
+            f'are called {names[j]}.' for i,j in cells]
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #b51ca1c3
 def render_report(
@@ -484,17 +567,28 @@ def render_report(
                  {f: Interval(row[f], row[f'{f}_low'], row[f'{f}_high']) for f in ('recall', 'precision', 'f1')}
                  for k,row in weakest.astype(object).iterrows()]
     table = pd.DataFrame() if e.rivals is None else e.rivals
-    rivals = [{'name': k} | {c: _ms(v) if c=='milliseconds' and not pd.isna(v) else cell_text(v) for c,v in row.items()} for k,row in table.iterrows()]
+    rivals = [{'name': k} | {c: _ms(v) if c=='milliseconds' and not pd.isna(v) else cell_text(v)
+                             for c,v in row.items()} for k,row in table.iterrows()]
     total = sum(e.timings.values())
-    stages = [{'name': k, 'ms': _ms(v), 'share': v/(total or 1)} for k,v in (*e.timings.items(), ('all', total)) if e.timings]
-    by_class = m.calibration.per_class.set_axis(pd.Index(classes, name='class')).rename(columns={'share': 'share of photos', 'ece': 'calibration error'}).round(3)
-    risks = e.risks.iloc[::10].assign(named=lambda t: t['photos'])[['named', 'threshold', 'wrong', 'low', 'high']].round(3)
+    stages = [{'name': k, 'ms': _ms(v), 'share': v/(total or 1)}
+              for k,v in (*e.timings.items(), ('all', total)) if e.timings]
+    by_class = m.calibration.per_class.set_axis(pd.Index(classes,
+                                                         name='class')).rename(columns={'share': 'share of photos',
+            'ece': 'calibration error'}).round(3)
+    risks = e.risks.iloc[::10].assign(named=lambda t: t['photos'])[['named', 'threshold', 'wrong', 'low',
+                                                                    'high']].round(3)
     risks.index = pd.Index([f'{r:.0%}' for r in risks.index], name='refused')
     left = e.novelty.left_out.set_axis(['AUROC when left out'], axis=1).round(3) if e.novelty else pd.DataFrame()
-    novelty = e.novelty and {'words': _novelty_words(e.novelty, e.novelty_figures), 'table': table_parts(left) if len(left) else None}
+    novelty = e.novelty and {'words': _novelty_words(e.novelty, e.novelty_figures),
+                             'table': table_parts(left) if len(left) else None}
     return render_page(
-        PAGE, e.title, e.notes, e=e, headline=_headline(m), ranges=_ranges_words(m, e.n_boot), count=count_words(m.n, m.n_groups), rivals=rivals,
-        per_class=per_class, plots=e.plots, pairs=_pairs(m), calibration=_calibration_words(m, e.mean_confidence), calibration_error=_error_words(m),
-        classwise=table_parts(by_class), refusal=_refusal_words(e.risks), risk_table=table_parts(risks), sets=e.sets and _set_parts(e.sets, classes), novelty=novelty,
-        n_errors=len(e.errors), errors=list(e.errors.head(_N_ERRORS).iterrows()), unsure=list(e.unsure.iterrows()), stages=stages,
-        sections=[section_parts(t, s, None if hasattr(c, 'savefig') else c) | {'plot': e.plots.get(_section_name(i, t))} for i,(t,s,c) in enumerate(e.sections)])
+        PAGE, e.title, e.notes, e=e, headline=_headline(m), ranges=_ranges_words(m, e.n_boot),
+        count=count_words(m.n, m.n_groups), rivals=rivals,
+        per_class=per_class, plots=e.plots, pairs=_pairs(m), calibration=_calibration_words(m, e.mean_confidence),
+        calibration_error=_error_words(m),
+        classwise=table_parts(by_class), refusal=_refusal_words(e.risks), risk_table=table_parts(risks),
+        sets=e.sets and _set_parts(e.sets, classes), novelty=novelty,
+        n_errors=len(e.errors), errors=list(e.errors.head(_N_ERRORS).iterrows()), unsure=list(e.unsure.iterrows()),
+        stages=stages,
+        sections=[section_parts(t, s, None if hasattr(c, 'savefig') else c)
+                  | {'plot': e.plots.get(_section_name(i, t))} for i,(t,s,c) in enumerate(e.sections)])

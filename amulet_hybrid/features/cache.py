@@ -37,11 +37,13 @@ _OURS = 0x616d6631 # Says that a file is ours, and in which layout; another numb
 _SCHEMA = f'''create table known(block text, key text, used real, bytes integer, id integer, primary key(block, key)) without rowid;
 create table vals(id integer primary key, crc integer, value blob);
 pragma application_id={_OURS};'''
-_BROKEN = (1, 11, 19, 20, 24, 26) # SQLite's ERROR, CORRUPT, CONSTRAINT, MISMATCH, FORMAT, NOTADB: not to be had from a whole file of ours
+# SQLite's ERROR, CORRUPT, CONSTRAINT, MISMATCH, FORMAT, NOTADB: not to be had from a whole file of ours
+_BROKEN = (1, 11, 19, 20, 24, 26)
 _BUSY = (5, 6)
 
 def _code(error): return getattr(error, 'sqlite_errorcode', 1) & 255
 
+# %% ../../nbs/20_features/70_cache.ipynb #7477ccc6
 @contextmanager
 def _transaction(db):
     "All of it or nothing; writers wait for one another"
@@ -52,6 +54,7 @@ def _transaction(db):
         raise
     db.commit()
 
+# %% ../../nbs/20_features/70_cache.ipynb #4eedbd9a
 class CacheFile:
     "The SQLite file of a folder that is in force: opened when it is wanted, begun anew when it is damaged"
     def __init__(self,
@@ -59,7 +62,10 @@ class CacheFile:
         wal_bytes:int=8*2**20, # About how large the log may grow before it is worked into the file
         timeout:float=60 # How long a writer waits for another, seconds
     ):
-        self.folder,self.wal_bytes,self.timeout,self.lock = Path(folder),wal_bytes,timeout,threading.RLock()
+        self.folder = Path(folder)
+        self.wal_bytes = wal_bytes
+        self.timeout = timeout
+        self.lock = threading.RLock()
         self._db:sqlite3.Connection|None = None
         self._path:Path|None = None
         self._mark:tuple[int,int]|None = None # Process and number of the file that is open
@@ -80,12 +86,14 @@ class CacheFile:
                 except sqlite3.ProgrammingError: raise
                 except (sqlite3.DatabaseError, OSError) as error:
                     if last or isinstance(error, OSError) or _code(error) not in _BROKEN:
-                        log.warning('the cache in %s cannot be used (%s); the work goes on without it', self.folder, error)
+                        log.warning('the cache in %s cannot be used (%s); the work goes on without it', self.folder,
+                                    error)
                         return default
                     log.warning('%s is damaged or not ours (%s); it is dropped and begun anew', self._path, error)
                     try: self.renew()
                     except (sqlite3.DatabaseError, OSError) as again:
-                        log.warning('the cache in %s cannot be used (%s); the work goes on without it', self.folder, again)
+                        log.warning('the cache in %s cannot be used (%s); the work goes on without it', self.folder,
+                                    again)
                         return default
 
     def open(self) -> sqlite3.Connection:
@@ -108,8 +116,11 @@ class CacheFile:
             db = sqlite3.connect(path, timeout=self.timeout, check_same_thread=False, isolation_level=None)
             try:
                 db.text_factory = bytes # a damaged text is no exception of Python's
-                for pragma in (f'page_size={_PAGE}', 'auto_vacuum=incremental', 'trusted_schema=off', 'journal_mode=wal', 'synchronous=normal',
-                               f'journal_size_limit={self.wal_bytes}', f'wal_autocheckpoint={max(1, self.wal_bytes//_PAGE)}'): db.execute(f'pragma {pragma}')
+                for pragma in (f'page_size={_PAGE}', 'auto_vacuum=incremental', 'trusted_schema=off',
+                               'journal_mode=wal', 'synchronous=normal',
+                               f'journal_size_limit={self.wal_bytes}',
+                               f'wal_autocheckpoint={max(1, self.wal_bytes//_PAGE)}'):
+                    db.execute(f'pragma {pragma}')
                 if not self._is_ours(db):
                     with _transaction(db):
                         if not self._is_ours(db):
@@ -117,14 +128,17 @@ class CacheFile:
                 return db
             except BaseException as error:
                 db.close()
-                if not isinstance(error, sqlite3.OperationalError) or _code(error) not in _BUSY or time.monotonic() > until: raise
+                if (not isinstance(error, sqlite3.OperationalError) or _code(error) not in _BUSY
+                    or time.monotonic() > until):
+                    raise
                 time.sleep(.02) # another process is just making it
 
     def _is_ours(self, db):
         "Whether there are our tables; False for an empty file"
         found = db.execute('pragma application_id').fetchone()[0]
         if found==_OURS: return True
-        if found or db.execute('select count(*) from sqlite_master').fetchone()[0]: raise sqlite3.DatabaseError('another program or another version wrote it')
+        if found or db.execute('select count(*) from sqlite_master').fetchone()[0]:
+            raise sqlite3.DatabaseError('another program or another version wrote it')
         return False
 
     def renew(self,
@@ -134,7 +148,8 @@ class CacheFile:
         with self.lock:
             newest,mine = self.newest(),self._path
             self.close()
-            if force or newest is None or newest==mine: newest = self.folder/f'{int(newest.stem)+1 if newest else 1:06}.sqlite'
+            if force or newest is None or newest==mine:
+                newest = self.folder/f'{int(newest.stem)+1 if newest else 1:06}.sqlite'
             self.folder.mkdir(parents=True, exist_ok=True)
             self._path = newest
             self._db = self._connect(newest)
@@ -162,29 +177,35 @@ class CacheFile:
         return size
 
     def close(self):
-        if self._db and self._mark and self._mark[0]!=os.getpid(): self._inherited.append(self._db) # a fork must not close what its parent uses
+        # a fork must not close what its parent uses
+        if self._db and self._mark and self._mark[0]!=os.getpid(): self._inherited.append(self._db)
         elif self._db: self._db.close()
         self._db = None
 
 # %% ../../nbs/20_features/70_cache.ipynb #346838ec
 _READ = '''with k as materialized (select key, id, used<? as stale from known where block=?{some} order by id)
 select k.key, k.id, k.stale, v.crc, v.value from k cross join vals v on v.id=k.id'''
-_READ_ONE = 'select k.key, k.id, k.used<?, v.crc, v.value from known k cross join vals v on v.id=k.id where k.block=? and k.key=?' # twice as fast
+# twice as fast
+_READ_ONE = ('select k.key, k.id, k.used<?, v.crc, v.value from known k cross join vals v on v.id=k.id where k.block=? '
+             'and k.key=?')
 _BESIDE = 200 # Bytes that a row takes besides its numbers: names, time, indexes
 _SOME = ' and key in (select value from json_each(?))'
 
 def _checksum(block, key, value): return zlib.crc32(value, zlib.crc32(f'{block} {key} '.encode()))
 
+# %% ../../nbs/20_features/70_cache.ipynb #189261f3
 class FeatureCache:
     "Rows of feature blocks by digest of photo, on disk and in memory; for several threads and processes at once"
     grain = 3600.0 # How exactly the time of a row's last use is known, seconds
 
     def __init__(self,
         cache_dir:str|Path|None, # Folder, made when first written to; None: memory only
-        max_cache_size_gb:float|None=20 # Of the disk, 10**9 bytes; the least recently used rows go first; None: no limit
+        # Of the disk, 10**9 bytes; the least recently used rows go first; None: no limit
+        max_cache_size_gb:float|None=20
     ):
         if max_cache_size_gb is not None and not max_cache_size_gb >= .01:
-            raise ConfigError(f'`max_cache_size_gb` must be at least 0.01, got {max_cache_size_gb}', advice='None means no limit')
+            raise ConfigError(f'`max_cache_size_gb` must be at least 0.01, got {max_cache_size_gb}',
+                              advice='None means no limit')
         self.cache_dir,self.max_cache_size_gb = Path(cache_dir) if cache_dir else None,max_cache_size_gb
         self.limit = np.inf if max_cache_size_gb is None else max_cache_size_gb*10**9
         self.piece = int(min(8*2**20, self.limit/40)) # Bytes that are written in one go
@@ -193,7 +214,8 @@ class FeatureCache:
         self.lock = threading.RLock()
         self.enable_cache(0)
 
-    def __reduce__(self): return FeatureCache, (self.cache_dir, self.max_cache_size_gb) # another process opens the file for itself
+    # another process opens the file for itself
+    def __reduce__(self): return FeatureCache, (self.cache_dir, self.max_cache_size_gb)
 
     def enable_cache(self,
         max_size:int=10_000, # Rows kept in memory; 0: none
@@ -201,8 +223,13 @@ class FeatureCache:
     ):
         "Keep rows that were asked for one by one in memory too; the least recently used go first"
         if max_size < 0: raise ConfigError(f'`max_size` must not be negative, got {max_size}')
-        if max_size_mb is not None and not max_size_mb > 0: raise ConfigError(f'`max_size_mb` must be above 0, got {max_size_mb}')
-        with self.lock: self.memory,self.in_memory,self.most_rows,self.most_bytes = OrderedDict(),0,max_size,np.inf if max_size_mb is None else max_size_mb*10**6
+        if max_size_mb is not None and not max_size_mb > 0:
+            raise ConfigError(f'`max_size_mb` must be above 0, got {max_size_mb}')
+        with self.lock:
+            self.memory = OrderedDict()
+            self.in_memory = 0
+            self.most_rows = max_size
+            self.most_bytes = np.inf if max_size_mb is None else max_size_mb*10**6
 
     def load(self,
         fingerprint:str, # Of the extractor, or a `block_key`
@@ -231,7 +258,8 @@ class FeatureCache:
         if (old := self.memory.pop(name, None)) is not None: self.in_memory -= old.nbytes
         self.memory[name] = row
         self.in_memory += row.nbytes
-        while len(self.memory) > self.most_rows or self.in_memory > self.most_bytes: self.in_memory -= self.memory.popitem(last=False)[1].nbytes
+        while len(self.memory) > self.most_rows or self.in_memory > self.most_bytes:
+            self.in_memory -= self.memory.popitem(last=False)[1].nbytes
 
     def _read(self, block, keys=None):
         if not self.file or (self.file._db is None and not self.file.newest()): return {}
@@ -240,9 +268,13 @@ class FeatureCache:
         return rows
 
     def _select(self, db, block, keys):
-        rows,stale,bad = {},[],[]
+        rows = {}
+        stale = []
+        bad = []
         if keys and len(keys)==1: found = db.execute(_READ_ONE, (time.time()-self.grain, block, keys[0]))
-        else: found = db.execute(_READ.format(some='' if keys is None else _SOME), [time.time()-self.grain, block] + ([] if keys is None else [json.dumps(keys)]))
+        else:
+            found = db.execute(_READ.format(some='' if keys is None else _SOME),
+                               [time.time()-self.grain, block] + ([] if keys is None else [json.dumps(keys)]))
         for key,number,old,crc,value in found:
             name = key.decode(errors='replace') if isinstance(key, bytes) else ''
             if isinstance(value, bytes) and len(value)%4==0 and _checksum(block, name, value)==crc:
@@ -254,14 +286,17 @@ class FeatureCache:
         return rows
 
     def _drop(self, db, bad):
-        log.warning('%d row%s of the cache in %s changed since they were written; they are dropped and made anew', len(bad), 's'*(len(bad)>1), self.file.folder)
+        log.warning('%d row%s of the cache in %s changed since they were written; they are dropped and made anew',
+                    len(bad), 's'*(len(bad)>1), self.file.folder)
         self.counts['damaged'] += len(bad)
         with _transaction(db):
-            for table in ('known', 'vals'): db.execute(f'delete from {table} where id in (select value from json_each(?))', (json.dumps(bad),))
+            for table in ('known', 'vals'):
+                db.execute(f'delete from {table} where id in (select value from json_each(?))', (json.dumps(bad),))
 
     def _touch(self, db, stale):
         "Say that rows were used, unless somebody is writing"
-        with self.file.impatient(db), _transaction(db): db.executemany('update known set used=? where block=? and key=?', stale)
+        with self.file.impatient(db), _transaction(db):
+            db.executemany('update known set used=? where block=? and key=?', stale)
 
     def store(self,
         fingerprint:str, # Of the extractor, or a `block_key`
@@ -276,11 +311,15 @@ class FeatureCache:
     def _add(self, db, block, part):
         self._evict(db)
         with _transaction(db):
-            there = {k.decode(errors='replace') for k, in db.execute('select key from known join vals using(id) where block=?'+_SOME, (block, json.dumps([k for k,_ in part])))}
+            there = {k.decode(errors='replace')
+                     for k, in db.execute('select key from known join vals using(id) where block=?'+_SOME,
+                                          (block, json.dumps([k for k,_ in part])))}
             new = [(k, value) for k,value in part if k not in there]
             first,now = db.execute('select coalesce(max(id), 0)+1 from vals').fetchone()[0],time.time()
-            db.executemany('insert into vals values(?,?,?)', ((i, _checksum(block, k, value), value) for i,(k,value) in enumerate(new, first)))
-            db.executemany('insert or replace into known values(?,?,?,?,?)', ((block, k, now, len(value)+_BESIDE, i) for i,(k,value) in enumerate(new, first)))
+            db.executemany('insert into vals values(?,?,?)',
+                           ((i, _checksum(block, k, value), value) for i,(k,value) in enumerate(new, first)))
+            db.executemany('insert or replace into known values(?,?,?,?,?)',
+                           ((block, k, now, len(value)+_BESIDE, i) for i,(k,value) in enumerate(new, first)))
         if self.file.bytes() > self.limit:
             with self.file.impatient(db): db.execute('pragma wal_checkpoint(truncate)').fetchall()
 
@@ -305,13 +344,19 @@ class FeatureCache:
         with self.lock: self.memory,self.in_memory = OrderedDict(),0
         if self.file and self.file.newest(): self.file.renew(force=True)
 
-    def cache_stats(self) -> dict[str,int]: # hits, misses, evictions, damaged: rows, of this object; the others: as it is now, for all processes
+    # hits, misses, evictions, damaged: rows, of this object; the others: as it is now, for all processes
+    def cache_stats(self) -> dict[str,int]:
         "What the cache holds and what it was good for"
         entries,blocks = 0,0
-        if self.file and self.file.newest(): entries,blocks = self.file.use(lambda db: db.execute('select count(*), count(distinct block) from known').fetchone(), (0, 0))
-        with self.lock: return {**self.counts, 'entries': entries, 'blocks': blocks, 'bytes_on_disk': self.file.bytes() if self.file else 0,
-                                'entries_in_memory': len(self.memory), 'bytes_in_memory': self.in_memory}
+        if self.file and self.file.newest():
+            entries,blocks = (self.file.use(lambda db: db.execute('select count(*), count(distinct block) from '
+                                                                      'known').fetchone(), (0, 0)))
+        with self.lock:
+            return {**self.counts, 'entries': entries, 'blocks': blocks,
+                    'bytes_on_disk': self.file.bytes() if self.file else 0,
+                    'entries_in_memory': len(self.memory), 'bytes_in_memory': self.in_memory}
 
+# %% ../../nbs/20_features/70_cache.ipynb #e0365491
 _OLDEST = '''select used, id from (select used, id, sum(bytes) over (order by used, id rows unbounded preceding) as total from known)
 where total>=? order by total limit 1'''
 
@@ -319,12 +364,15 @@ def _pragma(db, name): return db.execute(f'pragma {name}').fetchone()[0]
 
 def _filled(db): return (_pragma(db, 'page_count')-_pragma(db, 'freelist_count'))*_PAGE
 
+# %% ../../nbs/20_features/70_cache.ipynb #8983e652
 def _pieces(block, rows, most) -> Iterator[list[tuple[str,bytes]]]:
     "(key, bytes) of rows, some at a time"
     part,size = [],0
     for key,row in rows.items():
         row = np.asarray(row, '<f4')
-        if row.ndim!=1: raise FeatureError(f'a row to be kept must have one dimension, got shape {row.shape}', where=f'{block} {key}', code='bad_features')
+        if row.ndim!=1:
+            raise FeatureError(f'a row to be kept must have one dimension, got shape {row.shape}',
+                               where=f'{block} {key}', code='bad_features')
         part.append((key, row.tobytes()))
         size += row.nbytes+_BESIDE
         if size >= most:

@@ -27,6 +27,7 @@ def grid_cells(
     if grid < 1 or side%grid: raise ConfigError(f'`side` must be a multiple of `grid`, got {side} and {grid}')
     return planes.reshape(*planes.shape[:-2], grid, side//grid, grid, side//grid).swapaxes(-3, -2)
 
+# %% ../../nbs/20_features/30_classical.ipynb #294b20dc
 def _places(grid): return [f'row{y}_col{x}' for y in range(grid) for x in range(grid)]
 
 # %% ../../nbs/20_features/30_classical.ipynb #65b7764e
@@ -38,7 +39,9 @@ class ColourFeatures(BaseFeatureExtractor):
         bins:tuple[int,int,int]=(8,6,6), # Of hue, saturation and value
         grid:int=3 # Cells along each side
     ):
-        self.side,self.bins,self.grid = side,bins,grid
+        self.side = side
+        self.bins = bins
+        self.grid = grid
 
     def measure(self, photo:Photo) -> np.ndarray:
         "`prod(bins) + 6*grid**2` numbers"
@@ -51,7 +54,8 @@ class ColourFeatures(BaseFeatureExtractor):
     def get_feature_names(self) -> list[str]:
         "Bins of hue, saturation and value; then mean and spread in each cell"
         what = [f'{c}_{m}' for m in ('mean', 'deviation') for c in 'Lab']
-        return [f'colour_h{h}_s{s}_v{v}' for h,s,v in np.ndindex(*self.bins)] + [f'colour_{at}_{w}' for at in _places(self.grid) for w in what]
+        return [f'colour_h{h}_s{s}_v{v}' for h,s,v in np.ndindex(*self.bins)] + [f'colour_{at}_{w}'
+                for at in _places(self.grid) for w in what]
 
 EXTRACTORS['colour'] = ColourFeatures
 
@@ -64,7 +68,9 @@ class HOGFeatures(BaseFeatureExtractor):
         cell:int=16, # Pixels
         bins:int=9 # Directions
     ):
-        self.sides,self.cell,self.bins = sides,cell,bins
+        self.sides = sides
+        self.cell = cell
+        self.bins = bins
 
     def _descriptor(self, side):
         if side%self.cell: raise ConfigError(f'`sides` must be multiples of `cell` ({self.cell}), got {side}')
@@ -90,6 +96,7 @@ def uniform_table() -> np.ndarray: # (256,) uint8, values 0..58
     uniform = np.array([bin(c).count('1') for c in codes ^ turned]) <= 2
     return np.where(uniform, np.cumsum(uniform)-1, 58).astype(np.uint8)
 
+# %% ../../nbs/20_features/30_classical.ipynb #4156340b
 def lbp_codes(
     grey:np.ndarray, # (height, width) uint8
     radius:int=1 # Distance of the neighbours, pixels
@@ -102,6 +109,7 @@ def lbp_codes(
         out |= (grey[r+dy*r:h-r+dy*r, r+dx*r:w-r+dx*r] >= centre).view(np.uint8) << np.uint8(bit)
     return out
 
+# %% ../../nbs/20_features/30_classical.ipynb #027bb323
 _UNIFORM = uniform_table()
 
 class LBPFeatures(BaseFeatureExtractor):
@@ -112,7 +120,9 @@ class LBPFeatures(BaseFeatureExtractor):
         radii:tuple[int,...]=(1,2,4), # Distances of the neighbours, pixels
         grid:int=2 # Cells along each side
     ):
-        self.side,self.radii,self.grid = side,radii,grid
+        self.side = side
+        self.radii = radii
+        self.grid = grid
 
     def measure(self, photo:Photo) -> np.ndarray:
         "`59 * grid**2 * len(radii)` numbers, the square roots of shares"
@@ -120,7 +130,8 @@ class LBPFeatures(BaseFeatureExtractor):
         for radius in self.radii:
             bins = cv2.LUT(lbp_codes(grey, radius), _UNIFORM)
             for row in np.array_split(bins, self.grid):
-                for cell in np.array_split(row, self.grid, axis=1): rows.append(np.bincount(cell.ravel(), minlength=59)/cell.size)
+                for cell in np.array_split(row, self.grid, axis=1):
+                    rows.append(np.bincount(cell.ravel(), minlength=59)/cell.size)
         return np.sqrt(np.concatenate(rows)).astype(np.float32)
 
     def get_feature_names(self) -> list[str]:
@@ -130,7 +141,8 @@ class LBPFeatures(BaseFeatureExtractor):
 EXTRACTORS['lbp'] = LBPFeatures
 
 # %% ../../nbs/20_features/30_classical.ipynb #a72efcbe
-HARALICK = ('energy', 'contrast', 'correlation', 'variance', 'homogeneity', 'sum_average', 'sum_variance', 'sum_entropy', 'entropy',
+HARALICK = ('energy', 'contrast', 'correlation', 'variance', 'homogeneity', 'sum_average', 'sum_variance',
+            'sum_entropy', 'entropy',
             'difference_variance', 'difference_entropy', 'information_1', 'information_2')
 _STEPS = ((0,1), (1,1), (1,0), (1,-1)) # Right, down right, down, down left
 
@@ -145,13 +157,16 @@ def cooccurrence(
     counts = np.bincount(pairs.ravel(), minlength=n*n).reshape(n, n)
     return counts+counts.T
 
+# %% ../../nbs/20_features/30_classical.ipynb #2032717c
 @lru_cache(8)
 def _level_tables(n):
     i,j = np.mgrid[:n,:n]
     return np.eye(2*n-1)[(i+j).ravel()], np.eye(n)[abs(i-j).ravel()], (1/(1+(i-j)**2)).ravel(), (i*j).ravel()
 
+# %% ../../nbs/20_features/30_classical.ipynb #df7df49d
 def _entropy(p): return -(p*np.log2(np.where(p > 0, p, 1))).sum(-1)
 
+# %% ../../nbs/20_features/30_classical.ipynb #0955dcfa
 def haralick_numbers(
     counts:np.ndarray # (tables, n, n), symmetric, none of them empty
 ) -> np.ndarray: # (tables, 13), in the order of `HARALICK`
@@ -160,12 +175,15 @@ def haralick_numbers(
     to_sum,to_difference,closeness,product = _level_tables(n)
     k,kk = np.arange(n),np.arange(2*n-1)
     p = counts.reshape(-1, n*n)/counts.sum((-1,-2)).reshape(-1, 1)
-    side,sums,apart = p.reshape(-1, n, n).sum(1),p@to_sum,p@to_difference
+    side = p.reshape(-1, n, n).sum(1)
+    sums = p@to_sum
+    apart = p@to_difference
     mean,average = side@k,sums@kk
     variance = np.maximum(side@k**2-mean**2, 0)
     flat = variance < 1e-12
     one,both = _entropy(side),_entropy(p)
-    return np.stack([(p*p).sum(1), apart@k**2, np.where(flat, 1, (p@product-mean**2)/np.where(flat, 1, variance)), variance, p@closeness, average,
+    return np.stack([(p*p).sum(1), apart@k**2, np.where(flat, 1, (p@product-mean**2)/np.where(flat, 1, variance)),
+                     variance, p@closeness, average,
         np.maximum(sums@kk**2-average**2, 0), _entropy(sums), both, apart@k**2-(apart@k)**2, _entropy(apart),
         (both-2*one)/np.where(one > 0, one, 1), np.sqrt(np.maximum(0, 1-np.exp(-2*(2*one-both))))], axis=1)
 
@@ -179,22 +197,28 @@ class HaralickFeatures(BaseFeatureExtractor):
         distances:tuple[int,...]=(1,4), # Of the neighbours, pixels
         grid:int=2 # Cells along each side
     ):
-        self.side,self.levels,self.distances,self.grid = side,levels,distances,grid
+        self.side = side
+        self.levels = levels
+        self.distances = distances
+        self.grid = grid
 
     def measure(self, photo:Photo) -> np.ndarray:
         "`26 * len(distances) * grid**2` numbers"
         if not 2 <= self.levels <= 256: raise ConfigError(f'`levels` must be between 2 and 256, got {self.levels}')
         if not 1 <= min(self.distances) <= max(self.distances) < self.side//self.grid:
-            raise ConfigError(f'`distances` must lie within a cell of {self.side//self.grid} pixels, got {self.distances}')
+            raise ConfigError(f'`distances` must lie within a cell of {self.side//self.grid} pixels, got '
+                              f'{self.distances}')
         grey = cv2.LUT(photo.view('grey', self.side), (np.arange(256)*self.levels//256).astype(np.uint8))
         cells = grid_cells(grey, self.grid).reshape(self.grid**2, self.side//self.grid, -1)
-        tables = np.stack([cooccurrence(cell, self.levels, (dy*d, dx*d)) for cell in cells for d in self.distances for dy,dx in _STEPS])
+        tables = np.stack([cooccurrence(cell, self.levels, (dy*d, dx*d)) for cell in cells for d in self.distances
+                           for dy,dx in _STEPS])
         numbers = haralick_numbers(tables).reshape(-1, len(_STEPS), len(HARALICK))
         return np.stack([numbers.mean(1), np.ptp(numbers, axis=1)], axis=1).ravel()
 
     def get_feature_names(self) -> list[str]:
         "Cell, distance, mean or range, and the measure"
-        return [f'haralick_{at}_distance{d}_{what}_{m}' for at in _places(self.grid) for d in self.distances for what in ('mean', 'range') for m in HARALICK]
+        return [f'haralick_{at}_distance{d}_{what}_{m}' for at in _places(self.grid) for d in self.distances
+                for what in ('mean', 'range') for m in HARALICK]
 
 EXTRACTORS['haralick'] = HaralickFeatures
 
@@ -214,6 +238,7 @@ def gabor_bank(
     bank[:,0,0] = 0 # a flat picture has no waves
     return bank
 
+# %% ../../nbs/20_features/30_classical.ipynb #12a0714c
 class GaborFeatures(BaseFeatureExtractor):
     "Strength of waves by length and direction, on a grid"
     name = 'gabor'
@@ -224,15 +249,20 @@ class GaborFeatures(BaseFeatureExtractor):
         wavelengths:tuple[float,...]=(4,8,14), # Pixels; 2 or more
         grid:int=4 # Cells along each side
     ):
-        self.side,self.orientations,self.wavelengths,self.grid = side,orientations,wavelengths,grid
+        self.side = side
+        self.orientations = orientations
+        self.wavelengths = wavelengths
+        self.grid = grid
 
     def measure(self, photo:Photo) -> np.ndarray:
         "`2 * orientations * len(wavelengths) * grid**2` numbers, square roots of strengths"
         if self.orientations < 3 or min(self.wavelengths) < 2:
-            raise ConfigError(f'`orientations` must be 3 or more and `wavelengths` 2 or more, got {self.orientations} and {self.wavelengths}')
+            raise ConfigError(f'`orientations` must be 3 or more and `wavelengths` 2 or more, got {self.orientations} '
+                              f'and {self.wavelengths}')
         import scipy.fft # half as fast again as numpy's
         edge = self.side//8
-        grey = cv2.copyMakeBorder(photo.view('grey', self.side), edge, edge, edge, edge, cv2.BORDER_REFLECT).astype(np.float32)/255
+        grey = cv2.copyMakeBorder(photo.view('grey', self.side), edge, edge, edge, edge,
+                                  cv2.BORDER_REFLECT).astype(np.float32)/255
         bank = gabor_bank(self.side+2*edge, self.orientations, tuple(self.wavelengths))
         strength = np.abs(scipy.fft.ifft2(scipy.fft.fft2(grey)*bank))[:, edge:edge+self.side, edge:edge+self.side]
         cells = grid_cells(strength, self.grid).reshape(len(bank), self.grid**2, -1)
@@ -256,11 +286,16 @@ class EdgeFeatures(BaseFeatureExtractor):
         windows:tuple[int,...]=(5,11,23), # Neighbourhoods in which lines run alike or not, pixels, odd
         least:float=40 # Upper threshold at least, in Sobel units: noise of a flat photo is no edge
     ):
-        self.side,self.grid,self.bins,self.windows,self.least = side,grid,bins,windows,least
+        self.side = side
+        self.grid = grid
+        self.bins = bins
+        self.windows = windows
+        self.least = least
 
     def measure(self, photo:Photo) -> np.ndarray:
         "`bins * (grid**2 + 1) + 2 + 2 * len(windows)` numbers"
-        if not 1 <= self.grid <= self.side: raise ConfigError(f'`grid` must be between 1 and `side` ({self.side}), got {self.grid}')
+        if not 1 <= self.grid <= self.side:
+            raise ConfigError(f'`grid` must be between 1 and `side` ({self.side}), got {self.grid}')
         (dx,dy),side,grid,bins = photo.gradient(self.side),self.side,self.grid,self.bins
         mean,spread = cv2.meanStdDev(np.abs(dx)+np.abs(dy))
         high = max(mean[0,0]+spread[0,0], self.least)
@@ -279,12 +314,15 @@ class EdgeFeatures(BaseFeatureExtractor):
             x,y = cv2.blur(field, (window,window)).reshape(-1, 2)[at].T
             together = np.sqrt(x*x+y*y)/cv2.blur(there, (window,window)).ravel()[at]
             alike += [together.mean(),together.std()] if len(at) else [0,0]
-        return np.concatenate([np.sqrt(density), np.bincount(direction, minlength=bins)/n, [len(at)/side**2, np.hypot(*doubled.sum(0))/n], alike])
+        return np.concatenate([np.sqrt(density), np.bincount(direction, minlength=bins)/n,
+                               [len(at)/side**2, np.hypot(*doubled.sum(0))/n], alike])
 
     def get_feature_names(self) -> list[str]:
         "Density by cell and direction; shares of directions; density; how far one direction prevails; straightness by window"
-        return [f'edges_{at}_direction{b}' for at in _places(self.grid) for b in range(self.bins)] + [f'edges_share_direction{b}' for b in range(self.bins)] + \
-            ['edges_density', 'edges_prevailing'] + [f'edges_straight{w}_{what}' for w in self.windows for what in ('mean', 'deviation')]
+        return [f'edges_{at}_direction{b}' for at in _places(self.grid)
+                for b in range(self.bins)] + [f'edges_share_direction{b}' for b in range(self.bins)] + \
+            ['edges_density', 'edges_prevailing'] + [f'edges_straight{w}_{what}' for w in self.windows
+                                                     for what in ('mean', 'deviation')]
 
 EXTRACTORS['edges'] = EdgeFeatures
 
@@ -297,11 +335,14 @@ class GradientFeatures(BaseFeatureExtractor):
         grid:int=8, # Cells along each side
         bins:int=9 # Directions, evenly over half a turn
     ):
-        self.side,self.grid,self.bins = side,grid,bins
+        self.side = side
+        self.grid = grid
+        self.bins = bins
 
     def measure(self, photo:Photo) -> np.ndarray:
         "`grid**2 * bins` numbers; the squares of each direction sum to 1, or to 0 where it is not seen"
-        if not 1 <= self.grid <= self.side: raise ConfigError(f'`grid` must be between 1 and `side` ({self.side}), got {self.grid}')
+        if not 1 <= self.grid <= self.side:
+            raise ConfigError(f'`grid` must be between 1 and `side` ({self.side}), got {self.grid}')
         (dx,dy),bins = photo.gradient(self.side),self.bins
         strength = np.sqrt(np.sqrt(dx*dx+dy*dy)) # `cv2.magnitude` differs in the last bit from call to call
         at = np.arange(self.side)*self.grid//self.side
@@ -309,7 +350,9 @@ class GradientFeatures(BaseFeatureExtractor):
         turn = cv2.phase(dx, dy)*(bins/np.pi)
         low = turn.astype(np.int32)
         part = (turn-low)*strength # each slope goes to the two nearest directions
-        seen = np.bincount((cell+low%bins).ravel(), (strength-part).ravel(), self.grid**2*bins) + np.bincount((cell+(low+1)%bins).ravel(), part.ravel(), self.grid**2*bins)
+        seen = np.bincount((cell+low%bins).ravel(), (strength-part).ravel(),
+                           self.grid**2*bins) + np.bincount((cell+(low+1)%bins).ravel(), part.ravel(),
+                                                            self.grid**2*bins)
         seen = np.maximum(seen, 0).reshape(-1, bins)
         return np.sqrt(seen/np.maximum(seen.sum(0), 1e-6)).ravel()
 
@@ -327,14 +370,18 @@ def zernike_basis(
 ) -> np.ndarray: # (2*moments, side*side) float32: real parts, then imaginary; shared: do not write to it
     "Zernike polynomials over the disc in the middle, as a table"
     y,x = (np.mgrid[:side,:side]-(side-1)/2)/(side/2)
-    r,turn,rows = np.hypot(x, y),np.arctan2(y, x),[]
+    r = np.hypot(x, y)
+    turn = np.arctan2(y, x)
+    rows = []
     for n in range(degree+1):
         for l in range(n%2, n+1, 2):
-            radial = sum((-1)**m*factorial(n-m)/(factorial(m)*factorial((n+l)//2-m)*factorial((n-l)//2-m))*r**(n-2*m) for m in range((n-l)//2+1))
+            radial = sum((-1)**m*factorial(n-m)/(factorial(m)*factorial((n+l)//2-m)*factorial((n-l)//2-m))*r**(n-2*m)
+                         for m in range((n-l)//2+1))
             rows.append((n+1)/np.pi*radial*np.exp(-1j*l*turn)*(r<=1))
     basis = np.reshape(rows, (len(rows), -1))
     return np.concatenate([basis.real, basis.imag]).astype(np.float32)
 
+# %% ../../nbs/20_features/30_classical.ipynb #46a6835c
 def zernike_moments(
     image:np.ndarray, # (side, side), none below 0
     degree:int=12 # Highest
@@ -352,6 +399,7 @@ def silhouette(
     mask = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY|cv2.THRESH_OTSU)[1]
     return 1-mask if np.concatenate([mask[0], mask[-1], mask[:,0], mask[:,-1]]).mean() > .5 else mask
 
+# %% ../../nbs/20_features/30_classical.ipynb #7da118ef
 def centred(
     mask:np.ndarray # (side, side) uint8, 1 on the piece
 ) -> np.ndarray: # (side, side) uint8, 0 to 255
@@ -360,8 +408,10 @@ def centred(
     if not m['m00']: return mask
     x,y = m['m10']/m['m00'],m['m01']/m['m00']
     scale = side/4/max(((m['mu20']+m['mu02'])/m['m00'])**.5, .5)
-    return cv2.warpAffine(mask*np.uint8(255), np.array([[scale,0,(side-1)/2-scale*x], [0,scale,(side-1)/2-scale*y]]), (side,side), flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(mask*np.uint8(255), np.array([[scale,0,(side-1)/2-scale*x], [0,scale,(side-1)/2-scale*y]]),
+                          (side,side), flags=cv2.INTER_LINEAR)
 
+# %% ../../nbs/20_features/30_classical.ipynb #32fc069a
 class ShapeFeatures(BaseFeatureExtractor):
     "Hu and Zernike moments of the photo, its silhouette and its slopes"
     name = 'shape'
@@ -379,12 +429,14 @@ class ShapeFeatures(BaseFeatureExtractor):
         hu = np.concatenate([cv2.HuMoments(cv2.moments(grey)), cv2.HuMoments(cv2.moments(mask, True))]).ravel()
         dx,dy = photo.gradient(self.side)
         images = centred(mask),grey,np.sqrt(dx*dx+dy*dy)
-        return np.concatenate([np.sign(hu)*np.log10(1+1e9*np.abs(hu)), [mask.mean()], *[zernike_moments(i, self.degree)[1:] for i in images]])
+        return np.concatenate([np.sign(hu)*np.log10(1+1e9*np.abs(hu)), [mask.mean()],
+                               *[zernike_moments(i, self.degree)[1:] for i in images]])
 
     def get_feature_names(self) -> list[str]:
         "Hu moments, share of the silhouette, Zernike moments by degree and repetition"
         orders = [(n, l) for n in range(1, self.degree+1) for l in range(n%2, n+1, 2)]
-        return [f'shape_hu_{of}_{i}' for of in ('grey', 'silhouette') for i in range(1, 8)] + ['shape_silhouette_share'] + \
+        return [f'shape_hu_{of}_{i}' for of in ('grey', 'silhouette')
+                for i in range(1, 8)] + ['shape_silhouette_share'] + \
             [f'shape_zernike_{of}_{n}_{l}' for of in ('silhouette', 'grey', 'slopes') for n,l in orders]
 
 EXTRACTORS['shape'] = ShapeFeatures
@@ -405,7 +457,8 @@ class MomentFeatures(BaseFeatureExtractor):
         "`21 * grid**2` numbers"
         h,s,v = np.moveaxis(photo.view('hsv', self.side).astype(np.float32), 2, 0)
         turn = h*np.float32(2*np.pi/256)
-        channels = np.stack([s*np.cos(turn), s*np.sin(turn), s, v, *np.moveaxis(photo.view('lab', self.side), 2, 0)]).astype(np.float32)/255
+        channels = np.stack([s*np.cos(turn), s*np.sin(turn), s, v,
+                             *np.moveaxis(photo.view('lab', self.side), 2, 0)]).astype(np.float32)/255
         cells = grid_cells(channels, self.grid).reshape(len(_CHANNELS), self.grid**2, -1)
         mean = cells.mean(2)
         away = cells-mean[...,None]
@@ -413,6 +466,7 @@ class MomentFeatures(BaseFeatureExtractor):
 
     def get_feature_names(self) -> list[str]:
         "Cell, channel and moment"
-        return [f'moments_{at}_{c}_{m}' for at in _places(self.grid) for c in _CHANNELS for m in ('mean', 'deviation', 'skewness')]
+        return [f'moments_{at}_{c}_{m}' for at in _places(self.grid) for c in _CHANNELS
+                for m in ('mean', 'deviation', 'skewness')]
 
 EXTRACTORS['moments'] = MomentFeatures

@@ -19,37 +19,46 @@ from ..core import FeatureError, atomic_write, bytes_digest, file_digest, json_d
 from .contract import EXTRACTORS, BaseFeatureExtractor, Photo
 
 # %% ../../nbs/20_features/60_cnn.ipynb #8bf949f6
-BACKBONES = ('mobilenet_v2', 'mobilenet_v3_small', 'mobilenet_v3_large', 'squeezenet1_1', 'efficientnet_b0', 'efficientnet_b3', 'resnet18', 'resnet50', 'resnet101')
+BACKBONES = ('mobilenet_v2', 'mobilenet_v3_small', 'mobilenet_v3_large', 'squeezenet1_1', 'efficientnet_b0',
+             'efficientnet_b3', 'resnet18', 'resnet50', 'resnet101')
 
 POOLS = ('mean', 'max', 'texture', 'gem') # what one pass gives, in this order; 'meanmax' is the first two side by side
 
 def _in_folder(folder, backbone):
     "`mobilenet_v2.pth`, as torchvision names it `mobilenet_v2-7ebf99e0.pth`, or the same as safetensors"
     name,folder = backbone.removeprefix('timm/'),Path(folder)
-    return next((p for ending in ('.pth', '.safetensors') for p in [folder/f'{name}{ending}', *sorted(folder.glob(f'{name}-*{ending}'))] if p.is_file()), None)
+    return next((p for ending in ('.pth', '.safetensors')
+                 for p in [folder/f'{name}{ending}', *sorted(folder.glob(f'{name}-*{ending}'))] if p.is_file()), None)
 
+# %% ../../nbs/20_features/60_cnn.ipynb #1e883e09
 def _hub_folder():
     home = os.environ.get('TORCH_HOME') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')/'torch'
     return Path(home).expanduser()/'hub'/'checkpoints'
 
+# %% ../../nbs/20_features/60_cnn.ipynb #b0ce912f
 def user_cache() -> Path:
     "Folder for what can be made again: `AMULET_CACHE`, or the user's cache"
-    return Path(os.environ.get('AMULET_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'amulet_hybrid')
+    return Path(os.environ.get('AMULET_CACHE')
+                or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'amulet_hybrid')
 
+# %% ../../nbs/20_features/60_cnn.ipynb #fd00c047
 def find_weights(
     backbone:str, # One of `BACKBONES`, or 'timm/NAME'
-    weights:str|Path='auto', # 'auto', a file, or a folder that holds `<backbone>.pth` (without 'timm/') or `.safetensors`
+    # 'auto', a file, or a folder that holds `<backbone>.pth` (without 'timm/') or `.safetensors`
+    weights:str|Path='auto',
     timeout:float=15 # Seconds without an answer after which the download is given up
 ) -> Path: # A state dict
     "Where the weights are, downloaded if need be; raises `FeatureError` with code 'weights_unavailable'"
     if str(weights)!='auto':
         path = Path(weights)
         if found := path if path.is_file() else _in_folder(path, backbone): return found
-        raise FeatureError(f'no weights for {backbone}', code='weights_unavailable', where=weights, advice=f'Name a file, or a folder with {backbone.removeprefix("timm/")}.pth')
+        raise FeatureError(f'no weights for {backbone}', code='weights_unavailable', where=weights,
+                           advice=f'Name a file, or a folder with {backbone.removeprefix("timm/")}.pth')
     for folder in filter(None, [os.environ.get('AMULET_WEIGHTS'), _hub_folder(), user_cache()/'weights']):
         if found := _in_folder(folder, backbone): return found
     return _download(backbone, timeout)
 
+# %% ../../nbs/20_features/60_cnn.ipynb #763d4b5b
 def _download(backbone, timeout):
     "torchvision's weights by torch's own downloader, which checks the digest; timm's by timm, kept as a plain state dict"
     import socket
@@ -62,13 +71,17 @@ def _download(backbone, timeout):
         if timm:
             state = _timm_net(backbone, pretrained=True).state_dict()
             with atomic_write(user_cache()/'weights'/f'{backbone[5:]}.pth') as part: torch.save(state, part)
-        else: torch.hub.load_state_dict_from_url(url, model_dir=str(_hub_folder()), map_location='cpu', check_hash=True, progress=False, weights_only=True)
+        else:
+            torch.hub.load_state_dict_from_url(url, model_dir=str(_hub_folder()), map_location='cpu', check_hash=True,
+                                               progress=False, weights_only=True)
     except Exception as error:
-        raise FeatureError(f'the weights of {backbone} are not on this machine and cannot be downloaded ({str(error)[:200]})', code='weights_unavailable',
+        raise FeatureError(f'the weights of {backbone} are not on this machine and cannot be downloaded '
+                           f'({str(error)[:200]})', code='weights_unavailable',
                            advice=f'Put {backbone.removeprefix("timm/")}.pth into a folder and name it (--weights)') from error
     finally: socket.setdefaulttimeout(before)
     return _in_folder(user_cache()/'weights' if timm else _hub_folder(), backbone)
 
+# %% ../../nbs/20_features/60_cnn.ipynb #a8d9f4aa
 def _timm_net(backbone, pretrained=False):
     "A net of timm without its head"
     timm,name = require('timm', 'timm'),backbone[5:]
@@ -81,24 +94,33 @@ def _timm_net(backbone, pretrained=False):
 def _load(net, weights, head):
     "Put the feature part of a checkpoint into a net, strictly; what lies under the names in `head` is left aside"
     torch = require('torch', 'cnn')
-    def refuse(why, error=None): raise FeatureError(f'these are no weights of this backbone: {why}', code='bad_weights', where=weights) from error
+    def refuse(why, error=None):
+        raise FeatureError(f'these are no weights of this backbone: {why}', code='bad_weights',
+                           where=weights) from error
     try:
         if Path(weights).suffix=='.safetensors': state = require('safetensors.torch', 'timm').load_file(weights)
         else: state = torch.load(weights, map_location='cpu', weights_only=True)
     except ImportError: raise
     except Exception as error: refuse(str(error)[:200], error)
-    while isinstance(state, dict) and (inner := next((state[k] for k in ('state_dict', 'model_state_dict', 'model') if isinstance(state.get(k), dict)), None)): state = inner
+    while isinstance(state, dict) and (inner := next((state[k] for k in ('state_dict', 'model_state_dict', 'model')
+                                                      if isinstance(state.get(k), dict)), None)):
+        state = inner
     if not isinstance(state, dict): refuse(f'it holds a {type(state).__name__}, not a state dict')
     wanted = list(net.state_dict())
-    hits = {p: sum(p+k in state for k in wanted) for p in {'', *(k[:-len(wanted[0])] for k in state if str(k).endswith(f'.{wanted[0]}'))}}
+    hits = {p: sum(p+k in state for k in wanted)
+            for p in {'', *(k[:-len(wanted[0])] for k in state if str(k).endswith(f'.{wanted[0]}'))}}
     prefix,*more = [p for p,n in sorted(hits.items()) if n==max(hits.values())]
     if more and hits[prefix]: refuse(f'it holds several nets: {", ".join([prefix, *more])}')
-    state = {k.removeprefix(prefix): v for k,v in state.items() if str(k).startswith(prefix)} # beside 'backbone.' there is a head at most
-    try: odd = net.load_state_dict({k: v for k,v in state.items() if not k.startswith(tuple(f'{h}.' for h in head))}, strict=False)
+    # beside 'backbone.' there is a head at most
+    state = {k.removeprefix(prefix): v for k,v in state.items() if str(k).startswith(prefix)}
+    try:
+        odd = net.load_state_dict({k: v for k,v in state.items() if not k.startswith(tuple(f'{h}.' for h in head))},
+                                  strict=False)
     except Exception as error: refuse(str(error)[:200], error)
     if odd.missing_keys or odd.unexpected_keys:
         both = (('missing', odd.missing_keys), ('unexpected', odd.unexpected_keys))
-        refuse('; '.join(f'{what} {", ".join(keys[:3])}' + (f' and {len(keys)-3} more' if len(keys)>3 else '') for what,keys in both if keys))
+        refuse('; '.join(f'{what} {", ".join(keys[:3])}' + (f' and {len(keys)-3} more' if len(keys)>3 else '')
+                         for what,keys in both if keys))
 
 # %% ../../nbs/20_features/60_cnn.ipynb #90fc4f9f
 def _embedder(backbone, weights, layer='', half=False, gem_power=3., seed=0) -> Any:
@@ -106,23 +128,36 @@ def _embedder(backbone, weights, layer='', half=False, gem_power=3., seed=0) -> 
     torch = require('torch', 'cnn')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = _timm_net(backbone) if backbone.startswith('timm/') else require('torchvision', 'cnn').models.get_model(backbone, weights=None)
+        net = _timm_net(backbone) if backbone.startswith('timm/') else require('torchvision',
+                'cnn').models.get_model(backbone, weights=None)
     net.eval()
     if backbone.startswith('timm/'):
-        known,fine,end = net.pretrained_cfg,_finer(net),''
+        known = net.pretrained_cfg
+        fine = _finer(net)
+        end = ''
         head = known.get('classifier') or ()
-        head,mean,std,side,fixed = ((head,) if isinstance(head, str) else head),known['mean'],known['std'],known['input_size'][-1],bool(known.get('fixed_input_size'))
+        head = (head,) if isinstance(head, str) else head
+        mean = known['mean']
+        std = known['std']
+        side = known['input_size'][-1]
+        fixed = bool(known.get('fixed_input_size'))
     else:
-        head,mean,std,side,fixed = ('fc' if backbone.startswith('resnet') else 'classifier',),(.485,.456,.406),(.229,.224,.225),320,False
+        head = ('fc' if backbone.startswith('resnet') else 'classifier',)
+        mean = (.485,.456,.406)
+        std = (.229,.224,.225)
+        side = 320
+        fixed = False
         setattr(net, head[0], torch.nn.Identity())
-        stages = [n for n,_ in net.named_children()][:-2] if head==('fc',) else [f'features.{n}' for n,_ in net.features.named_children()]
+        stages = [n for n,_ in net.named_children()][:-2] if head==('fc',) else [f'features.{n}'
+                for n,_ in net.features.named_children()]
         fine,end = _last_fine_stage(torch, net, stages),stages[-1]
     if weights is not None: _load(net, weights, head)
     if layer:
         try: net.get_submodule(layer)
         except AttributeError as error:
             names = [n for n,_ in net.named_modules() if n and n.count('.')<2]
-            raise FeatureError(f'{backbone} has no layer {layer!r}', code='unknown_layer', advice=f'Known, with what is inside them: {", ".join(names[:80])}') from error
+            raise FeatureError(f'{backbone} has no layer {layer!r}', code='unknown_layer',
+                               advice=f'Known, with what is inside them: {", ".join(names[:80])}') from error
         fine,end = '',layer
     said:dict[str,Any] = {}
     for module in net.modules():
@@ -132,15 +167,20 @@ def _embedder(backbone, weights, layer='', half=False, gem_power=3., seed=0) -> 
 
     def map_of(out):
         "A layer's output in float32, and the axes that are places"
-        if not isinstance(out, torch.Tensor) or out.ndim not in (2, 3, 4): raise FeatureError(f'the layer {layer!r} of {backbone} gives no map, tokens or row', code='bad_layer')
+        if not isinstance(out, torch.Tensor) or out.ndim not in (2, 3, 4):
+            raise FeatureError(f'the layer {layer!r} of {backbone} gives no map, tokens or row', code='bad_layer')
         if out.ndim==3: out = out[:,getattr(net, 'num_prefix_tokens', 0):]
-        return (out[:,:,None] if out.ndim==2 else out).float(),{2: (2,), 3: (1,), 4: (1,2) if getattr(net, 'output_fmt', '')=='NHWC' else (2,3)}[out.ndim]
+        return (out[:,:,None] if out.ndim==2 else out).float(),{2: (2,), 3: (1,), 4: (1,2) if getattr(net,
+                'output_fmt', '')=='NHWC' else (2,3)}[out.ndim]
 
     class Embedder(torch.nn.Module): # type: ignore[name-defined]
         def __init__(self):
             super().__init__()
-            self.net,self.side,self.fixed = net.half() if half else net,side,fixed
-            for name,values in (('pixel_mean', mean), ('pixel_std', std)): self.register_buffer(name, 255*torch.tensor(values).view(1,3,1,1))
+            self.net = net.half() if half else net
+            self.side = side
+            self.fixed = fixed
+            for name,values in (('pixel_mean', mean), ('pixel_std', std)):
+                self.register_buffer(name, 255*torch.tensor(values).view(1,3,1,1))
 
         def forward(self, photos):
             x = (photos.permute(0,3,1,2).to(torch.float32)-self.pixel_mean)/self.pixel_std
@@ -148,9 +188,11 @@ def _embedder(backbone, weights, layer='', half=False, gem_power=3., seed=0) -> 
             (late,axes),(early,places) = [map_of(said.get(where, said.get('end', out))) for where in ('end', 'fine')]
             said.clear()
             spread = ((early-early.mean(places, keepdim=True))**2).mean(places)
-            return late.mean(axes),late.amax(axes),torch.sqrt(spread+1e-12),(late.clamp(min=1e-6)**gem_power).mean(axes)**(1/gem_power)
+            return late.mean(axes),late.amax(axes),torch.sqrt(spread
+                                                              +1e-12),(late.clamp(min=1e-6)**gem_power).mean(axes)**(1/gem_power)
     return Embedder().eval()
 
+# %% ../../nbs/20_features/60_cnn.ipynb #b573d8c6
 def _last_fine_stage(torch, net, stages) -> str:
     "Name of the last stage whose map is larger than the final one"
     sizes,x = [],torch.zeros(1,3,128,128)
@@ -160,11 +202,13 @@ def _last_fine_stage(torch, net, stages) -> str:
             sizes.append(x.shape[-1])
     return stages[max(i for i,size in enumerate(sizes) if size > sizes[-1])]
 
+# %% ../../nbs/20_features/60_cnn.ipynb #9675f768
 def _finer(net) -> str:
     "The same by what timm notes of a net; '' where all maps are of one size"
     stages = [dict(stage) for stage in getattr(net, 'feature_info', None) or ()]
     return next((s['module'] for s in reversed(stages) if s['reduction'] < stages[-1]['reduction']), '')
 
+# %% ../../nbs/20_features/60_cnn.ipynb #fc1c4fd2
 def export_backbone(
     backbone:str, # One of `BACKBONES`, or 'timm/NAME'
     weights:Path|None, # State dict; None: random weights, for tests
@@ -172,7 +216,8 @@ def export_backbone(
     layer:str='', # Dotted name of a submodule; '': the last feature map
     half:bool=False, # Half precision: for a GPU
     gem_power:float=3, # Exponent of the generalised mean; 1 is the mean, a large one the maximum
-    tolerance:float=1e-4 # Largest difference from torch that is let pass, relative to the largest output; .02 for half precision
+    # Largest difference from torch that is let pass, relative to the largest output; .02 for half precision
+    tolerance:float=1e-4
 ):
     "Write the backbone as ONNX and check it against torch"
     torch,onnx = require('torch', 'cnn'),require('onnx', 'cnn')
@@ -183,7 +228,8 @@ def export_backbone(
     with torch.inference_mode(): want = [part.numpy() for part in net(photos)]
     if half: net,tolerance = _embedder(backbone, weights, layer, True, gem_power),max(tolerance, .02)
     free = torch.export.Dim.DYNAMIC
-    traced,shape = (photos, {0: free}) if net.fixed else (torch.zeros(2,net.side,net.side+32,3, dtype=torch.uint8), {0: free, 1: free, 2: free})
+    traced,shape = (photos, {0: free}) if net.fixed else (torch.zeros(2,net.side,net.side+32,3, dtype=torch.uint8),
+                                                          {0: free, 1: free, 2: free})
     model = torch.onnx.export(net, (traced,), input_names=['photos'], output_names=[f'pooled_{pool}' for pool in POOLS],
                               dynamic_shapes=(shape,), dynamo=True, verbose=False).model_proto
     _strip(model)
@@ -192,21 +238,29 @@ def export_backbone(
         onnx.save(model, part)
         got = _session(part).run(None, {'photos': photos.numpy()})
         if not (gap := max(float(np.abs(g-w).max()/max(1, np.abs(w).max())) for g,w in zip(got, want))) <= tolerance:
-            raise FeatureError(f'the exported {backbone} differs from torch by {gap:.1e}', code='onnx_parity', where=path)
+            raise FeatureError(f'the exported {backbone} differs from torch by {gap:.1e}', code='onnx_parity',
+                               where=path)
 
+# %% ../../nbs/20_features/60_cnn.ipynb #5d1c6808
 def _strip(model):
     "Remove all that speaks of the machine and not of the net"
     model.doc_string,model.producer_name,model.producer_version = '','',''
-    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input,
+                 *model.graph.output, *model.graph.initializer):
         part.doc_string = ''
         del part.metadata_props[:]
 
+# %% ../../nbs/20_features/60_cnn.ipynb #8035bff8
 def _session(path, threads=1):
     import onnxruntime as ort
     options = ort.SessionOptions()
-    options.intra_op_num_threads,options.inter_op_num_threads,options.log_severity_level = threads,1,3
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    cuda = [('CUDAExecutionProvider', {'use_tf32': '0'})] if 'CUDAExecutionProvider' in ort.get_available_providers() else [] # float32 that is float32
+    # float32 that is float32
+    cuda = [('CUDAExecutionProvider',
+             {'use_tf32': '0'})] if 'CUDAExecutionProvider' in ort.get_available_providers() else []
     return ort.InferenceSession(Path(path).read_bytes(), options, providers=[*cuda, 'CPUExecutionProvider'])
 
 # %% ../../nbs/20_features/60_cnn.ipynb #4f6ccb72
@@ -214,38 +268,50 @@ class _Exported:
     "A file of ours"
     def __init__(self, path, threads=1):
         try: self.session = _session(path, threads)
-        except Exception as error: raise FeatureError(f'onnxruntime cannot read it: {str(error)[:200]}', code='bad_onnx', where=path) from error
+        except Exception as error:
+            raise FeatureError(f'onnxruntime cannot read it: {str(error)[:200]}', code='bad_onnx',
+                               where=path) from error
         self.gpu = self.session.get_providers()[0]!='CPUExecutionProvider'
         self.batch = 32 if self.gpu else 1
         self._look(path)
 
     def _look(self, path):
-        side,self.names = self.session.get_inputs()[0].shape[1],[o.name.removeprefix('pooled_') for o in self.session.get_outputs()]
-        if 'mean' not in self.names: raise FeatureError('this file was not exported by us', code='bad_onnx', where=path, advice='For your own file there is onnx:PATH')
-        self.fixed,self.side = side if isinstance(side, int) else 0,int(self.session.get_modelmeta().custom_metadata_map.get('side', 320))
+        side = self.session.get_inputs()[0].shape[1]
+        self.names = [o.name.removeprefix('pooled_') for o in self.session.get_outputs()]
+        if 'mean' not in self.names:
+            raise FeatureError('this file was not exported by us', code='bad_onnx', where=path,
+                               advice='For your own file there is onnx:PATH')
+        self.fixed,self.side = side if isinstance(side,
+                                                  int) else 0,int(self.session.get_modelmeta().custom_metadata_map.get('side', 320))
 
     def run(self, photos): # (n, side, side, 3) uint8 -> pooling: (n, features)
         return _both(dict(zip(self.names, self.session.run(None, {'photos': photos}))))
 
+# %% ../../nbs/20_features/60_cnn.ipynb #e7beb942
 class _Eager:
     "A net that torch runs, on a GPU if there is one"
     def __init__(self, *args):
         self.torch,self.lock = require('torch', 'cnn'),threading.Lock()
         self.gpu = self.torch.cuda.is_available()
         self.net = _embedder(*args).to('cuda' if self.gpu else 'cpu')
-        self.batch,self.side,self.fixed = 32 if self.gpu else 1,self.net.side,self.net.side if self.net.fixed else 0
+        self.batch = 32 if self.gpu else 1
+        self.side = self.net.side
+        self.fixed = self.net.side if self.net.fixed else 0
 
     def run(self, photos):
         with self.lock, self.torch.inference_mode(), self.torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             rows = self.net(self.torch.from_numpy(photos).to(self.net.pixel_mean.device))
             return _both({pool: row.cpu().numpy() for pool,row in zip(POOLS, rows)})
 
+# %% ../../nbs/20_features/60_cnn.ipynb #0d7c64a2
 def _both(rows): return rows | {'meanmax': np.concatenate([rows['mean'], rows['max']], axis=1)}
 
 @lru_cache(maxsize=16)
-def _shared_net(kind, path, modified, *args): # the blocks of one backbone share its net; a file that was made anew is another
+# the blocks of one backbone share its net; a file that was made anew is another
+def _shared_net(kind, path, modified, *args):
     return kind(path, *args) if kind is not _Eager else kind(args[0], path, *args[1:])
 
+# %% ../../nbs/20_features/60_cnn.ipynb #79e644c7
 class _NetFeatures(BaseFeatureExtractor):
     "What all nets have in common: sizes, mirror images, and a pass that is shared by blocks"
     packages = ('onnxruntime',)
@@ -256,12 +322,14 @@ class _NetFeatures(BaseFeatureExtractor):
 
     def _net(self):
         if self._pool() not in (*POOLS, 'meanmax'):
-            raise FeatureError(f'no pooling is called {self._pool()!r}', code='unknown_pooling', advice=f'Known: {", ".join(POOLS)}, meanmax')
+            raise FeatureError(f'no pooling is called {self._pool()!r}', code='unknown_pooling',
+                               advice=f'Known: {", ".join(POOLS)}, meanmax')
         key = self._key()
         with _SESSION_LOCK: net = _shared_net(*key)
         sides = tuple(s or net.fixed or net.side for s in (self.side if isinstance(self.side, tuple) else (self.side,)))
         if wrong := [s for s in sides if not isinstance(s, int) or s < 32 or s > 4096 or net.fixed not in (0, s)]:
-            raise FeatureError(f'this net does not take photos of side={wrong[0]}', code='bad_side', advice=f'It takes {net.fixed or "32 to 4096"} pixels')
+            raise FeatureError(f'this net does not take photos of side={wrong[0]}', code='bad_side',
+                               advice=f'It takes {net.fixed or "32 to 4096"} pixels')
         return net,key,sides
 
     def prepare(self):
@@ -279,20 +347,26 @@ class _NetFeatures(BaseFeatureExtractor):
         for way in ways:
             todo = [p for p in photos if (key, way) not in p.memo]
             for part in (todo[i:i+net.batch] for i in range(0, len(todo), net.batch)):
-                rows = net.run(np.stack([p.view('rgb', way[0])[:,::-1] if way[1] else p.view('rgb', way[0]) for p in part]))
+                rows = net.run(np.stack([p.view('rgb', way[0])[:,::-1] if way[1] else p.view('rgb', way[0])
+                                         for p in part]))
                 for i,p in enumerate(part): p.memo[key, way] = {pool: values[i] for pool,values in rows.items()}
         pool = self._pool()
-        return np.stack([np.concatenate([np.mean([p.memo[key, w][pool] for w in ways if w[0]==side], axis=0, dtype=np.float32) for side in sides]) for p in photos])
+        return np.stack([np.concatenate([np.mean([p.memo[key, w][pool] for w in ways if w[0]==side], axis=0,
+                                                 dtype=np.float32) for side in sides]) for p in photos])
 
     def get_feature_names(self) -> list[str]: # As long as a row
         "Net, pooling, side where there are several, and a count"
         sides = self._net()[2]
         each = len(self.extract_features(np.zeros((64,64,3), np.uint8)))//len(sides)
-        return [f'{self._title()}@{self._pool()}_{f"{side}_" if len(sides)>1 else ""}{i}' for side in sides for i in range(each)]
+        return [f'{self._title()}@{self._pool()}_{f"{side}_" if len(sides)>1 else ""}{i}' for side in sides
+                for i in range(each)]
 
     def _title(self): return self.name
 
-_EXPORT_LOCK,_SESSION_LOCK = threading.Lock(),threading.Lock() # torch's exporter must not run twice at once, nor a net be loaded twice
+# %% ../../nbs/20_features/60_cnn.ipynb #1fb7cf50
+# torch's exporter must not run twice at once, nor a net be loaded twice
+_EXPORT_LOCK = threading.Lock()
+_SESSION_LOCK = threading.Lock()
 
 # %% ../../nbs/20_features/60_cnn.ipynb #b48d598e
 class CNNFeatures(_NetFeatures):
@@ -301,26 +375,42 @@ class CNNFeatures(_NetFeatures):
     machine = ('cache_dir', 'weights', 'threads')
     version = 3 # of the exported graph: one with other outputs must not be taken from a cache
     def __init__(self,
-        backbone:str='mobilenet_v2', # One of `BACKBONES`, or 'timm/NAME'; with '@max', '@texture', '@gem' or '@meanmax' another pooling than the mean
+        # One of `BACKBONES`, or 'timm/NAME'; with '@max', '@texture', '@gem' or '@meanmax' another pooling than the
+        # mean
+        backbone:str='mobilenet_v2',
         weights:str|Path='auto', # 'auto', a file, a folder, or 'random' (for tests)
-        side:int|tuple[int,...]=0, # Photo is measured at this size, pixels; several: side by side; 0: what the net was made for, or 320
+        # Photo is measured at this size, pixels; several: side by side; 0: what the net was made for, or 320
+        side:int|tuple[int,...]=0,
         onnx:str|Path|None=None, # An exported file to use as it is; nothing is looked for then
         cache_dir:str|Path|None=None, # Where exported files are kept; default: the user's cache
-        layer:str='', # Dotted name of a submodule, e.g. 'features.13' or 'layer3'; '': the last feature map. '@texture' is of this layer then
+        # Dotted name of a submodule, e.g. 'features.13' or 'layer3'; '': the last feature map. '@texture' is of this
+        # layer then
+        layer:str='',
         mirror:bool=False, # Mean of the photo and its mirror image
         engine:str='onnx', # 'onnx', or 'torch': run by torch, on a GPU if there is one
         half:bool=False, # Half precision, which only a GPU gains from; a CPU gives the same within 1 %, slower
         gem_power:float=3., # Exponent of the generalised mean
-        threads:int=1 # Of one pass, where onnxruntime runs it: 1 where many photos are measured at once, all cores where one person waits
+        # Of one pass, where onnxruntime runs it: 1 where many photos are measured at once, all cores where one person
+        # waits
+        threads:int=1
     ):
         self.threads = threads
-        self.backbone,self.weights,self.side,self.onnx,self.cache_dir = backbone,weights,side,onnx,cache_dir
-        self.layer,self.mirror,self.engine,self.half,self.gem_power = layer,mirror,engine,half,gem_power
+        self.backbone = backbone
+        self.weights = weights
+        self.side = side
+        self.onnx = onnx
+        self.cache_dir = cache_dir
+        self.layer = layer
+        self.mirror = mirror
+        self.engine = engine
+        self.half = half
+        self.gem_power = gem_power
 
     def _title(self):
         net = self.backbone.partition('@')[0]
         if net not in BACKBONES and not net.startswith('timm/'):
-            raise FeatureError(f'no backbone is called {net!r}', code='unknown_backbone', advice=f'Known: {", ".join(BACKBONES)}, timm/NAME')
+            raise FeatureError(f'no backbone is called {net!r}', code='unknown_backbone',
+                               advice=f'Known: {", ".join(BACKBONES)}, timm/NAME')
         return net
 
     def _pool(self): return self.backbone.partition('@')[2] or 'mean'
@@ -336,9 +426,12 @@ class CNNFeatures(_NetFeatures):
 
     def _export(self):
         net,weights = self._title(),self._weights()
-        if not self.gem_power > 0: raise FeatureError(f'gem_power must be more than 0, got {self.gem_power}', code='bad_setting')
-        key = json_digest([net, self.layer, self.half, float(self.gem_power), file_digest(weights) if weights else 'random', self.version])[:16]
-        path = (Path(self.cache_dir) if self.cache_dir else user_cache())/'backbones'/f'{net.replace("/", "_")}-{key}.onnx'
+        if not self.gem_power > 0:
+            raise FeatureError(f'gem_power must be more than 0, got {self.gem_power}', code='bad_setting')
+        key = json_digest([net, self.layer, self.half, float(self.gem_power),
+                           file_digest(weights) if weights else 'random', self.version])[:16]
+        path = (Path(self.cache_dir) if self.cache_dir
+                else user_cache())/'backbones'/f'{net.replace("/", "_")}-{key}.onnx'
         if not path.exists():
             log.info('exporting %s to %s', net, path)
             export_backbone(net, weights, path, self.layer, self.half, self.gem_power)
@@ -346,16 +439,20 @@ class CNNFeatures(_NetFeatures):
 
     def _key(self):
         if self.engine not in ('onnx', 'torch') or (self.engine=='torch' and self.onnx is not None):
-            raise FeatureError(f'engine={self.engine!r} cannot run this net', code='bad_setting', advice="Known: 'onnx', and 'torch' where no ONNX file is given")
+            raise FeatureError(f'engine={self.engine!r} cannot run this net', code='bad_setting',
+                               advice="Known: 'onnx', and 'torch' where no ONNX file is given")
         path = self._weights() if self.engine=='torch' else self.onnx_path()
-        if path is not None and not path.is_file(): raise FeatureError('there is no such file', code='missing_file', where=path)
+        if path is not None and not path.is_file():
+            raise FeatureError('there is no such file', code='missing_file', where=path)
         kind,modified = (_Eager,_Exported)[self.engine=='onnx'],path and path.stat().st_mtime_ns
-        return (kind, path and str(path), modified, *((self._title(), self.layer, self.half, float(self.gem_power)) if kind is _Eager else (self.threads,)))
+        return (kind, path and str(path), modified,
+                *((self._title(), self.layer, self.half, float(self.gem_power)) if kind is _Eager else (self.threads,)))
 
     def prepare(self):
         "Find or export the net and load it"
         net,*_ = self._net()
-        if self.half and not net.gpu: log.warning('half precision gains nothing on this machine: %s runs on its CPU', self.backbone)
+        if self.half and not net.gpu:
+            log.warning('half precision gains nothing on this machine: %s runs on its CPU', self.backbone)
 
     def files(self) -> dict[str,Path]: # Setting -> file
         "The exported file, or the weights where torch runs the net"
@@ -365,8 +462,10 @@ class CNNFeatures(_NetFeatures):
     def fingerprint(self) -> str:
         "Depends on the net, not on the place where its file lies"
         files = self.files()
-        net = [] if 'onnx' in files else [self._title(), self.layer, self.half, float(self.gem_power)] # the exported file says it all
-        return json_digest([self.name, self.version, str(self.side), self.mirror, self._pool(), net, {k: file_digest(p) for k,p in files.items()}])[:16]
+        # the exported file says it all
+        net = [] if 'onnx' in files else [self._title(), self.layer, self.half, float(self.gem_power)]
+        return json_digest([self.name, self.version, str(self.side), self.mirror, self._pool(), net,
+                            {k: file_digest(p) for k,p in files.items()}])[:16]
 
     def __getstate__(self): return {k: v for k,v in super().__getstate__().items() if k!='_path'}
 
@@ -376,38 +475,53 @@ EXTRACTORS['cnn'] = CNNFeatures
 class _Own(_Exported):
     "A user's file"
     def __init__(self, path, output, mean, std, channels_last, gem_power, threads=1):
-        self.output,self.channels_last,self.gem_power = output,channels_last,gem_power
+        self.output = output
+        self.channels_last = channels_last
+        self.gem_power = gem_power
         self.mean,self.std = [255*np.asarray(values, np.float32) for values in (mean, std)]
         super().__init__(path, threads)
 
     def _look(self, path):
         def refuse(why, advice=''): raise FeatureError(why, code='bad_onnx', where=path, advice=advice)
         inputs,outputs = self.session.get_inputs(),{o.name: o for o in self.session.get_outputs()}
-        if len(inputs)!=1: refuse(f'it wants {len(inputs)} inputs: {", ".join(i.name for i in inputs)}', 'A net of one input, the photos, can be used')
-        self.input,kinds = inputs[0].name,{'tensor(float)': np.float32, 'tensor(float16)': np.float16, 'tensor(uint8)': np.uint8}
+        if len(inputs)!=1:
+            refuse(f'it wants {len(inputs)} inputs: {", ".join(i.name for i in inputs)}',
+                   'A net of one input, the photos, can be used')
+        self.input = inputs[0].name
+        kinds = {'tensor(float)': np.float32, 'tensor(float16)': np.float16, 'tensor(uint8)': np.uint8}
         shape = inputs[0].shape
         if inputs[0].type not in kinds or len(shape)!=4 or (shape[1]==3)==(shape[3]==3):
-            refuse(f'its input is {inputs[0].type} {shape}', 'Photos are (n, 3, height, width) or (n, height, width, 3), float or uint8')
+            refuse(f'its input is {inputs[0].type} {shape}',
+                   'Photos are (n, 3, height, width) or (n, height, width, 3), float or uint8')
         self.first,self.kind = shape[1]==3,kinds[inputs[0].type]
         sides = {s for s in (shape[2:] if self.first else shape[1:3]) if isinstance(s, int)}
-        if len(sides)>1 or shape[0] not in (1, None) and isinstance(shape[0], int): refuse(f'its input is {shape}', 'Photos are square, and come one at a time or in any number')
+        if len(sides)>1 or shape[0] not in (1, None) and isinstance(shape[0], int):
+            refuse(f'its input is {shape}', 'Photos are square, and come one at a time or in any number')
         if shape[0]==1: self.batch = 1
         self.fixed,self.side = max(sides, default=0),224
         self.output = self.output or list(outputs)[-1]
         if self.output not in outputs: refuse(f'it has no output {self.output!r}', f'Known: {", ".join(outputs)}')
-        if (kind := outputs[self.output].type) not in ('tensor(float)', 'tensor(float16)'): refuse(f'its output {self.output!r} is {kind}, not float')
+        if (kind := outputs[self.output].type) not in ('tensor(float)', 'tensor(float16)'):
+            refuse(f'its output {self.output!r} is {kind}, not float')
 
     def run(self, photos):
         x = photos if self.kind is np.uint8 else ((photos-self.mean)/self.std).astype(self.kind)
-        try: out = self.session.run([self.output], {self.input: np.ascontiguousarray(x.transpose(0,3,1,2)) if self.first else x})[0].astype(np.float32)
-        except Exception as error: raise FeatureError(f'the net fails on photos of side={photos.shape[1]}: {str(error)[:200]}', code='bad_onnx',
-                                              advice='Name the size that it wants: side=224') from error
-        if out.ndim not in (2, 3, 4) or len(out)!=len(photos): raise FeatureError(f'the output {self.output!r} is {out.shape}, not a row, tokens or a map a photo', code='bad_onnx')
+        try:
+            out = self.session.run([self.output], {self.input: np.ascontiguousarray(x.transpose(0,3,1,2)) if self.first
+                                                   else x})[0].astype(np.float32)
+        except Exception as error:
+            raise FeatureError(f'the net fails on photos of side={photos.shape[1]}: {str(error)[:200]}',
+                               code='bad_onnx',
+                       advice='Name the size that it wants: side=224') from error
+        if out.ndim not in (2, 3, 4) or len(out)!=len(photos):
+            raise FeatureError(f'the output {self.output!r} is {out.shape}, not a row, tokens or a map a photo',
+                               code='bad_onnx')
         if out.ndim==2: return dict.fromkeys((*POOLS, 'meanmax'), out)
         axes = (1,) if out.ndim==3 else (1,2) if self.channels_last else (2,3)
         gem = (np.maximum(out, 1e-6)**self.gem_power).mean(axes)**(1/self.gem_power)
         return _both({'mean': out.mean(axes), 'max': out.max(axes), 'texture': out.std(axes), 'gem': gem})
 
+# %% ../../nbs/20_features/60_cnn.ipynb #28fd9480
 class ONNXFeatures(_NetFeatures):
     "What a user's own net says"
     name = 'onnx'
@@ -416,17 +530,28 @@ class ONNXFeatures(_NetFeatures):
         path:str|Path='', # The file; its input is (n, 3, height, width) or (n, height, width, 3), float or uint8
         side:int|tuple[int,...]=0, # Photo is measured at this size, pixels; 0: what the file says, or 224
         output:str='', # Name of the output; '': the last
-        pool:str='mean', # How a map or tokens become a row: 'mean', 'max', 'texture', 'gem' or 'meanmax'; a row stays as it is
-        mean:tuple[float,...]=(.485,.456,.406), # Of the channels of photos in 0 .. 1, taken off where the input is float
+        # How a map or tokens become a row: 'mean', 'max', 'texture', 'gem' or 'meanmax'; a row stays as it is
+        pool:str='mean',
+        # Of the channels of photos in 0 .. 1, taken off where the input is float
+        mean:tuple[float,...]=(.485,.456,.406),
         std:tuple[float,...]=(.229,.224,.225), # Divided by, likewise
         mirror:bool=False, # Mean of the photo and its mirror image
         channels_last:bool=False, # Whether a map is (n, height, width, channels), as TensorFlow has it
         gem_power:float=3., # Exponent of the generalised mean
-        cache_dir:str|Path|None=None, # Where a file with weights in another one is made whole; default: the user's cache
+        # Where a file with weights in another one is made whole; default: the user's cache
+        cache_dir:str|Path|None=None,
         threads:int=1 # Of one pass: 1 where many photos are measured at once, all cores where one person waits
     ):
         self.threads = threads
-        self.path,self.side,self.output,self.pool,self.mean,self.std,self.mirror,self.channels_last,self.gem_power = path,side,output,pool,mean,std,mirror,channels_last,gem_power
+        self.path = path
+        self.side = side
+        self.output = output
+        self.pool = pool
+        self.mean = mean
+        self.std = std
+        self.mirror = mirror
+        self.channels_last = channels_last
+        self.gem_power = gem_power
         self.cache_dir = cache_dir
 
     def _pool(self): return self.pool
@@ -434,19 +559,24 @@ class ONNXFeatures(_NetFeatures):
     def _key(self):
         path = self.files()['path']
         if len(self.mean)!=3 or len(self.std)!=3 or not min(self.std) > 0 or not self.gem_power > 0:
-            raise FeatureError(f'mean={self.mean}, std={self.std}, gem_power={self.gem_power}: three numbers each, and std and power above 0', code='bad_setting')
-        return (_Own, str(path), path.stat().st_mtime_ns, self.output, tuple(self.mean), tuple(self.std), self.channels_last, self.gem_power, self.threads)
+            raise FeatureError(f'mean={self.mean}, std={self.std}, gem_power={self.gem_power}: three numbers each, and '
+                               f'std and power above 0', code='bad_setting')
+        return (_Own, str(path), path.stat().st_mtime_ns, self.output, tuple(self.mean), tuple(self.std),
+                self.channels_last, self.gem_power, self.threads)
 
     def files(self) -> dict[str,Path]: # Setting -> file
         "The user's file; a copy that is whole where its weights lie in another file"
         if not (path := Path(self.path)).is_file():
-            raise FeatureError('there is no such file', code='missing_file', where=self.path, advice='Name it after the colon: onnx:nets/mine.onnx')
+            raise FeatureError('there is no such file', code='missing_file', where=self.path,
+                               advice='Name it after the colon: onnx:nets/mine.onnx')
         with _EXPORT_LOCK:
-            if '_path' not in self.__dict__: self._path = _whole(path, Path(self.cache_dir) if self.cache_dir else user_cache())
+            if '_path' not in self.__dict__:
+                self._path = _whole(path, Path(self.cache_dir) if self.cache_dir else user_cache())
         return {'path': self._path}
 
     def __getstate__(self): return {k: v for k,v in super().__getstate__().items() if k!='_path'}
 
+# %% ../../nbs/20_features/60_cnn.ipynb #c9f278ab
 def _whole(path, cache_dir):
     "The file itself, or a copy with the weights that it keeps in another one (as torch's exporter writes it): a digest must know them, a bundle must take them along"
     import onnxruntime as ort
@@ -459,10 +589,12 @@ def _whole(path, cache_dir):
     onnx = require('onnx', 'cnn')
     try: data = onnx.load(path).SerializeToString(deterministic=True)
     except Exception as error:
-        raise FeatureError(f'its weights cannot be read: {str(error)[:200]}', code='bad_onnx', where=path, advice='Keep the file with its weights beside it') from error
+        raise FeatureError(f'its weights cannot be read: {str(error)[:200]}', code='bad_onnx', where=path,
+                           advice='Keep the file with its weights beside it') from error
     out = cache_dir/'backbones'/f'own-{bytes_digest(data)[:16]}.onnx'
     if not out.exists():
         with atomic_write(out) as part: part.write_bytes(data)
     return out
 
+# %% ../../nbs/20_features/60_cnn.ipynb #90b30eb5
 EXTRACTORS['onnx'] = ONNXFeatures

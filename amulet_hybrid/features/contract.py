@@ -29,7 +29,9 @@ class Photo:
     ):
         if rgb.ndim!=3 or rgb.shape[2]!=3 or rgb.dtype!=np.uint8:
             raise FeatureError(f'a photo is (height, width, 3) uint8, got {rgb.shape} {rgb.dtype}', code='bad_photo')
-        self.rgb,self.mode,self.base = rgb,mode,base if base <= min(rgb.shape[:2]) else 0
+        self.rgb = rgb
+        self.mode = mode
+        self.base = base if base <= min(rgb.shape[:2]) else 0
         self._views:dict[tuple[str,int],np.ndarray] = {}
         self.memo:dict[Any,Any] = {} # What an extractor leaves here for the next one
 
@@ -41,7 +43,9 @@ class Photo:
         key = (kind, side)
         if key not in self._views:
             if kind!='rgb': self._views[key] = cv2.cvtColor(self.view('rgb', side), _VIEWS[kind])
-            else: self._views[key] = resize_image(self.view('rgb', self.base), side) if side < self.base else resize_image(self.rgb, side, self.mode)
+            else:
+                self._views[key] = resize_image(self.view('rgb', self.base),
+                                                side) if side < self.base else resize_image(self.rgb, side, self.mode)
         return self._views[key]
 
     def gradient(self,
@@ -78,7 +82,9 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
     ) -> np.ndarray: # (n_features,) float32
         "Measure one photo"
         row = np.asarray(self.measure(image if isinstance(image, Photo) else Photo(image)), np.float32)
-        if row.ndim!=1: raise FeatureError(f'{self.name} gave an array of shape {row.shape} for a photo, not a row', code='bad_features')
+        if row.ndim!=1:
+            raise FeatureError(f'{self.name} gave an array of shape {row.shape} for a photo, not a row',
+                               code='bad_features')
         return row
 
     def fit(self, photos, y=None):
@@ -116,7 +122,8 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
         "Same fingerprint, same numbers for the same photo"
         files = self.files()
         settings = {k: str(v) for k,v in self.get_params().items() if k not in files and k not in self.machine}
-        return json_digest([self.name, self.version, settings, {k: file_digest(path) for k,path in files.items()} or None])[:16]
+        return json_digest([self.name, self.version, settings,
+                            {k: file_digest(path) for k,path in files.items()} or None])[:16]
 
     def __sklearn_is_fitted__(self): return True
 
@@ -130,19 +137,24 @@ def parse_block(
     head,*settings = re.split(r':(?=[a-z_0-9]+=)', block)
     name,_,argument = head.partition(':')
     if name not in EXTRACTORS:
-        raise FeatureError(f'no block is called {block!r}', code='unknown_block', advice=f'Known: {", ".join(sorted(EXTRACTORS))}')
+        raise FeatureError(f'no block is called {block!r}', code='unknown_block',
+                           advice=f'Known: {", ".join(sorted(EXTRACTORS))}')
     return name,argument,dict(setting.split('=', 1) for setting in settings)
 
+# %% ../../nbs/20_features/10_contract.ipynb #96912f7e
 def _read_setting(text, default, block, name):
     "A setting in the type of its default"
     one = default[0] if isinstance(default, tuple) and default else default
     try:
-        if isinstance(default, tuple) or (',' in text and isinstance(default, (int, float))): return tuple(_read_setting(part, one, block, name) for part in text.split(','))
+        if isinstance(default, tuple) or (',' in text and isinstance(default, (int, float))):
+            return tuple(_read_setting(part, one, block, name) for part in text.split(','))
         if isinstance(default, bool): return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
         return type(default)(text) if isinstance(default, (int, float)) else text
     except (KeyError, ValueError) as error:
-        raise FeatureError(f'{name}={text} in the block {block!r} is no {type(one).__name__}', code='bad_setting', advice=f'The default is {default}') from error
+        raise FeatureError(f'{name}={text} in the block {block!r} is no {type(one).__name__}', code='bad_setting',
+                           advice=f'The default is {default}') from error
 
+# %% ../../nbs/20_features/10_contract.ipynb #b5288bae
 def make_extractor(
     block:str, # Block name: 'hog', 'cnn:mobilenet_v2', ...
     **params # Settings of the extractor; those in the name come first
@@ -151,11 +163,14 @@ def make_extractor(
     name,argument,written = parse_block(block)
     known = {k: p.default for k,p in inspect.signature(EXTRACTORS[name]).parameters.items()}
     if unknown := sorted((set(written)|set(params))-set(known)):
-        raise FeatureError(f'the block {block!r} has no setting {", ".join(map(repr, unknown))}', code='unknown_setting', advice=f'Known: {", ".join(known) or "none"}')
-    if argument and not known: raise FeatureError(f'the block {name!r} takes nothing after a colon, got {argument!r}', code='unknown_setting')
+        raise FeatureError(f'the block {block!r} has no setting {", ".join(map(repr, unknown))}',
+                           code='unknown_setting', advice=f'Known: {", ".join(known) or "none"}')
+    if argument and not known:
+        raise FeatureError(f'the block {name!r} takes nothing after a colon, got {argument!r}', code='unknown_setting')
     settings = params | {k: _read_setting(v, known[k], block, k) for k,v in written.items()}
     return EXTRACTORS[name](**({next(iter(known)): argument} if argument else {}), **settings)
 
+# %% ../../nbs/20_features/10_contract.ipynb #7e891ab1
 def join_blocks(
     blocks:dict[str,np.ndarray], # Block name -> (n_photos, n_features) matrix
     names:Iterable[str] # Which to join, in order
@@ -163,5 +178,6 @@ def join_blocks(
     "Some blocks side by side"
     names = list(names)
     if missing := [n for n in names if n not in blocks]:
-        raise FeatureError(f'no block {", ".join(map(repr, missing))} among these features', code='unknown_block', advice=f'There are: {", ".join(blocks)}')
+        raise FeatureError(f'no block {", ".join(map(repr, missing))} among these features', code='unknown_block',
+                           advice=f'There are: {", ".join(blocks)}')
     return np.concatenate([blocks[n] for n in names], axis=1, dtype=np.float32)

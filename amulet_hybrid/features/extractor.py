@@ -31,7 +31,8 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/20_features/80_extractor.ipynb #4dd2f61e
 _NETS = ('cnn:mobilenet_v2', 'cnn:mobilenet_v2@max', 'cnn:mobilenet_v2@texture')
-_MIRRORED = tuple(f'cnn:{net}:side={side}:mirror=true' for net,side in (('mobilenet_v2', 320), ('mobilenet_v2@max', 320), ('mobilenet_v2@texture', 320), ('mobilenet_v2', 224),
+_MIRRORED = tuple(f'cnn:{net}:side={side}:mirror=true' for net,side in (('mobilenet_v2', 320), ('mobilenet_v2@max',
+        320), ('mobilenet_v2@texture', 320), ('mobilenet_v2', 224),
                                                                         ('mobilenet_v2', 448), ('squeezenet1_1', 320)))
 PRESETS:dict[str,tuple[str,...]] = {
     'fast': ('colour', 'hog', 'lbp', 'cnn:mobilenet_v2:side=224'),
@@ -44,7 +45,8 @@ class FeatureConfig(Config):
     "Which blocks, and how photos come to them"
     blocks:tuple[str,...]=() # Block names, as `make_extractor` knows them; (): those of `preset`
     preset:str='balanced' # 'fast', 'balanced' or 'rich'
-    use_colour_features:bool|None=None # True: have it; False: leave all such blocks out; None: as `blocks` or `preset` say
+    # True: have it; False: leave all such blocks out; None: as `blocks` or `preset` say
+    use_colour_features:bool|None=None
     use_moments_features:bool|None=None
     use_hog_features:bool|None=None
     use_gradient_features:bool|None=None
@@ -59,18 +61,23 @@ class FeatureConfig(Config):
     use_orb_features:bool|None=None
     use_cnn_features:bool|None=None
     weights:str='auto' # For CNN blocks: 'auto', a file, a folder, 'random' (for tests), or 'none' (leave them out)
-    cnn_side:int=0 # Size at which CNN blocks see a photo unless their name says another, pixels; 0: the net's own, 320 for torchvision's
+    # Size at which CNN blocks see a photo unless their name says another, pixels; 0: the net's own, 320 for
+    # torchvision's
+    cnn_side:int=0
     mode:str='stretch' # How photos are made square: 'stretch', 'fit' or 'fill'
     decode_at:int=0 # Short side at which a JPEG may be decoded, pixels; 0: the largest that a block looks at
     preprocessing:dict|None=None # What is done to a photo first: settings of `PreprocessConfig`; None: nothing
 
     def __post_init__(self):
-        if self.preset not in PRESETS: raise ConfigError(f'no preset is called {self.preset!r}', code='unknown_preset', advice=f'Known: {", ".join(PRESETS)}')
+        if self.preset not in PRESETS:
+            raise ConfigError(f'no preset is called {self.preset!r}', code='unknown_preset',
+                              advice=f'Known: {", ".join(PRESETS)}')
         self.preprocessor()
         if not self.names: raise ConfigError('no block is left', advice=f'Known: {", ".join(sorted(EXTRACTORS))}')
         for block in self.names:
             try: make_extractor(block)
-            except FeatureError as error: raise ConfigError(error.message, code=error.code, advice=error.advice) from error
+            except FeatureError as error:
+                raise ConfigError(error.message, code=error.code, advice=error.advice) from error
 
     @property
     def names(self) -> tuple[str,...]:
@@ -99,27 +106,37 @@ class FeatureConfig(Config):
 class FeatureBatch:
     "Rows of some photos of a stream"
     start:int # Position of its first photo in the stream
-    blocks:dict[str,np.ndarray] # Block name -> (n_photos, n_features) float32; NaN in the rows of photos that could not be read
+    # Block name -> (n_photos, n_features) float32; NaN in the rows of photos that could not be read
+    blocks:dict[str,np.ndarray]
     errors:dict[int,ImageError] = field(default_factory=dict) # Position in the stream -> what was wrong
 
     def __len__(self): return len(next(iter(self.blocks.values())))
 
+# %% ../../nbs/20_features/80_extractor.ipynb #f01539f4
 @dataclass
 class _Task:
     "A few photos, and what is wanted of each"
     sources:list[Any]
     wanted:list[list[str]]
 
+# %% ../../nbs/20_features/80_extractor.ipynb #1d2c4c7c
 class _Work:
     "What a thread, or another machine, does with a task"
     def __init__(self, extractors, mode, decode_at, limits, prepare=None, mirrored=False):
-        self.extractors,self.mode,self.decode_at,self.limits,self.prepare,self.mirrored = extractors,mode,decode_at,limits,prepare,mirrored
+        self.extractors = extractors
+        self.mode = mode
+        self.decode_at = decode_at
+        self.limits = limits
+        self.prepare = prepare
+        self.mirrored = mirrored
 
     def read(self, source):
         if isinstance(source, Photo) and not self.mirrored: return source
-        rgb = source if isinstance(source, np.ndarray) else source.rgb if isinstance(source, Photo) else read_image(source, self.limits, at_least=self.decode_at)
+        rgb = source if isinstance(source, np.ndarray) else source.rgb if isinstance(source,
+                Photo) else read_image(source, self.limits, at_least=self.decode_at)
         if self.mirrored: rgb = np.ascontiguousarray(rgb[:,::-1])
-        return Photo(self.prepare(rgb) if self.prepare and not isinstance(source, Photo) else rgb, self.mode, self.decode_at)
+        return Photo(self.prepare(rgb) if self.prepare and not isinstance(source, Photo) else rgb, self.mode,
+                     self.decode_at)
 
     def _photo(self, source, wanted):
         try: return self.read(source) if wanted else None
@@ -139,22 +156,31 @@ class _Work:
             times[name] = 1000*(time.perf_counter()-start)
         return rows,times
 
+# %% ../../nbs/20_features/80_extractor.ipynb #14adef15
 class HybridFeatureExtractor:
     "Blocks by name, from photos, from a stream of them, or from a manifest"
     def __init__(self,
         config:FeatureConfig=FeatureConfig(),
         cache_dir:str|Path|None=None, # Where features and exported backbones are kept; None: features are not kept
         jobs:int=0, # Threads; 0: one a core
-        extractors:dict[str,BaseFeatureExtractor]|None=None, # Ready ones, as a bundle has them; `config` then says only how to decode
+        # Ready ones, as a bundle has them; `config` then says only how to decode
+        extractors:dict[str,BaseFeatureExtractor]|None=None,
         engine:str='threads', # Who does the work: a key of `engines.ENGINES`
         batch_size:int=0, # Photos a task, and so at once in a net; 0: one on a CPU, 32 where there is a GPU
         limits:ImageLimits=LIMITS # What is let in
     ):
-        if engine not in ENGINES: raise ConfigError(f'no engine is called {engine!r}', code='unknown_engine', advice=f'Known: {", ".join(ENGINES)}')
-        self.jobs,self.engine,self.limits,self.notes = jobs or os.cpu_count() or 1,engine,limits,[]
+        if engine not in ENGINES:
+            raise ConfigError(f'no engine is called {engine!r}', code='unknown_engine',
+                              advice=f'Known: {", ".join(ENGINES)}')
+        self.jobs = jobs or os.cpu_count() or 1
+        self.engine = engine
+        self.limits = limits
+        self.notes = []
         self.cache = FeatureCache(cache_dir) if cache_dir else None
-        self.extractors:dict[str,BaseFeatureExtractor] = extractors if extractors is not None else dict(self._make(config, cache_dir))
-        self.config = config if config.decode_at else config.replace(decode_at=max(map(_looks_at, self.extractors.values()), default=320))
+        self.extractors:dict[str,BaseFeatureExtractor] = (extractors if extractors is not None
+                                                          else dict(self._make(config, cache_dir)))
+        self.config = config if config.decode_at else config.replace(decode_at=max(map(_looks_at,
+                self.extractors.values()), default=320))
         self.preprocessor,self.mirrored = config.preprocessor(),False
         self.batch_size = batch_size or (32 if _gpu() else 1)
         self.milliseconds:dict[str,float] = {} # Mean a photo of each stage, of the last extraction
@@ -165,13 +191,18 @@ class HybridFeatureExtractor:
             kind,_,written = parse_block(block)
             if kind=='cnn' and config.weights=='none': continue
             known = inspect.signature(EXTRACTORS[kind]).parameters
-            given = {'weights': config.weights, 'cache_dir': cache_dir, **({'side': config.cnn_side} if kind=='cnn' and config.cnn_side else {})}
+            given = {'weights': config.weights, 'cache_dir': cache_dir,
+                     **({'side': config.cnn_side} if kind=='cnn' and config.cnn_side else {})}
             extractor = make_extractor(block, **{k: v for k,v in given.items() if k in known and k not in written})
             try: extractor.prepare()
             except (FeatureError, MissingExtraError) as error:
-                asked = config.blocks or not any(name.startswith('cnn') for name in kept) # a second net of a preset may be missing
-                if config.weights!='auto' and kind=='cnn' and asked or error.code not in ('weights_unavailable', 'missing_extra'): raise
-                note = ('warning', f'The blocks of {re.split("[@:]", block, maxsplit=2)[1] if ":" in block else block} were left out: {error.message}. {error.advice}')
+                # a second net of a preset may be missing
+                asked = config.blocks or not any(name.startswith('cnn') for name in kept)
+                if config.weights!='auto' and kind=='cnn' and asked or error.code not in ('weights_unavailable',
+                        'missing_extra'):
+                    raise
+                note = ('warning', f'The blocks of {re.split("[@:]", block, maxsplit=2)[1] if ":" in block else block} '
+                                   f'were left out: {error.message}. {error.advice}')
                 if note not in self.notes: self.notes.append(note)
             else:
                 kept.append(block)
@@ -181,7 +212,9 @@ class HybridFeatureExtractor:
         "What the trainer must fit for raw blocks"
         return {name: encoder for name,e in self.extractors.items() if (encoder := e.encoder()) is not None}
 
-    def _work(self, limits=None): return _Work(self.extractors, self.config.mode, self.config.decode_at, limits or self.limits, self.preprocessor, self.mirrored)
+    def _work(self, limits=None):
+        return _Work(self.extractors, self.config.mode, self.config.decode_at, limits or self.limits,
+                     self.preprocessor, self.mirrored)
 
     def read(self,
         source:Any, # Path, bytes of a file, RGB array (height, width, 3) uint8, or `Photo`
@@ -212,12 +245,14 @@ class HybridFeatureExtractor:
         "Extractor and all that was done to a photo before"
         first:dict[str,Any] = {'preprocessing': self.preprocessor.fingerprint()} if self.preprocessor else {}
         if self.mirrored: first['mirrored'] = True
-        return {name: block_key(e.fingerprint(), views=2, mode=self.config.mode, decode_at=self.config.decode_at, **first) for name,e in self.extractors.items()}
+        return {name: block_key(e.fingerprint(), views=2, mode=self.config.mode, decode_at=self.config.decode_at,
+                                **first) for name,e in self.extractors.items()}
 
     def extract_stream(self,
         photos:Iterable, # Paths, bytes, RGB arrays or `Photo`s; taken as they are needed, so they may be endless
         batch_size:int=64, # Photos in each answer
-        keys:Iterable[str]|None=None, # Digest of each photo, under which the cache knows it; None: the cache is not asked
+        # Digest of each photo, under which the cache knows it; None: the cache is not asked
+        keys:Iterable[str]|None=None,
         skip_errors:bool=True, # A photo that cannot be read is a row of NaN and an entry in `errors`; False: it raises
         desc:str='' # Show a progress bar with these words
     ) -> Iterator[FeatureBatch]:
@@ -225,7 +260,10 @@ class HybridFeatureExtractor:
         if batch_size < 1: raise ConfigError(f'`batch_size` must be 1 or more, got {batch_size}')
         fresh:dict[str,dict[str,np.ndarray]] = {name: {} for name in self.extractors}
         names,widths = self.block_keys() if self.cache and keys is not None else {},self.widths()
-        batch,start,errors,total = {name: np.full((batch_size, w), np.nan, np.float32) for name,w in widths.items()},0,{},{'photos': {}, 'ms': {}}
+        batch = {name: np.full((batch_size, w), np.nan, np.float32) for name,w in widths.items()}
+        start = 0
+        errors = {}
+        total = {'photos': {}, 'ms': {}}
         try:
             n,rows = 0,self._rows(photos, keys, names, total)
             if desc: rows = progress(rows, desc, len(photos) if isinstance(photos, Sequence) else None)
@@ -238,12 +276,15 @@ class HybridFeatureExtractor:
                     for name in made if names else (): fresh[name][key] = row[name]
                 if n-start==batch_size:
                     yield FeatureBatch(start, batch, errors)
-                    batch,start,errors = {name: np.full((batch_size, w), np.nan, np.float32) for name,w in widths.items()},n,{}
+                    batch = {name: np.full((batch_size, w), np.nan, np.float32) for name,w in widths.items()}
+                    start = n
+                    errors = {}
                 if names: self._keep(names, fresh, 500)
             if n > start: yield FeatureBatch(start, {name: values[:n-start] for name,values in batch.items()}, errors)
         finally: # also when interrupted: what was measured is kept
             self._keep(names, fresh, 1)
-            self.milliseconds = {stage: total['ms'][stage]/total['photos'][stage] for stage in ('decode', *self.extractors) if total['photos'].get(stage)}
+            self.milliseconds = {stage: total['ms'][stage]/total['photos'][stage]
+                                 for stage in ('decode', *self.extractors) if total['photos'].get(stage)}
 
     def _keep(self, names, fresh, least):
         for name,key in names.items():
@@ -255,7 +296,8 @@ class HybridFeatureExtractor:
         def tasks():
             stream = zip(photos, keys) if keys is not None else ((p, '') for p in photos)
             while window := list(islice(stream, 8*self.batch_size*-(-32//self.batch_size))):
-                known = {name: self.cache.load(key, [k for _,k in window]) for name,key in names.items()} if self.cache else {}
+                known = {name: self.cache.load(key, [k for _,k in window])
+                         for name,key in names.items()} if self.cache else {}
                 for i in range(0, len(window), self.batch_size):
                     some = window[i:i+self.batch_size]
                     rows = [{name: table[k] for name,table in known.items() if k in table} for _,k in some]
@@ -266,8 +308,10 @@ class HybridFeatureExtractor:
             some,rows,wanted = waiting.pop(0)
             for stage,ms in times.items():
                 count = sum(bool(w) if stage=='decode' else stage in w for w in wanted)
-                total['photos'][stage],total['ms'][stage] = total['photos'].get(stage, 0)+count,total['ms'].get(stage, 0)+ms
-            for (_,key),row,new,w in zip(some, rows, found, wanted): yield (new if isinstance(new, ImageError) else row | new),key,w
+                total['photos'][stage],total['ms'][stage] = total['photos'].get(stage, 0)+count,total['ms'].get(stage,
+                        0)+ms
+            for (_,key),row,new,w in zip(some, rows, found, wanted):
+                yield (new if isinstance(new, ImageError) else row | new),key,w
 
     def extract_batch(self,
         images:Sequence # Paths, bytes, RGB arrays or `Photo`s
@@ -300,12 +344,14 @@ class HybridFeatureExtractor:
             for name,rows in batch.blocks.items(): out[name][batch.start:batch.start+len(batch)] = rows
         return out
 
+# %% ../../nbs/20_features/80_extractor.ipynb #304c009b
 def _looks_at(extractor):
     "Largest side at which an extractor looks at a photo, as far as its settings tell"
     settings = extractor.get_params()
     side = settings.get('sides') or settings.get('side') or 320
     return max(side) if isinstance(side, tuple) else int(side)
 
+# %% ../../nbs/20_features/80_extractor.ipynb #5231a911
 def _gpu():
     try: import onnxruntime
     except ImportError: return False # there is no net then

@@ -33,10 +33,13 @@ class FeatureFolder:
         "What features.json says: blocks with file, width and key, number of photos, settings"
         try: found = json.loads((self.folder/'features.json').read_text(encoding='utf-8'))
         except FileNotFoundError as error:
-            raise FeatureError('holds no features', code='no_features', where=self.folder, advice='Name a folder that write_features or amulet extract wrote') from error
-        except (OSError, ValueError) as error: raise FeatureError(f'features.json cannot be read: {error}', where=self.folder) from error
+            raise FeatureError('holds no features', code='no_features', where=self.folder,
+                               advice='Name a folder that write_features or amulet extract wrote') from error
+        except (OSError, ValueError) as error:
+            raise FeatureError(f'features.json cannot be read: {error}', where=self.folder) from error
         if not isinstance(found, dict) or found.get('format')!=FORMAT:
-            raise FeatureError('features.json is not one of ours, or of another version', where=self.folder, advice='Extract again')
+            raise FeatureError('features.json is not one of ours, or of another version', where=self.folder,
+                               advice='Extract again')
         return found
 
     @property
@@ -52,23 +55,28 @@ class FeatureFolder:
     def blocks(self) -> dict[str,np.ndarray]: # Block name -> (n_done, n_features) float32, memory-mapped, read-only
         "Rows that are there, in the order of `photos`; NaN where a photo could not be read"
         done = self.done
-        return {name: np.memmap(self.folder/b['file'], np.float32, 'r', _HEAD, (done, b['width'])) for name,b in self.about['blocks'].items() if done}
+        return {name: np.memmap(self.folder/b['file'], np.float32, 'r', _HEAD, (done, b['width']))
+                for name,b in self.about['blocks'].items() if done}
 
     @property
     def photos(self) -> pd.DataFrame: # The manifest's columns, error_code and error_message ('' where all is well)
         "What each row is of"
-        table = pd.read_csv(self.folder/'photos.csv', dtype=str, keep_default_na=False).iloc[:self.done].assign(error_code='', error_message='')
-        for e in self.errors(): table.loc[e['row'], ['error_code', 'error_message']] = e['error_code'],e['error_message']
+        table = pd.read_csv(self.folder/'photos.csv', dtype=str,
+                            keep_default_na=False).iloc[:self.done].assign(error_code='', error_message='')
+        for e in self.errors():
+            table.loc[e['row'], ['error_code', 'error_message']] = e['error_code'],e['error_message']
         return table
 
     def errors(self) -> list[dict]: # row, path, error_code, error_message, where, advice
         "Photos that could not be read"
         path,done = self.folder/'errors.jsonl',self.done
-        return [e for e in map(json.loads, path.read_text(encoding='utf-8').splitlines()) if e['row'] < done] if path.exists() else []
+        return [e for e in map(json.loads, path.read_text(encoding='utf-8').splitlines())
+                if e['row'] < done] if path.exists() else []
 
     def _repr_markdown_(self):
         rows = ''.join(f'\n| `{name}` | {b["width"]} |' for name,b in self.about['blocks'].items())
-        return f'{self.done} of {self.about["photos"]} photos, {len(self.errors())} unreadable\n\n| block | numbers a photo |\n|---|---|{rows}'
+        return (f'{self.done} of {self.about["photos"]} photos, {len(self.errors())} unreadable\n\n| block | numbers a '
+                f'photo |\n|---|---|{rows}')
 
 # %% ../../nbs/20_features/90_folder.ipynb #b9e7c9d3
 _HEAD = 128 # Bytes of a .npy header
@@ -77,30 +85,39 @@ def _npy_header(rows, width):
     words = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
     return b'\x93NUMPY\x01\x00' + (_HEAD-10).to_bytes(2, 'little') + words.ljust(_HEAD-11).encode() + b'\n'
 
+# %% ../../nbs/20_features/90_folder.ipynb #90868832
 def _begin(extractor, manifest, root, folder, overwrite):
     "The folder as it shall be, empty or with what is there of the very same photos and blocks"
     keys,widths = extractor.block_keys(),extractor.widths()
-    blocks = {name: {'file': f'{i:02d}_{"".join(c if c.isalnum() else "_" for c in name)[:60]}.npy', 'width': w, 'key': keys[name]} for i,(name,w) in enumerate(widths.items())}
-    photos = [manifest['path'].tolist(), manifest['sha256'].tolist() if 'sha256' in manifest else [_state(root/p) for p in manifest['path']]]
-    about = {'format': FORMAT, 'photos': len(manifest), 'state': json_digest(photos), 'blocks': blocks, 'settings': extractor.config.to_dict()}
+    blocks = {name: {'file': f'{i:02d}_{"".join(c if c.isalnum() else "_" for c in name)[:60]}.npy', 'width': w,
+                     'key': keys[name]} for i,(name,w) in enumerate(widths.items())}
+    photos = [manifest['path'].tolist(), manifest['sha256'].tolist() if 'sha256' in manifest else [_state(root/p)
+            for p in manifest['path']]]
+    about = {'format': FORMAT, 'photos': len(manifest), 'state': json_digest(photos), 'blocks': blocks,
+             'settings': extractor.config.to_dict()}
     there = FeatureFolder(folder)
     if (folder/'features.json').exists() and not overwrite:
         if there.about==json.loads(json.dumps(about)): return there
         raise FeatureError('features of other photos, or other blocks, are there', code='other_features', where=folder,
                            advice='Name another folder, or say that it may be overwritten')
     if folder.exists() and any(folder.iterdir()) and not (folder/'features.json').exists():
-        raise FeatureError('the folder is not empty and holds no features', code='not_empty', where=folder, advice='Name another one')
+        raise FeatureError('the folder is not empty and holds no features', code='not_empty', where=folder,
+                           advice='Name another one')
     folder.mkdir(parents=True, exist_ok=True)
     (folder/'done.json').unlink(missing_ok=True)
-    for name in ('features.json', 'errors.jsonl', *(p.name for p in folder.glob('[0-9][0-9]_*.npy'))): (folder/name).unlink(missing_ok=True)
+    for name in ('features.json', 'errors.jsonl', *(p.name for p in folder.glob('[0-9][0-9]_*.npy'))):
+        (folder/name).unlink(missing_ok=True)
     with atomic_write(folder/'photos.csv') as part: manifest.to_csv(part, index=False)
-    with atomic_write(folder/'features.json') as part: part.write_text(json.dumps(about, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
+    with atomic_write(folder/'features.json') as part:
+        part.write_text(json.dumps(about, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
     return FeatureFolder(folder)
 
+# %% ../../nbs/20_features/90_folder.ipynb #acc31bdc
 def _state(path):
     try: return (stat := path.stat()).st_size,stat.st_mtime_ns
     except OSError: return None
 
+# %% ../../nbs/20_features/90_folder.ipynb #0d55ef08
 def _open_at(path, head, size):
     "File to append to, cut to what is known to be whole"
     file = open(path, 'r+b' if path.exists() else 'x+b') # noqa: SIM115
@@ -110,6 +127,7 @@ def _open_at(path, head, size):
     file.seek(0, os.SEEK_END)
     return file
 
+# %% ../../nbs/20_features/90_folder.ipynb #e79542a1
 def write_features(
     extractor:HybridFeatureExtractor,
     manifest:pd.DataFrame, # Column path, optionally sha256 and any others
@@ -126,7 +144,8 @@ def write_features(
     if done: log.info('%d of %d photos are there already', done, len(manifest))
     rest = manifest.iloc[done:]
     errors = ''.join(json.dumps(e, ensure_ascii=False)+'\n' for e in out.errors()).encode()
-    files = {name: _open_at(folder/b['file'], _npy_header(len(manifest), b['width']), 4*done*b['width']) for name,b in blocks.items()}
+    files = {name: _open_at(folder/b['file'], _npy_header(len(manifest), b['width']), 4*done*b['width'])
+             for name,b in blocks.items()}
     files['errors'] = _open_at(folder/'errors.jsonl', errors, 0)
 
     def write_down(rows):
@@ -136,10 +155,12 @@ def write_features(
         with atomic_write(folder/'done.json') as part: part.write_text(f'{rows}\n')
     rows = done
     try:
-        for batch in extractor.extract_stream([root/p for p in rest['path']], keys=rest['sha256'].tolist() if 'sha256' in rest else None, desc='Extracting'):
+        for batch in extractor.extract_stream([root/p for p in rest['path']], keys=rest['sha256'].tolist()
+                                              if 'sha256' in rest else None, desc='Extracting'):
             for name,values in batch.blocks.items(): files[name].write(values.astype('<f4', copy=False).tobytes())
             for i,e in batch.errors.items():
-                files['errors'].write((json.dumps({'row': done+i, 'path': rest['path'].iloc[i], **e.to_dict()}, ensure_ascii=False)+'\n').encode())
+                files['errors'].write((json.dumps({'row': done+i, 'path': rest['path'].iloc[i], **e.to_dict()},
+                                                  ensure_ascii=False)+'\n').encode())
             before,rows = rows,rows+len(batch)
             if rows//every > before//every: write_down(rows)
     finally: # also when interrupted

@@ -29,6 +29,7 @@ def pack(
     room[:len(patches), :patches.shape[1]] = patches
     return np.r_[np.float32(len(patches)), room.reshape(-1, 3)@np.array([65536,256,1], np.float32)]
 
+# %% ../../nbs/20_features/40_keypoints.ipynb #81c6bfa8
 def unpack(
     rows:np.ndarray, # (n_photos, 1 + limit*ceil(size/3)), what `pack` gave
     size:int # Bytes a descriptor
@@ -37,7 +38,8 @@ def unpack(
     width,counts = -(-size//3),rows[:,0].astype(int)
     room = rows[:,1:].reshape(len(rows), -1, width)
     found = room[np.arange(room.shape[1]) < counts[:,None]].astype(np.int32)
-    return np.stack([found>>16, found>>8 & 255, found & 255], -1).reshape(len(found), 3*width)[:,:size].astype(np.uint8),counts
+    return np.stack([found>>16, found>>8 & 255, found & 255], -1).reshape(len(found), 3*width)[:,
+            :size].astype(np.uint8),counts
 
 # %% ../../nbs/20_features/40_keypoints.ipynb #6a1f20a2
 @lru_cache
@@ -47,11 +49,13 @@ def sift_basis(
     "Smoothest patterns over 4 x 4 cells and 8 directions"
     k,j = np.arange(4),np.arange(8)
     cells = np.sqrt(np.r_[.25, [.5]*3])[:,None]*np.cos(np.pi*(k+.5)*k[:,None]/4)
-    turns = np.stack([np.ones(8)] + [f(2*np.pi*n*j/8)*np.sqrt(2) for n in (1,2,3) for f in (np.cos, np.sin)] + [(-1.)**j])/np.sqrt(8)
+    turns = np.stack([np.ones(8)] + [f(2*np.pi*n*j/8)*np.sqrt(2) for n in (1,2,3) for f in (np.cos, np.sin)]
+                     + [(-1.)**j])/np.sqrt(8)
     basis = np.einsum('ay,bx,co->abcyxo', cells, cells, turns).reshape(128, 128)
     frequency = (k[:,None,None]+k[:,None]+np.array([0,1,1,2,2,3,3,4])).ravel()
     return basis[np.argsort(frequency, kind='stable')[:terms]].T.astype(np.float32)
 
+# %% ../../nbs/20_features/40_keypoints.ipynb #b970a294
 def compact_sift(
     sift:np.ndarray, # (n, 128), not negative
     terms:int=46 # Bytes that are kept
@@ -60,7 +64,9 @@ def compact_sift(
     root = np.sqrt(sift/np.maximum(sift.sum(1, keepdims=True), 1e-9), dtype=np.float32)
     return np.round(128+127*(root@sift_basis(terms))).clip(0, 255).astype(np.uint8)
 
-def _with_place(patches, yx): return np.hstack([patches, np.round(255*np.clip(yx, 0, 1)).astype(np.uint8).reshape(-1, 2)])
+# %% ../../nbs/20_features/40_keypoints.ipynb #534b3db4
+def _with_place(patches, yx):
+    return np.hstack([patches, np.round(255*np.clip(yx, 0, 1)).astype(np.uint8).reshape(-1, 2)])
 
 # %% ../../nbs/20_features/40_keypoints.ipynb #7ed30dc0
 class KeypointExtractor(BaseFeatureExtractor):
@@ -82,6 +88,7 @@ class KeypointExtractor(BaseFeatureExtractor):
         "An unfitted encoder for the rows of this block"
         return KeypointEncoder(size=self.size, signed=self.signed)
 
+# %% ../../nbs/20_features/40_keypoints.ipynb #b24f995b
 _OWN = threading.local()
 
 def _detector(*key) -> Any:
@@ -90,6 +97,7 @@ def _detector(*key) -> Any:
     if key not in made: made[key] = getattr(cv2, key[0])(*key[1:])
     return made[key]
 
+# %% ../../nbs/20_features/40_keypoints.ipynb #18eba71f
 def _strongest(detector, grey, width):
     "Descriptors and places (0..1) of OpenCV's keypoints in an order that never changes"
     points,found = detector.detectAndCompute(grey, None)
@@ -108,7 +116,10 @@ class DenseSIFT(KeypointExtractor):
         step:int=6, # From patch to patch, pixels
         contrast:float=4. # Mean slope (Sobel) that a patch must have
     ):
-        self.side,self.cells,self.step,self.contrast = side,cells,step,contrast
+        self.side = side
+        self.cells = cells
+        self.step = step
+        self.contrast = contrast
 
     def _starts(self, cell): return np.arange(0, self.side-4*cell+1, self.step)
 
@@ -116,13 +127,17 @@ class DenseSIFT(KeypointExtractor):
 
     def describe(self, photo:Photo) -> np.ndarray:
         "Patches in rows from the top left, scale by scale"
-        if max(self.cells)*4 > self.side: raise FeatureError(f'four `cells` of {max(self.cells)} pixels do not fit a `side` of {self.side}', code='bad_setting')
+        if max(self.cells)*4 > self.side:
+            raise FeatureError(f'four `cells` of {max(self.cells)} pixels do not fit a `side` of {self.side}',
+                               code='bad_setting')
         right,down = photo.gradient(self.side)
         slope,angle = cv2.cartToPolar(right, down)
         angle = angle*(8/(2*np.pi))
         lower = np.floor(angle)
         share,lower = angle-lower,lower.astype(np.int32) & 7
-        maps,y,x = np.zeros((self.side, self.side, 8), np.float32),np.arange(self.side)[:,None],np.arange(self.side)
+        maps = np.zeros((self.side, self.side, 8), np.float32)
+        y = np.arange(self.side)[:,None]
+        x = np.arange(self.side)
         maps[y,x,lower] = slope*(1-share)
         maps[y,x,(lower+1) & 7] = slope*share
         return np.concatenate([self._grid(maps, cell) for cell in self.cells])
@@ -146,13 +161,17 @@ class SIFTFeatures(KeypointExtractor):
         limit:int=200, # Keypoints at most
         contrast:float=.01 # Least contrast of a keypoint, as OpenCV counts it
     ):
-        self.side,self.limit,self.contrast = side,limit,contrast
+        self.side = side
+        self.limit = limit
+        self.contrast = contrast
 
     def describe(self, photo:Photo) -> np.ndarray:
         "By response"
-        sift,place = _strongest(_detector('SIFT_create', self.limit, 3, self.contrast, 15), photo.view('grey', self.side), 128)
+        sift,place = _strongest(_detector('SIFT_create', self.limit, 3, self.contrast, 15),
+                                photo.view('grey', self.side), 128)
         return _with_place(compact_sift(sift), place)
 
+# %% ../../nbs/20_features/40_keypoints.ipynb #6a059eef
 class ORBFeatures(KeypointExtractor):
     "256 comparisons of grey levels at corners (Rublee, 2011)"
     name = 'orb'
@@ -162,13 +181,16 @@ class ORBFeatures(KeypointExtractor):
         limit:int=200, # Keypoints at most
         threshold:int=8 # Grey levels by which a corner must differ
     ):
-        self.side,self.limit,self.threshold = side,limit,threshold
+        self.side = side
+        self.limit = limit
+        self.threshold = threshold
 
     def describe(self, photo:Photo) -> np.ndarray:
         "By Harris response"
         detector = _detector('ORB_create', self.limit, 1.2, 6, 15, 0, 2, cv2.ORB_HARRIS_SCORE, 31, self.threshold)
         return _with_place(*_strongest(detector, photo.view('grey', self.side), 32))
 
+# %% ../../nbs/20_features/40_keypoints.ipynb #c0c52206
 class SURFFeatures(KeypointExtractor):
     "Sums of Haar responses at blobs (Bay, 2008), by mahotas: OpenCV's wheels leave SURF out"
     name = 'surf'
@@ -179,7 +201,9 @@ class SURFFeatures(KeypointExtractor):
         limit:int=200, # Keypoints at most
         threshold:float=.02 # Least response, as mahotas counts it
     ):
-        self.side,self.limit,self.threshold = side,limit,threshold
+        self.side = side
+        self.limit = limit
+        self.threshold = threshold
 
     def prepare(self): require('mahotas.features.surf', 'surf')
 
@@ -211,13 +235,23 @@ class KeypointEncoder(TransformerMixin, BaseEstimator):
         signed:bool=True, # As the block has it
         seed:int=0
     ):
-        self.method,self.words,self.components,self.place = method,words,components,place
-        self.sample,self.size,self.signed,self.seed = sample,size,signed,seed
+        self.method = method
+        self.words = words
+        self.components = components
+        self.place = place
+        self.sample = sample
+        self.size = size
+        self.signed = signed
+        self.seed = seed
 
     def fit(self, rows, y=None):
         "Learn axes and words from the rows of training photos"
-        if self.method not in METHODS: raise FeatureError(f'no encoding is called {self.method!r}', code='bad_setting', advice=f'Known: {", ".join(METHODS)}')
-        if min(self.words, self.components) < 1: raise FeatureError(f'`words` and `components` must be at least 1, got {self.words} and {self.components}', code='bad_setting')
+        if self.method not in METHODS:
+            raise FeatureError(f'no encoding is called {self.method!r}', code='bad_setting',
+                               advice=f'Known: {", ".join(METHODS)}')
+        if min(self.words, self.components) < 1:
+            raise FeatureError(f'`words` and `components` must be at least 1, got {self.words} and {self.components}',
+                               code='bad_setting')
         rows,rng = self._checked(rows),np.random.default_rng(derive_seed(self.seed, 'words'))
         self.n_features_in_ = rows.shape[1]
         patches = unpack(rows[rng.permutation(len(rows))[:5000]], self.size)[0]
@@ -236,25 +270,30 @@ class KeypointEncoder(TransformerMixin, BaseEstimator):
         whole = rows.ndim==2 and len(rows) and rows.shape[1] > 1 and (rows.shape[1]-1)%-(-self.size//3)==0
         if not whole or width not in (None, rows.shape[1]):
             wanted = f', {width} numbers each' if width else ''
-            raise FeatureError(f'these are no rows of descriptors of {self.size} bytes{wanted}: shape {rows.shape}', code='bad_features', advice='Take the encoder from the block')
+            raise FeatureError(f'these are no rows of descriptors of {self.size} bytes{wanted}: shape {rows.shape}',
+                               code='bad_features', advice='Take the encoder from the block')
         return rows
 
     def _numbers(self, patches):
         what = patches[:,:-2]
-        return ((what.astype(np.float32)-128)/127 if self.signed else np.unpackbits(what, axis=1)/np.float32(16)).astype(np.float32)
+        return ((what.astype(np.float32)-128)/127 if self.signed else np.unpackbits(what,
+                axis=1)/np.float32(16)).astype(np.float32)
 
     def _project(self, patches):
         Z = (self._numbers(patches)-self.mean_)@self.axes_
-        return np.hstack([Z, (patches[:,-2:]/np.float32(255)-np.float32(.5))*np.float32(self.place)]) if self.place else Z
+        return np.hstack([Z, (patches[:,
+                                      -2:]/np.float32(255)-np.float32(.5))*np.float32(self.place)]) if self.place else Z
 
     def _learn_words(self, Z, seed):
         from sklearn.cluster import MiniBatchKMeans
         Z = np.resize(Z, (max(len(Z), self.words), Z.shape[1]))
-        means = MiniBatchKMeans(self.words, random_state=seed, n_init=1, batch_size=4096, max_iter=30).fit(Z).cluster_centers_
+        means = MiniBatchKMeans(self.words, random_state=seed, n_init=1, batch_size=4096,
+                                max_iter=30).fit(Z).cluster_centers_
         self.words_ = means.astype(np.float32)
         if self.method!='fisher': return
         floor = 1e-3*Z.var(0).mean()+1e-6
-        self.spread_,self.share_ = np.tile(Z.var(0)+floor, (self.words, 1)),np.full(self.words, 1/self.words, np.float32)
+        self.spread_,self.share_ = np.tile(Z.var(0)+floor, (self.words, 1)),np.full(self.words, 1/self.words,
+                np.float32)
         for _ in range(15): # rounds of expectation and maximisation
             belongs = self._posterior(Z)
             total = belongs.sum(0)[:,None]+1e-6
@@ -263,11 +302,13 @@ class KeypointEncoder(TransformerMixin, BaseEstimator):
 
     def _posterior(self, Z):
         exact = 1/self.spread_
-        raw = np.log(self.share_)+.5*np.log(exact).sum(1)-.5*(Z**2@exact.T-2*Z@(self.words_*exact).T+(self.words_**2*exact).sum(1))
+        raw = np.log(self.share_)+.5*np.log(exact).sum(1)-.5*(Z**2@exact.T-2*Z@(self.words_*exact).T
+                                                              +(self.words_**2*exact).sum(1))
         p = np.exp(raw-raw.max(1, keepdims=True))
         return p/p.sum(1, keepdims=True)
 
-    def transform(self, rows) -> np.ndarray: # (n_photos, `width()`) float32, of unit length; zeros where a photo has no descriptor
+    # (n_photos, `width()`) float32, of unit length; zeros where a photo has no descriptor
+    def transform(self, rows) -> np.ndarray:
         "Encode photos"
         check_is_fitted(self, 'words_')
         rows = self._checked(rows, int(self.n_features_in_))
@@ -286,7 +327,9 @@ class KeypointEncoder(TransformerMixin, BaseEstimator):
     def _encode(self, Z):
         if self.method=='fisher':
             belongs,spread = self._posterior(Z),np.sqrt(self.spread_)
-            zero,one,two = belongs.sum(0)[:,None],belongs.T@Z,belongs.T@Z**2
+            zero = belongs.sum(0)[:,None]
+            one = belongs.T@Z
+            two = belongs.T@Z**2
             move = (one-zero*self.words_)/spread
             widen = ((two-2*one*self.words_+zero*self.words_**2)/self.spread_-zero)/np.sqrt(2)
             row = np.hstack([move, widen])/np.sqrt(self.share_)[:,None]
@@ -300,13 +343,15 @@ class KeypointEncoder(TransformerMixin, BaseEstimator):
     def get_feature_names_out(self, input_features=None) -> np.ndarray: # (`width()`,) of str
         "What each number counts: photos of a word, or moves (`by`) and widenings (`spread`) of a word's patches along an axis"
         axes = range(self.width()//self.words//(2 if self.method=='fisher' else 1))
-        ends = {'bow': [''], 'vlad': [f'_by_{i}' for i in axes], 'fisher': [f'_{what}_{i}' for what in ('by', 'spread') for i in axes]}[self.method]
+        ends = {'bow': [''], 'vlad': [f'_by_{i}' for i in axes],
+                'fisher': [f'_{what}_{i}' for what in ('by', 'spread') for i in axes]}[self.method]
         return np.array([f'word_{word}{end}' for word in range(self.words) for end in ends], dtype=object)
 
     def to_arrays(self) -> dict[str,np.ndarray]: # For `np.savez`
         "All that was learned, and the settings"
         check_is_fitted(self, 'words_')
-        return {k: np.asarray(v) for k,v in {**self.get_params(), **{k: v for k,v in vars(self).items() if k.endswith('_')}}.items()}
+        return {k: np.asarray(v) for k,v in {**self.get_params(),
+                                             **{k: v for k,v in vars(self).items() if k.endswith('_')}}.items()}
 
     @classmethod
     def from_arrays(cls,

@@ -22,17 +22,21 @@ from ..data.images import resize_image
 # %% ../../nbs/20_features/20_preprocessing.ipynb #c791b91b
 def _check_rgb(rgb):
     if getattr(rgb, 'ndim', 0)!=3 or rgb.shape[2]!=3 or rgb.dtype!=np.uint8:
-        raise ImageError(f'a photo is (height, width, 3) uint8, got {getattr(rgb, "shape", type(rgb).__name__)} {getattr(rgb, "dtype", "")}'.rstrip(), code='bad_photo')
+        raise ImageError(f'a photo is (height, width, 3) uint8, got {getattr(rgb, "shape", type(rgb).__name__)} '
+                         f'{getattr(rgb, "dtype", "")}'.rstrip(), code='bad_photo')
 
+# %% ../../nbs/20_features/20_preprocessing.ipynb #c8b02d96
 def _in_range(name, value, low, high):
     if not low <= value <= high: raise ConfigError(f'`{name}` must be in {low:g}..{high:g}, got {value}')
 
+# %% ../../nbs/20_features/20_preprocessing.ipynb #79c24472
 def _on_lightness(rgb, change):
     "Change the L of Lab and nothing else"
     lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
     lab[...,0] = change(lab[...,0])
     return cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
 
+# %% ../../nbs/20_features/20_preprocessing.ipynb #d6bcd183
 def local_contrast(
     rgb:np.ndarray, # (height, width, 3) uint8
     limit:float=2., # How far a tile's contrast may rise, 1..40
@@ -42,6 +46,7 @@ def local_contrast(
     _check_rgb(rgb); _in_range('limit', limit, 1, 40); _in_range('tiles', tiles, 1, 32)
     return _on_lightness(rgb, cv2.createCLAHE(limit, (tiles, tiles)).apply)
 
+# %% ../../nbs/20_features/20_preprocessing.ipynb #fba3c426
 def adjust_gamma(
     rgb:np.ndarray, # (height, width, 3) uint8
     gamma:float=1. # Above 1 lightens what is dark, 0.1..10
@@ -70,8 +75,10 @@ def white_balance(
     most:float=1.4 # Gain of a channel at most, and one through it at least, 1..3
 ) -> np.ndarray: # Same shape, uint8
     "Take the lamp's colour out"
-    _check_rgb(rgb); _in_range('strength', strength, 0, 1); _in_range('power', power, 1, 20); _in_range('most', most, 1, 3)
-    share = np.stack([cv2.calcHist([rgb], [c], None, [256], [0, 256])[:,0] for c in range(3)])/(rgb.shape[0]*rgb.shape[1])
+    _check_rgb(rgb)
+    _in_range('strength', strength, 0, 1); _in_range('power', power, 1, 20); _in_range('most', most, 1, 3)
+    share = np.stack([cv2.calcHist([rgb], [c], None, [256], [0, 256])[:,0]
+                      for c in range(3)])/(rgb.shape[0]*rgb.shape[1])
     norm = np.maximum((share@np.linspace(0, 1, 256)**power)**(1/power), 1e-3)
     gain = np.clip(np.exp(np.log(norm).mean())/norm, 1/most, most)**strength
     table = np.clip(np.arange(256)[:,None]*gain+.5, 0, 255).astype(np.uint8)
@@ -84,6 +91,7 @@ def _nonlocal(rgb, strength): return cv2.fastNlMeansDenoisingColored(rgb, None, 
 
 DENOISERS:dict[str,Callable[[np.ndarray,float],np.ndarray]] = {'bilateral': _bilateral, 'nonlocal': _nonlocal}
 
+# %% ../../nbs/20_features/20_preprocessing.ipynb #29d385ad
 def denoise(
     rgb:np.ndarray, # (height, width, 3) uint8
     method:str='bilateral', # 'bilateral', or 'nonlocal' (means), which is slow
@@ -94,6 +102,7 @@ def denoise(
     if method not in DENOISERS: raise ConfigError(f'`method` must be one of {", ".join(DENOISERS)}, got {method!r}')
     return DENOISERS[method](rgb, strength)
 
+# %% ../../nbs/20_features/20_preprocessing.ipynb #35d3df46
 def unsharp_mask(
     rgb:np.ndarray, # (height, width, 3) uint8
     amount:float=.6, # Share of the detail that is added again, 0..5
@@ -103,6 +112,7 @@ def unsharp_mask(
     _check_rgb(rgb); _in_range('amount', amount, 0, 5); _in_range('sigma', sigma, .3, 20)
     return cv2.addWeighted(rgb, 1+amount, cv2.GaussianBlur(rgb, (0,0), sigma), -amount, 0)
 
+# %% ../../nbs/20_features/20_preprocessing.ipynb #312ca08e
 def enhance_edges(
     rgb:np.ndarray, # (height, width, 3) uint8
     amount:float=.5 # How much steeper slopes look, 0..3
@@ -123,20 +133,26 @@ def object_box(
     "Where the object lies"
     _check_rgb(rgb)
     scale = min(1, 128/max(rgb.shape[:2]))
-    lab = cv2.cvtColor(cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else rgb, cv2.COLOR_RGB2LAB).astype(np.float32)
+    lab = cv2.cvtColor(cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else rgb,
+                       cv2.COLOR_RGB2LAB).astype(np.float32)
     h,w = lab.shape[:2]
     t = max(1, round(.03*min(h, w)))
-    border = np.concatenate([lab[:t].reshape(-1, 3), lab[-t:].reshape(-1, 3), lab[:,:t].reshape(-1, 3), lab[:,-t:].reshape(-1, 3)])
+    border = np.concatenate([lab[:t].reshape(-1, 3), lab[-t:].reshape(-1, 3), lab[:,:t].reshape(-1, 3),
+                             lab[:,-t:].reshape(-1, 3)])
     away = np.linalg.norm(border-np.median(border, axis=0), axis=1)
     if np.quantile(away, .8) > plain: return None
-    far = np.linalg.norm(cv2.GaussianBlur(lab, (0,0), 1)-np.median(border, axis=0), axis=2) > max(2.5*np.quantile(away, .8), 14)
-    count,_,stats,_ = cv2.connectedComponentsWithStats(cv2.morphologyEx(far.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3,3), np.uint8)))
+    far = np.linalg.norm(cv2.GaussianBlur(lab, (0,0), 1)-np.median(border, axis=0),
+                         axis=2) > max(2.5*np.quantile(away, .8), 14)
+    count,_,stats,_ = cv2.connectedComponentsWithStats(cv2.morphologyEx(far.astype(np.uint8), cv2.MORPH_OPEN,
+                                                                        np.ones((3,3), np.uint8)))
     big = [s for s in stats[1:count] if s[4] > .02*h*w]
     if not big or not .04 < sum(s[4] for s in big)/(h*w) < .97: return None
     left,top = min(s[0] for s in big),min(s[1] for s in big)
     right,bottom = max(s[0]+s[2] for s in big),max(s[1]+s[3] for s in big)
-    return int(top/scale),int(left/scale),min(rgb.shape[0], int(np.ceil(bottom/scale))),min(rgb.shape[1], int(np.ceil(right/scale)))
+    return int(top/scale),int(left/scale),min(rgb.shape[0], int(np.ceil(bottom/scale))),min(rgb.shape[1],
+            int(np.ceil(right/scale)))
 
+# %% ../../nbs/20_features/20_preprocessing.ipynb #da420f9c
 def crop_object(
     rgb:np.ndarray, # (height, width, 3) uint8
     margin:float=.06, # Ground that is left on every side, as a share of the object's longer side, 0..1
@@ -170,10 +186,14 @@ class PreprocessConfig(Config):
     mode:str='fit' # How it is made square: 'fit', 'fill' or 'stretch'
 
     def __post_init__(self):
-        if self.denoise and self.denoise not in DENOISERS: raise ConfigError(f'`denoise` must be one of {", ".join(DENOISERS)} or empty, got {self.denoise!r}')
-        if self.mode not in ('fit', 'fill', 'stretch'): raise ConfigError(f"`mode` must be 'fit', 'fill' or 'stretch', got {self.mode!r}")
-        for name,low,high in (('crop_margin', 0, 1), ('denoise_strength', .1, 10), ('white_balance', 0, 1), ('gamma', .1, 10), ('contrast_tiles', 1, 32),
-                              ('sharpen', 0, 5), ('sharpen_sigma', .3, 20), ('edges', 0, 3)): _in_range(name, getattr(self, name), low, high)
+        if self.denoise and self.denoise not in DENOISERS:
+            raise ConfigError(f'`denoise` must be one of {", ".join(DENOISERS)} or empty, got {self.denoise!r}')
+        if self.mode not in ('fit', 'fill', 'stretch'):
+            raise ConfigError(f"`mode` must be 'fit', 'fill' or 'stretch', got {self.mode!r}")
+        for name,low,high in (('crop_margin', 0, 1), ('denoise_strength', .1, 10), ('white_balance', 0, 1),
+                              ('gamma', .1, 10), ('contrast_tiles', 1, 32),
+                              ('sharpen', 0, 5), ('sharpen_sigma', .3, 20), ('edges', 0, 3)):
+            _in_range(name, getattr(self, name), low, high)
         if self.contrast: _in_range('contrast', self.contrast, 1, 40)
         if self.size: _in_range('size', self.size, 8, 4096)
 
@@ -182,7 +202,8 @@ class PreprocessConfig(Config):
         "Whether photos come out as they went in"
         return self.replace(**{k: v for k,v in vars(PreprocessConfig()).items() if k in _SHADES})==PreprocessConfig()
 
-_SHADES = ('crop_margin', 'denoise_strength', 'contrast_tiles', 'sharpen_sigma', 'mode') # settings that do nothing by themselves
+# settings that do nothing by themselves
+_SHADES = ('crop_margin', 'denoise_strength', 'contrast_tiles', 'sharpen_sigma', 'mode')
 
 # %% ../../nbs/20_features/20_preprocessing.ipynb #a727dc91
 class Preprocessor(TransformerMixin, BaseEstimator):
@@ -230,7 +251,8 @@ class Preprocessor(TransformerMixin, BaseEstimator):
         "The same preprocessor again; refuses what another version would do differently"
         values = dict(values)
         if (version := values.pop('version', PREPROCESSING_VERSION))!=PREPROCESSING_VERSION:
-            raise ConfigError(f'version {version} gives other pixels than {PREPROCESSING_VERSION}, known here', code='other_preprocessing', advice='Train again')
+            raise ConfigError(f'version {version} gives other pixels than {PREPROCESSING_VERSION}, known here',
+                              code='other_preprocessing', advice='Train again')
         return cls(PreprocessConfig.from_dict(values))
 
     def fingerprint(self) -> str: # 16 hex digits
@@ -246,14 +268,17 @@ def create_basic_preprocessor(
     enhance_contrast:bool=True # Lift local contrast a little
 ) -> Preprocessor:
     "One size, even light"
-    return Preprocessor(PreprocessConfig(size=image_size, brightness=enhance_brightness, contrast=1.5 if enhance_contrast else 0))
+    return Preprocessor(PreprocessConfig(size=image_size, brightness=enhance_brightness,
+                                         contrast=1.5 if enhance_contrast else 0))
 
+# %% ../../nbs/20_features/20_preprocessing.ipynb #faba39b2
 def create_artifact_preprocessor(
     image_size:int=0, # Height and width, pixels; 0: as they are
     crop:bool=False # Cut to the object where the ground is plain
 ) -> Preprocessor:
     "For relief in clay and metal: less noise, true colours, clear edges"
-    return Preprocessor(PreprocessConfig(crop, denoise='bilateral', white_balance=.5, brightness=True, contrast=2., edges=.3, size=image_size))
+    return Preprocessor(PreprocessConfig(crop, denoise='bilateral', white_balance=.5, brightness=True, contrast=2.,
+                                         edges=.3, size=image_size))
 
 # %% ../../nbs/20_features/20_preprocessing.ipynb #2d822727
 PREPROCESSORS:dict[str,Preprocessor] = {
@@ -266,6 +291,7 @@ def find_preprocessor(
     "What a name stands for"
     if not name: return None
     if name in PREPROCESSORS: return PREPROCESSORS[name]
-    if not name.endswith('.json'): raise ConfigError(f'no preprocessing is called {name!r}', code='unknown_preprocessing',
-                                                     advice=f'Known: {", ".join(PREPROCESSORS)}, or a JSON file of settings')
+    if not name.endswith('.json'):
+        raise ConfigError(f'no preprocessing is called {name!r}', code='unknown_preprocessing',
+                          advice=f'Known: {", ".join(PREPROCESSORS)}, or a JSON file of settings')
     return Preprocessor(PreprocessConfig.load(name))

@@ -27,12 +27,17 @@ from .contract import EXTRACTORS, BaseFeatureExtractor
 # %% ../../nbs/20_features/75_tables.ipynb #3789f786
 def _read_csv(path):
     with path.open(encoding='utf-8-sig', errors='strict') as file: head = file.readline()
-    return pd.read_csv(path, sep=max(',;\t|', key=head.count), encoding='utf-8-sig', skipinitialspace=True, low_memory=False)
+    return pd.read_csv(path, sep=max(',;\t|', key=head.count), encoding='utf-8-sig', skipinitialspace=True,
+                       low_memory=False)
 
+# %% ../../nbs/20_features/75_tables.ipynb #31a92915
 def _read_file(path):
-    if not path.is_file(): raise DatasetError('no such file', code='no_such_file', where=path, advice='Name a CSV or Parquet file, or the URL of a database (sqlite:///data.db)')
+    if not path.is_file():
+        raise DatasetError('no such file', code='no_such_file', where=path,
+                           advice='Name a CSV or Parquet file, or the URL of a database (sqlite:///data.db)')
     try: return pd.read_parquet(path) if path.suffix.lower() in ('.parquet', '.pq') else _read_csv(path)
-    except (OSError, ValueError, pd.errors.ParserError) as error: raise DatasetError(f'cannot be read: {str(error)[:200]}', code='bad_table', where=path) from error
+    except (OSError, ValueError, pd.errors.ParserError) as error:
+        raise DatasetError(f'cannot be read: {str(error)[:200]}', code='bad_table', where=path) from error
 
 # %% ../../nbs/20_features/75_tables.ipynb #741260e6
 def _pick(query, tables, where):
@@ -40,16 +45,22 @@ def _pick(query, tables, where):
     if query and len(query.split()) > 1 and query not in tables: return ''
     if not query and len(tables)==1: return tables[0]
     if query in tables: return query
-    raise DatasetError(f'there is no table {query!r}' if query else f'there are {len(tables)} tables: which one?', code='no_such_table', where=where,
+    raise DatasetError(f'there is no table {query!r}' if query else f'there are {len(tables)} tables: which one?',
+                       code='no_such_table', where=where,
                        advice=f'There are: {", ".join(tables)}. A query (SELECT ...) will do too')
 
+# %% ../../nbs/20_features/75_tables.ipynb #3fde2358
 def _read_sqlite(path, query, where):
-    if not path.is_file(): raise DatasetError('no such file', code='no_such_file', where=where, advice='Four slashes make the path absolute: sqlite:////data/wine.db')
+    if not path.is_file():
+        raise DatasetError('no such file', code='no_such_file', where=where,
+                           advice='Four slashes make the path absolute: sqlite:////data/wine.db')
     with closing(sqlite3.connect(f'{path.resolve().as_uri()}?mode=ro', uri=True)) as db:
-        tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%' ORDER BY name")]
+        tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND "
+                                               "name NOT LIKE 'sqlite_%' ORDER BY name")]
         name = _pick(query, tables, where).replace('"', '""')
         return pd.read_sql_query(f'SELECT * FROM "{name}"' if name else query, db)
 
+# %% ../../nbs/20_features/75_tables.ipynb #4c9b4771
 def _read_sqlalchemy(url, query, where):
     alchemy = require('sqlalchemy', 'sql')
     engine = alchemy.create_engine(url)
@@ -59,15 +70,20 @@ def _read_sqlalchemy(url, query, where):
             schema,_,table = query.rpartition('.') if query and len(query.split())==1 else ('', '', query)
             tables = [*known.get_table_names(schema or None), *known.get_view_names(schema or None)]
             name = _pick(table, tables, where)
-            return pd.read_sql_table(name, db, schema=schema or None) if name else pd.read_sql_query(alchemy.text(query), db)
+            return pd.read_sql_table(name, db,
+                                     schema=schema or None) if name else pd.read_sql_query(alchemy.text(query), db)
     finally: engine.dispose()
 
+# %% ../../nbs/20_features/75_tables.ipynb #6789664f
 def _read_sql(url, query, where):
     "Any failure of a database is the caller's to act on"
-    try: return _read_sqlite(Path(url.removeprefix('sqlite:///')), query, where) if url.startswith('sqlite:///') else _read_sqlalchemy(url, query, where)
+    try:
+        return _read_sqlite(Path(url.removeprefix('sqlite:///')), query,
+                            where) if url.startswith('sqlite:///') else _read_sqlalchemy(url, query, where)
     except (DatasetError, ImportError): raise
     except Exception as error: # each driver has its own
-        raise DatasetError(f'the database did not answer: {driver_message(error, url)}', code='bad_query', where=where, advice='Check the URL, the table and the query') from error
+        raise DatasetError(f'the database did not answer: {driver_message(error, url)}', code='bad_query', where=where,
+                           advice='Check the URL, the table and the query') from error
 
 # %% ../../nbs/20_features/75_tables.ipynb #f5ddc28e
 def read_source(
@@ -76,9 +92,12 @@ def read_source(
 ) -> pd.DataFrame: # Rows numbered from 0, columns named by text
     "A table as it is; raises `DatasetError`"
     where = 'table' if isinstance(source, pd.DataFrame) else hide_password(source)
-    table = source if isinstance(source, pd.DataFrame) else _read_sql(str(source), query, where) if '://' in str(source) else _read_file(Path(source))
+    table = source if isinstance(source, pd.DataFrame) else _read_sql(str(source), query,
+                                                                      where) if '://' in str(source) else _read_file(Path(source))
     table = table.set_axis([str(c) for c in table.columns], axis=1).reset_index(drop=True)
-    if not table.columns.is_unique: raise DatasetError(f'the column {table.columns[table.columns.duplicated()][0]!r} is there twice', code='bad_columns', where=where)
+    if not table.columns.is_unique:
+        raise DatasetError(f'the column {table.columns[table.columns.duplicated()][0]!r} is there twice',
+                           code='bad_columns', where=where)
     return table
 
 # %% ../../nbs/20_features/75_tables.ipynb #eaeb94d7
@@ -93,17 +112,22 @@ def _word(value):
     if isinstance(value, (float, np.floating)) and float(value).is_integer(): value = int(value)
     return str(value).strip() or None
 
+# %% ../../nbs/20_features/75_tables.ipynb #b5650504
 def _words(column): return pd.Series([_word(v) for v in column], index=column.index, dtype=object)
 
+# %% ../../nbs/20_features/75_tables.ipynb #24bed9f4
 def _numbers(column):
     "Finite float32, NaN for the rest"
     values = pd.to_numeric(column, errors='coerce').to_numpy(np.float64, na_value=np.nan)
     with np.errstate(over='ignore'): values = values.astype(np.float32)
     return np.where(np.isfinite(values), values, np.float32(np.nan))
 
+# %% ../../nbs/20_features/75_tables.ipynb #ad464d7b
 def _kind(column):
     "'number', 'word', or why the column is left out"
-    if pd.api.types.is_bool_dtype(column) or pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_complex_dtype(column): return 'number'
+    if (pd.api.types.is_bool_dtype(column) or pd.api.types.is_numeric_dtype(column)
+        and not pd.api.types.is_complex_dtype(column)):
+        return 'number'
     if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_timedelta64_dtype(column): return 'dates'
     there = column.dropna()
     if not len(there): return 'empty'
@@ -119,9 +143,12 @@ def _useless(name, values, kind):
     if not len(there): return 'empty'
     if len(np.unique(there))==1: return 'the same everywhere'
     if kind=='number' and len(there) >= 20 and len(np.unique(there))==len(there) and (there==np.round(there)).all():
-        if np.ptp(there) <= 2*len(there) or str(name).lower() in ('id', 'index') or str(name).lower().endswith(('_id', ' id')): return 'a number of the row, like an identifier'
+        if np.ptp(there) <= 2*len(there) or str(name).lower() in ('id', 'index') or str(name).lower().endswith(('_id',
+                ' id')):
+            return 'a number of the row, like an identifier'
     return ''
 
+# %% ../../nbs/20_features/75_tables.ipynb #758ffd0e
 def _agreement(values, labels):
     "Share of rows in which a column with as many values as there are classes says the label in other words; 0 where it cannot"
     there = pd.notna(values)
@@ -142,7 +169,8 @@ def _join_copies(features, groups):
     if not copies or copies > COPIES*len(row): return groups,copies
     names,code = np.unique(groups, return_inverse=True)
     n = len(names)
-    part = connected_components(coo_matrix((np.ones(len(row)), (code, n+row)), shape=(n+row.max()+1,)*2), directed=False)[1][:n]
+    part = connected_components(coo_matrix((np.ones(len(row)), (code, n+row)), shape=(n+row.max()+1,)*2),
+                                directed=False)[1][:n]
     first = pd.Series(names).groupby(part).transform('min').to_numpy(object)
     return first[code],copies
 
@@ -167,25 +195,34 @@ class TableData:
     def __len__(self): return len(self.labels)
 
     def __repr__(self):
-        return f'TableData({self.name}: {len(self)} rows in {len(set(self.groups))} groups, {self.features.shape[1]} columns, {len(set(self.labels))} classes)'
+        return (f'TableData({self.name}: {len(self)} rows in {len(set(self.groups))} groups, {self.features.shape[1]} '
+                f'columns, {len(set(self.labels))} classes)')
 
     def describe(self) -> pd.DataFrame: # By column: kind, missing, and what it holds
         "The columns that are learned from"
         f = self.features
-        def holds(c): return ', '.join(sorted(f[c].dropna().unique())) if c in self.words else f'{f[c].min():.4g} to {f[c].max():.4g}'
-        table = {'kind': ['words' if c in self.words else 'numbers' for c in f], 'missing': f.isna().mean().round(3).to_list(), 'holds': [holds(c) for c in f]}
+        def holds(c):
+            return ', '.join(sorted(f[c].dropna().unique())) if c in self.words else (f'{f[c].min():.4g} to '
+                                                                         f'{f[c].max():.4g}')
+        table = {'kind': ['words' if c in self.words else 'numbers' for c in f],
+                 'missing': f.isna().mean().round(3).to_list(), 'holds': [holds(c) for c in f]}
         return pd.DataFrame(table, index=pd.Index(f.columns, name='column'))
 
+# %% ../../nbs/20_features/75_tables.ipynb #9c579d60
 def _labels(column, where):
     "Classes as text; a measurement is none"
-    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 != 0).any() or pd.api.types.is_datetime64_any_dtype(column):
-        raise DatasetError(f'the target {column.name!r} holds measurements, not classes', code='target_not_classes', where=where, advice='Cut it into classes')
+    if (pd.api.types.is_float_dtype(column) and (column.dropna() % 1 != 0).any()
+        or pd.api.types.is_datetime64_any_dtype(column)):
+        raise DatasetError(f'the target {column.name!r} holds measurements, not classes', code='target_not_classes',
+                           where=where, advice='Cut it into classes')
     words = _words(column)
     if (n := words.nunique()) > 20 and n > words.notna().sum()/3:
-        raise DatasetError(f'the target {column.name!r} has {n} different values in {words.notna().sum()} rows: these are no classes', code='target_not_classes', where=where,
+        raise DatasetError(f'the target {column.name!r} has {n} different values in {words.notna().sum()} rows: these '
+                           f'are no classes', code='target_not_classes', where=where,
                            advice='Name another column')
     return words
 
+# %% ../../nbs/20_features/75_tables.ipynb #f759f290
 def read_table(
     source:str|Path|pd.DataFrame, # CSV or Parquet file, URL of a database, or a table that is there already
     target:str, # Column of the labels
@@ -197,26 +234,38 @@ def read_table(
     where = 'table' if isinstance(source, pd.DataFrame) else hide_password(source)
     table = read_source(source, query)
     for name in (target, *([group] if group else []), *(columns or ())):
-        if name not in table: raise DatasetError(f'there is no column {name!r}', code='no_such_column', where=where, advice=f'There are: {", ".join(table.columns[:50])}')
-    if target in (*(columns or ()), group): raise DatasetError(f'{target!r} is the target; it cannot be a feature or the group too', code='bad_columns', where=where)
+        if name not in table:
+            raise DatasetError(f'there is no column {name!r}', code='no_such_column', where=where,
+                               advice=f'There are: {", ".join(table.columns[:50])}')
+    if target in (*(columns or ()), group):
+        raise DatasetError(f'{target!r} is the target; it cannot be a feature or the group too', code='bad_columns',
+                           where=where)
     labels = _labels(table[target], where)
     if not labels.notna().any(): raise DatasetError(f'no row has a {target!r}', code='no_rows', where=where)
     notes = [('warning', f'{n} rows have no {target} and were left out.')] if (n := int(labels.isna().sum())) else []
     table,labels = table[labels.notna()],labels[labels.notna()]
-    features,left_out = _features(table, labels, [c for c in columns or table.columns if c not in (target, group)], columns is not None, notes)
+    features,left_out = _features(table, labels, [c for c in columns or table.columns if c not in (target, group)],
+                                  columns is not None, notes)
     if features.empty:
-        raise DatasetError('no column can be learned from', code='no_features', where=where, advice='; '.join(f'{c}: {why}' for c,why in left_out.items()))
+        raise DatasetError('no column can be learned from', code='no_features', where=where,
+                           advice='; '.join(f'{c}: {why}' for c,why in left_out.items()))
     rows = table.index.to_numpy()+1
     alone = [f'row {i}' for i in rows]
     groups = np.array([w or own for w,own in zip(_words(table[group]), alone)] if group else alone, dtype=object)
     groups,copies = _join_copies(features, groups)
     if copies > COPIES*len(rows):
-        notes.append(('warning', f'{copies} of {len(rows)} rows equal another one. If these are copies, name what belongs together as the group: figures may be too good.'))
-    elif copies: notes.append(('info', f'{copies} rows equal another one in every column; equal rows are never parted.'))
-    if not group: notes.append(('info', 'No group column was named, so each row counts as independent. If several rows stem from one source, figures are too good.'))
+        notes.append(('warning', f'{copies} of {len(rows)} rows equal another one. If these are copies, name what '
+                                 f'belongs together as the group: figures may be too good.'))
+    elif copies:
+        notes.append(('info', f'{copies} rows equal another one in every column; equal rows are never parted.'))
+    if not group:
+        notes.append(('info', 'No group column was named, so each row counts as independent. If several rows stem from '
+                              'one source, figures are too good.'))
     name = Path(where.rpartition('/')[2]).stem or 'table'
-    return TableData(features, labels.to_numpy(str), groups, rows, name, target, notes, pd.DataFrame({'column': [*left_out], 'reason': [*left_out.values()]}))
+    return TableData(features, labels.to_numpy(str), groups, rows, name, target, notes,
+                     pd.DataFrame({'column': [*left_out], 'reason': [*left_out.values()]}))
 
+# %% ../../nbs/20_features/75_tables.ipynb #be01bb44
 def _features(table, labels, names, named, notes):
     "Columns to learn from, and why the others are left out"
     kept,left_out = {},{}
@@ -229,9 +278,12 @@ def _features(table, labels, names, named, notes):
         if (same := _agreement(values, labels)) >= SAME:
             if same==1 and not named:
                 left_out[name] = 'says the same as the target'
-                notes.append(('warning', f'{name} says the same as the target in every row and was left out. If it is known before the answer is, name the columns to learn from.'))
+                notes.append(('warning', f'{name} says the same as the target in every row and was left out. If it is '
+                                         f'known before the answer is, name the columns to learn from.'))
                 continue
-            text = f'{name} alone tells the target in {same:.1%} of the rows. If it is not known before the answer is, it is a leak, and every figure is too good.'
+            text = (f'{name} alone tells the target in {same:.1%} of the rows. If it is not known before the answer '
+                    f'is, '
+                    f'it is a leak, and every figure is too good.')
             notes.append(('warning', text))
         if kind=='number' and (lost := int((~np.isfinite(values)).sum()-column.isna().sum())) > 0:
             notes.append(('info', f'{lost} entries of {name} are no finite numbers and count as missing.'))
@@ -245,19 +297,26 @@ class TableEncoder(TransformerMixin, BaseEstimator):
     "Rows with gaps and coded words to numbers without"
     def __init__(self,
         categories:tuple[int,...]=(), # Positions of the columns that hold codes of words
-        indicators:float=.1, # Share of missing values from which a column of numbers gets another that says where they are missing; 1: none does
+        # Share of missing values from which a column of numbers gets another that says where they are missing; 1: none
+        # does
+        indicators:float=.1,
         log:float=2., # Skewness beyond which a column is read on a logarithmic scale; 0: never
         reach:float=1. # How far beyond the values seen a value may lie, in ranges
     ):
-        self.categories,self.indicators,self.log,self.reach = categories,indicators,log,reach
+        self.categories = categories
+        self.indicators = indicators
+        self.log = log
+        self.reach = reach
 
     def fit(self, X, y=None):
         "Learn medians, ranges, tails and codes from training rows"
         X = validate_data(self, X, dtype=np.float32, ensure_all_finite='allow-nan').astype(np.float64)
         d = X.shape[1]
-        if bad := [c for c in self.categories if not 0 <= c < d]: raise FeatureError(f'`categories` names column {bad[0]}, but there are {d}', code='bad_setting')
+        if bad := [c for c in self.categories if not 0 <= c < d]:
+            raise FeatureError(f'`categories` names column {bad[0]}, but there are {d}', code='bad_setting')
         if min(self.reach, self.log, self.indicators) < 0:
-            raise FeatureError(f'`indicators`, `log` and `reach` must be 0 or more, got {self.indicators}, {self.log} and {self.reach}', code='bad_setting')
+            raise FeatureError(f'`indicators`, `log` and `reach` must be 0 or more, got {self.indicators}, {self.log} '
+                               f'and {self.reach}', code='bad_setting')
         self.numeric_ = np.setdiff1d(np.arange(d), np.asarray(self.categories, int))
         Z = X[:,self.numeric_]
         self.scale_ = np.array([self._tail(z[np.isfinite(z)]) for z in Z.T])
@@ -268,7 +327,8 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         self.low_,self.high_ = low-self.reach*(high-low),high+self.reach*(high-low)
         gaps = np.isnan(X[:,self.numeric_])
         often = np.flatnonzero((gaps.mean(0) >= self.indicators) & gaps.any(0) & ~gaps.all(0))
-        self.missing_ = self.numeric_[np.sort(often[np.unique(gaps[:,often], axis=1, return_index=True)[1]])] # columns that are missing together share one
+        # columns that are missing together share one
+        self.missing_ = self.numeric_[np.sort(often[np.unique(gaps[:,often], axis=1, return_index=True)[1]])]
         pairs = [(c, v) for c in self.categories for v in np.unique(X[:,c][np.isfinite(X[:,c])]) if v >= 0]
         self.code_column_,self.code_ = np.array([c for c,_ in pairs], int),np.array([v for _,v in pairs], float)
         return self
@@ -296,7 +356,8 @@ class TableEncoder(TransformerMixin, BaseEstimator):
     def get_feature_names_out(self, input_features=None) -> np.ndarray: # One name a number
         "Names by column: as it is, `..._missing`, `..._is_CODE`"
         check_is_fitted(self, 'middle_')
-        given = input_features if input_features is not None else getattr(self, 'feature_names_in_', [f'x{i}' for i in range(self.n_features_in_)])
+        given = input_features if input_features is not None else getattr(self, 'feature_names_in_',
+                [f'x{i}' for i in range(self.n_features_in_)])
         names = np.asarray(given, dtype=object)
         words = [f'{names[c]}_is_{v:g}' for c,v in zip(self.code_column_, self.code_)]
         return np.array([*names[self.numeric_], *[f'{n}_missing' for n in names[self.missing_]], *words], dtype=object)
@@ -304,14 +365,17 @@ class TableEncoder(TransformerMixin, BaseEstimator):
     def to_arrays(self) -> dict[str,np.ndarray]: # For `np.savez`
         "All that was learned, and the settings"
         check_is_fitted(self, 'middle_')
-        return {k: np.asarray(v) for k,v in {**self.get_params(), **{k: v for k,v in vars(self).items() if k.endswith('_') and k!='feature_names_in_'}}.items()}
+        return {k: np.asarray(v) for k,v in {**self.get_params(),
+                                             **{k: v for k,v in vars(self).items() if k.endswith('_')
+                                                and k!='feature_names_in_'}}.items()}
 
     @classmethod
     def from_arrays(cls,
         arrays:Mapping[str,np.ndarray] # What `to_arrays` gave, or the opened npz file
     ) -> 'TableEncoder':
         "A fitted encoder"
-        settings:dict[str,Any] = {k: arrays[k].item() if arrays[k].ndim==0 else tuple(arrays[k].astype(int).tolist()) for k in cls().get_params()}
+        settings:dict[str,Any] = {k: arrays[k].item() if arrays[k].ndim==0 else tuple(arrays[k].astype(int).tolist())
+                                  for k in cls().get_params()}
         encoder = cls(**settings)
         for k in arrays:
             if k.endswith('_'): setattr(encoder, k, arrays[k].item() if arrays[k].ndim==0 else arrays[k])
@@ -349,18 +413,25 @@ class TableExtractor(BaseFeatureExtractor):
 
     def measure(self, photo):
         "Always refused"
-        raise FeatureError('this model reads rows of a table, not photos', code='needs_features', advice=f'Send features: {", ".join(self.columns[:50])}')
+        raise FeatureError('this model reads rows of a table, not photos', code='needs_features',
+                           advice=f'Send features: {", ".join(self.columns[:50])}')
 
     def row(self,
         features:Mapping[str,Any] # Column -> value; what is left out or None is missing
     ) -> np.ndarray: # (n_columns,) float32, NaN where missing
         "One row, as the model knows it; raises `FeatureError`"
-        if not isinstance(features, Mapping): raise FeatureError(f'`features` must be names with values, got {type(features).__name__}', code='bad_features')
+        if not isinstance(features, Mapping):
+            raise FeatureError(f'`features` must be names with values, got {type(features).__name__}',
+                               code='bad_features')
         if unknown := [str(k) for k in features if k not in self.columns]:
-            raise FeatureError(f'there is no column {", ".join(map(repr, unknown[:5]))}', code='unknown_feature', advice=f'There are: {", ".join(self.columns[:50])}')
+            raise FeatureError(f'there is no column {", ".join(map(repr, unknown[:5]))}', code='unknown_feature',
+                               advice=f'There are: {", ".join(self.columns[:50])}')
         levels = self.get_levels()
-        row = np.array([_code(features.get(c), levels[c]) if c in levels else _number(features.get(c), c) for c in self.columns], np.float32)
-        if np.isnan(row).all(): raise FeatureError('nothing is known of this row', code='no_features', advice=f'Give a value for one of: {", ".join(self.columns[:50])}')
+        row = np.array([_code(features.get(c), levels[c]) if c in levels else _number(features.get(c), c)
+                        for c in self.columns], np.float32)
+        if np.isnan(row).all():
+            raise FeatureError('nothing is known of this row', code='no_features',
+                               advice=f'Give a value for one of: {", ".join(self.columns[:50])}')
         return row
 
     def rows(self,
@@ -368,9 +439,11 @@ class TableExtractor(BaseFeatureExtractor):
     ) -> np.ndarray: # (n, n_columns) float32, NaN where missing
         "Many rows; what is no number is missing"
         if lacking := [c for c in self.columns if c not in table]:
-            raise FeatureError(f'there is no column {lacking[0]!r}', code='no_such_column', advice=f'There are: {", ".join(map(str, table.columns[:50]))}')
+            raise FeatureError(f'there is no column {lacking[0]!r}', code='no_such_column',
+                               advice=f'There are: {", ".join(map(str, table.columns[:50]))}')
         levels = self.get_levels()
-        columns:list[Any] = [[_code(v, levels[c]) for v in table[c]] if c in levels else _numbers(table[c]) for c in self.columns]
+        columns:list[Any] = [[_code(v, levels[c]) for v in table[c]] if c in levels else _numbers(table[c])
+                             for c in self.columns]
         return np.column_stack(columns).astype(np.float32)
 
     def encoder(self) -> TableEncoder:
@@ -382,19 +455,25 @@ class TableExtractor(BaseFeatureExtractor):
         "The columns"
         return list(self.columns)
 
+# %% ../../nbs/20_features/75_tables.ipynb #f225b126
 def _code(value, words):
     "Number of a word; -1: not seen in training"
     word = _word(value)
     return np.nan if word is None else words.index(word) if word in words else -1
 
+# %% ../../nbs/20_features/75_tables.ipynb #2ee42ca5
 def _number(value, name):
     "A finite float32, or NaN where there is none"
     if value is None or isinstance(value, str) and not value.strip(): return np.nan
     try: number = float(value)
-    except (TypeError, ValueError, OverflowError) as error: raise FeatureError(f'{name} must be a number, got {str(value)[:40]!r}', code='bad_feature', where=name) from error
-    if math.isinf(number) or abs(number) > np.finfo(np.float32).max: raise FeatureError(f'{name} must be finite, got {number}', code='bad_feature', where=name)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FeatureError(f'{name} must be a number, got {str(value)[:40]!r}', code='bad_feature',
+                           where=name) from error
+    if math.isinf(number) or abs(number) > np.finfo(np.float32).max:
+        raise FeatureError(f'{name} must be finite, got {number}', code='bad_feature', where=name)
     return number
 
+# %% ../../nbs/20_features/75_tables.ipynb #d08ffdb5
 EXTRACTORS['table'] = TableExtractor
 
 # %% ../../nbs/20_features/75_tables.ipynb #43bda5b9
@@ -409,17 +488,30 @@ def read_rows(
     where = 'table' if isinstance(source, pd.DataFrame) else hide_password(source)
     table = read_source(source, query)
     for name in (target, *([group] if group else []), *block.columns):
-        if name not in table: raise DatasetError(f'there is no column {name!r}', code='no_such_column', where=where, advice=f'There are: {", ".join(table.columns[:50])}')
-    if target in (*block.columns, group): raise DatasetError(f'{target!r} is learned from, or the group; it cannot be the target too', code='bad_columns', where=where)
+        if name not in table:
+            raise DatasetError(f'there is no column {name!r}', code='no_such_column', where=where,
+                               advice=f'There are: {", ".join(table.columns[:50])}')
+    if target in (*block.columns, group):
+        raise DatasetError(f'{target!r} is learned from, or the group; it cannot be the target too',
+                           code='bad_columns', where=where)
     labels = _labels(table[target], where)
     if not labels.notna().any(): raise DatasetError(f'no row has a {target!r}', code='no_rows', where=where)
     notes = [('warning', f'{n} rows have no {target} and were left out.')] if (n := int(labels.isna().sum())) else []
-    table,labels,words = table[labels.notna()],labels[labels.notna()],block.get_levels()
-    values = {c: pd.Series(_words(table[c]).to_numpy() if c in words else _numbers(table[c]), dtype=object if c in words else np.float32) for c in block.columns}
+    table = table[labels.notna()]
+    labels = labels[labels.notna()]
+    words = block.get_levels()
+    values = {c: pd.Series(_words(table[c]).to_numpy() if c in words else _numbers(table[c]),
+                           dtype=object if c in words else np.float32) for c in block.columns}
     rows = table.index.to_numpy()+1
     given = _words(table[group]) if group else [None]*len(rows)
-    groups,copies = _join_copies(pd.DataFrame(values), np.array([w or f'row {i}' for w,i in zip(given, rows)], dtype=object))
+    groups,copies = _join_copies(pd.DataFrame(values),
+                                 np.array([w or f'row {i}' for w,i in zip(given, rows)], dtype=object))
     narrow = 'ranges are too narrow.'
-    if copies > COPIES*len(rows): notes.append(('warning', f'{copies} of {len(rows)} rows equal another one. If these are copies, name what belongs together: {narrow}'))
-    if not group: notes.append(('info', f'No group column was named, so each row counts as independent. If several rows stem from one source, {narrow}'))
-    return TableData(pd.DataFrame(values), labels.to_numpy(str), groups, rows, Path(where.rpartition('/')[2]).stem or 'table', target, notes)
+    if copies > COPIES*len(rows):
+        notes.append(('warning', f'{copies} of {len(rows)} rows equal another one. If these are copies, name what '
+                                 f'belongs together: {narrow}'))
+    if not group:
+        notes.append(('info', f'No group column was named, so each row counts as independent. If several rows stem '
+                              f'from one source, {narrow}'))
+    return TableData(pd.DataFrame(values), labels.to_numpy(str), groups, rows,
+                     Path(where.rpartition('/')[2]).stem or 'table', target, notes)

@@ -49,10 +49,13 @@ class PastRun:
         "How well the detector told each class when it had been left out of training"
         try: found = json.loads((self.folder/'figures.json').read_text(encoding='utf-8'))['novelty']
         except (OSError, ValueError, KeyError): return None
-        return pd.DataFrame({row['class']: row['auroc'] for row in found['left_out']}, index=[found['detector']]) if found and found['left_out'] else None
+        return pd.DataFrame({row['class']: row['auroc'] for row in found['left_out']},
+                            index=[found['detector']]) if found and found['left_out'] else None
 
-    def part(self, split:str) -> pd.DataFrame: return self.manifest[self.manifest['split']==split].reset_index(drop=True)
+    def part(self, split:str) -> pd.DataFrame:
+        return self.manifest[self.manifest['split']==split].reset_index(drop=True)
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #f2ef8831
 def past_run(
     bundle:Bundle # A loaded bundle
 ) -> PastRun:
@@ -61,16 +64,20 @@ def past_run(
     try:
         config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
         manifest = pd.read_csv(folder/'manifest.csv', keep_default_na=False, dtype=str)
-        if 'made_from' in manifest: manifest = manifest[manifest['made_from']==''] # made photos taught and judged nothing
+        # made photos taught and judged nothing
+        if 'made_from' in manifest: manifest = manifest[manifest['made_from']=='']
         used = manifest[manifest['split'].isin(['train', 'test'])].reset_index(drop=True)
         print_ = json_digest(used[['path', 'sha256', 'label', 'group', 'split']].to_numpy().tolist())
         run = PastRun(folder, {**config, 'data_dir': str(config['data_dir'])}, used)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError('the run that made it is not around it any more, so nobody knows what was held out', code='no_held_out', where=folder, advice=_GIVE) from error
+        raise BundleError('the run that made it is not around it any more, so nobody knows what was held out',
+                          code='no_held_out', where=folder, advice=_GIVE) from error
     if print_!=bundle.manifest['data'].get('fingerprint'):
-        raise BundleError('config.json and manifest.csv around it are not of the run that made it', code='other_run', where=folder, advice=_GIVE)
+        raise BundleError('config.json and manifest.csv around it are not of the run that made it', code='other_run',
+                          where=folder, advice=_GIVE)
     return run
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #598bdea6
 _GIVE = 'Give labelled photos (--test-data-dir), or for a model of a table its rows (--table and --target)'
 
 def still_there(
@@ -96,7 +103,8 @@ class Case:
     title:str
     notes:list[tuple[str,str]] = field(default_factory=list)
     sections:list[tuple[str,str,Any]] = field(default_factory=list) # Shown last
-    read:Callable[[str],np.ndarray]|None = None # Path of a test photo -> (height, width, 3) uint8; None: there are no photos
+    # Path of a test photo -> (height, width, 3) uint8; None: there are no photos
+    read:Callable[[str],np.ndarray]|None = None
     known:pd.DataFrame = field(default_factory=pd.DataFrame) # The training photos, as far as they can be had
     known_blocks:dict[str,np.ndarray] = field(default_factory=dict)
     read_known:Callable[[str],np.ndarray]|None = None # The same of training photos
@@ -105,33 +113,43 @@ class Case:
     left_out:pd.DataFrame|None = None # AUROC of the detector by class that was left out, as the run found it
     unit:str = 'photos'
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #6528c98e
 def _sample(table, most, seed):
     "Some rows; all where there are not so many"
     return table if len(table) <= most else table.sample(most, random_state=seed).sort_index().reset_index(drop=True)
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #32eaa8ca
 QUICK = 200 # Photos of a quick look
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #cad528e6
 def _trained_on(bundle, table, unit):
     "A warning if some of these were trained on"
     seen = int(table['sha256'].str[:12].isin(bundle.manifest['data'].get('trained_on', [])).sum())
-    return [('warning', f'{seen} of these {len(table)} {unit} were used in training: their figures are too good.')] if seen else []
+    return ([('warning', f'{seen} of these {len(table)} {unit} were used in training: their figures are too good.')]
+            if seen else [])
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #c326aa1b
 def _stranger_sections(bundle, case, scores, threshold):
     "What becomes of strangers, class by class, and those that pass for something known"
     proba = bundle.model.predict_proba(case.strange)
-    rows = case.strangers.assign(called=np.asarray(bundle.classes, dtype=object)[proba.argmax(1)], confidence=proba.max(1),
+    rows = case.strangers.assign(called=np.asarray(bundle.classes, dtype=object)[proba.argmax(1)],
+                                 confidence=proba.max(1),
                                  noticed=scores > threshold if scores is not None else False)
-    table = rows.groupby('label', sort=False).agg(n=('path', 'size'), noticed=('noticed', 'mean'), confidence=('confidence', 'median'), mostly=('called', lambda c: c.mode()[0]))
-    table = table.rename(columns={'n': case.unit, 'confidence': 'median confidence', 'mostly': 'called most often'}).rename_axis('class').round(3).reset_index()
+    table = rows.groupby('label', sort=False).agg(n=('path', 'size'), noticed=('noticed',
+            'mean'), confidence=('confidence', 'median'), mostly=('called', lambda c: c.mode()[0]))
+    table = table.rename(columns={'n': case.unit, 'confidence': 'median confidence',
+                                  'mostly': 'called most often'}).rename_axis('class').round(3).reset_index()
     words = 'Classes that the bundle does not know: the share that it notices, and what it calls them otherwise.'
-    out:list[tuple[str,str,Any]] = [('Strangers', words, table if scores is not None else table.drop(columns='noticed'))]
+    out:list[tuple[str,str,Any]] = [('Strangers', words,
+                                     table if scores is not None else table.drop(columns='noticed'))]
     missed = rows[~rows['noticed']].sort_values('confidence', ascending=False, kind='stable').head(12)
     if case.read is None or not len(missed): return out
     shown = [(read_small(case.read, path), f'is {label}, called {called} ({confidence:.2f}): {path}')
-             for path,label,called,confidence in missed[['path', 'label', 'called', 'confidence']].itertuples(index=False)]
+             for path,label,called,confidence in missed[['path', 'label', 'called',
+                                                         'confidence']].itertuples(index=False)]
     return [*out, ('', 'Not noticed, the most certain first:', shown)]
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #de003da7
 def read_small(
     read:Callable[[str],np.ndarray], # Path -> (height, width, 3) uint8
     path:str
@@ -140,12 +158,14 @@ def read_small(
     try: return read(path)
     except (OSError, ValueError, DatasetError): return np.full((8,8,3), 128, np.uint8)
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #4dfa39d6
 def _novelty(bundle, case):
     "Scores of known photos and strangers, or None where the bundle has no detector; and sections on strangers"
     detector,strangers = bundle.model.novelty,case.strangers
     if detector is None: return None,_stranger_sections(bundle, case, None, 0) if len(strangers) else []
     scores,groups = (detector.score(case.strange), strangers['group'].to_numpy()) if len(strangers) else (None, None)
-    test = NoveltyTest(detector.score(case.blocks), detector.threshold_, detector.rate, scores, groups, case.left_out, detector.candidate.name)
+    test = NoveltyTest(detector.score(case.blocks), detector.threshold_, detector.rate, scores, groups, case.left_out,
+                       detector.candidate.name)
     return test,_stranger_sections(bundle, case, scores, detector.threshold_) if len(strangers) else []
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #4c0019df
@@ -154,8 +174,10 @@ def _importance(bundle, case, y):
     groups = case.table['group'].to_numpy()
     if 'table' not in case.blocks: return importance_sections(bundle.model, bundle.extractor, case.blocks, y, groups)
     names = table_block(bundle).get_feature_names()
-    return [column_importance(bundle.model, case.blocks['table'], names, y, groups)] if len(names) <= MOST_COLUMNS else []
+    return [column_importance(bundle.model, case.blocks['table'], names, y,
+                              groups)] if len(names) <= MOST_COLUMNS else []
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #efc7c707
 def doubt_section(
     bundle:Bundle,
     case:Case,
@@ -166,28 +188,40 @@ def doubt_section(
     found = find_label_issues(case.table['label'].to_numpy(str), proba, bundle.classes)
     found = found[found['suspect']].assign(path=lambda t: case.table['path'].to_numpy()[t['row']])
     if not len(found): return []
-    text = (f'The model doubts {len(found)} label{"s"*(len(found)>1)} of these {case.unit} (confident learning; Northcutt, Jiang and Chuang, 2021). '
+    text = (f'The model doubts {len(found)} label{"s"*(len(found)>1)} of these {case.unit} (confident learning; '
+            f'Northcutt, Jiang and Chuang, 2021). '
             'Nothing was changed; a wrong label here makes the figures too low.')
-    if case.read is None: return [('Labels to look at', text, found[['path', 'given', 'suggested', 'probability_suggested']].head(most).round(3))]
+    if case.read is None:
+        return [('Labels to look at', text,
+                 found[['path', 'given', 'suggested', 'probability_suggested']].head(most).round(3))]
     shown = found.head(most)[['path', 'given', 'suggested', 'probability_suggested']].itertuples(index=False)
-    return [('Labels to look at', text, [(read_small(case.read, path), f'filed as {given}, looks like {other} ({p:.2f}): {path}') for path,given,other,p in shown])]
+    return [('Labels to look at', text,
+             [(read_small(case.read, path), f'filed as {given}, looks like {other} ({p:.2f}): {path}')
+              for path,given,other,p in shown])]
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #c2dcc865
 def _curve_section(bundle, case, seed):
     "What more photos would give, from the training photos and the model of the heaviest voice with its usual hyperparameters"
-    classes,known,voice = bundle.classes,case.known,max(bundle.model.voices, key=lambda v: v.weight)
+    classes = bundle.classes
+    known = case.known
+    voice = max(bundle.model.voices, key=lambda v: v.weight)
     best = Candidate(voice.blocks, voice.title.partition('(')[0])
     if set(known['label'])!=set(classes) or best.model not in MODELS: return []
     y,encoders = np.searchsorted(classes, known['label'].to_numpy(str)),bundle.extractor.encoders()
-    def fit_predict(some, others): return fit_candidate(case.known_blocks, y, best, some, others, {b: encoders[b] for b in best.blocks if b in encoders}, seed)
+    def fit_predict(some, others):
+        return fit_candidate(case.known_blocks, y, best, some, others,
+                             {b: encoders[b] for b in best.blocks if b in encoders}, seed)
     return [learning_curve(fit_predict, y, known['group'].to_numpy(), cv_folds=3, seed=seed).section()]
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #b6ec5465
 def _neighbours(bundle, case):
     "Nearest training photos, as `evaluate` takes them"
     if not len(case.known) or len(case.table)*len(case.known) > MOST_PAIRS: return None
-    seen,known = (encode_blocks({b: X[b] for b in bundle.model.blocks}, bundle.model.encoders) for X in (case.blocks, case.known_blocks))
+    seen,known = (encode_blocks({b: X[b] for b in bundle.model.blocks}, bundle.model.encoders)
+                  for X in (case.blocks, case.known_blocks))
     return nearest_training(seen, known).lookup(case.known['label'].to_numpy(), case.known['path'].to_numpy())
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #fe02d1bc
 def judge_case(
     bundle:Bundle,
     case:Case,
@@ -197,16 +231,23 @@ def judge_case(
     own_metrics:Mapping[str,Callable[[np.ndarray,np.ndarray],float]]|None=None # As `PerformanceAnalyzer` takes them
 ) -> Evaluation:
     "The report on photos or rows that have been measured"
-    y,groups,paths,sets = np.searchsorted(bundle.classes, case.table['label'].to_numpy(str)),case.table['group'].to_numpy(),case.table['path'].tolist(),bundle.model.conformal
+    y = np.searchsorted(bundle.classes, case.table['label'].to_numpy(str))
+    groups = case.table['group'].to_numpy()
+    paths = case.table['path'].tolist()
+    sets = bundle.model.conformal
     proba = bundle.model.predict_proba(case.blocks)
     novelty,sections = _novelty(bundle, case)
-    if not quick: sections += _importance(bundle, case, y) + (_curve_section(bundle, case, seed) if len(case.known) else [])
+    if not quick:
+        sections += _importance(bundle, case, y) + (_curve_section(bundle, case, seed) if len(case.known) else [])
     sections += doubt_section(bundle, case, proba)
     read:Any = case.read
     report = evaluate(
-        y, proba, bundle.classes, groups=groups, paths=paths, read_photo=(lambda i: read(paths[i])) if read else None, timings=case.timings, milliseconds=case.milliseconds,
-        sets=None if sets is None else sets.predict_set(proba), set_coverage=.9 if sets is None else float(sets.coverage),
-        set_witnesses=None if sets is None else len(np.unique(sets.group_)), novelty=novelty, neighbours=_neighbours(bundle, case), read_neighbour=case.read_known,
+        y, proba, bundle.classes, groups=groups, paths=paths, read_photo=(lambda i: read(paths[i])) if read else None,
+        timings=case.timings, milliseconds=case.milliseconds,
+        sets=None if sets is None else sets.predict_set(proba),
+        set_coverage=.9 if sets is None else float(sets.coverage),
+        set_witnesses=None if sets is None else len(np.unique(sets.group_)), novelty=novelty,
+        neighbours=_neighbours(bundle, case), read_neighbour=case.read_known,
         notes=case.notes, sections=[*sections, *case.sections], title=case.title, seed=seed, own_metrics=own_metrics)
     report.save(output_dir)
     return report
@@ -216,50 +257,65 @@ def _bundle_of(bundle, table):
     "A loaded bundle of the kind that is wanted"
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     if names_rows(loaded)!=table:
-        words = ('this bundle names photos, not rows of a table', 'needs_photo', 'Give photos: --test-data-dir') if table else \
+        words = ('this bundle names photos, not rows of a table', 'needs_photo',
+                 'Give photos: --test-data-dir') if table else \
                 ('this bundle names rows of a table, not photos', 'needs_table', 'Give rows: --table and --target')
         raise BundleError(words[0], code=words[1], where=loaded.folder, advice=words[2])
     return loaded
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #eed4dada
 def names_rows(
     bundle:Bundle # A loaded bundle
 ) -> bool:
     "Was it trained on a table?"
     return isinstance(bundle.extractor.extractors.get('table'), TableExtractor)
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #a5ee088e
 def _measuring(bundle, run):
     "The bundle's extractor, with the cache of the run that made it where that is left"
     cache = Path(run.config.get('cache_dir') or run.folder/'cache') if run else None
-    return HybridFeatureExtractor(bundle.extractor.config, cache, extractors=bundle.extractor.extractors) if cache and cache.is_dir() else bundle.extractor
+    return HybridFeatureExtractor(bundle.extractor.config, cache,
+                                  extractors=bundle.extractor.extractors) if cache and cache.is_dir() else bundle.extractor
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #e6c0572b
 def _same_as_then(bundle, case):
     "Is balanced accuracy what it was when the bundle was made?"
     then = bundle.manifest['figures'].get('overall', {}).get('balanced_accuracy', {}).get('value')
     if then is None: return []
     right = bundle.model.predict(case.blocks)==case.table['label'].to_numpy(str)
     now = float(pd.Series(right).groupby(case.table['label']).mean().mean())
-    if abs(then-now) < 5e-4: return [('info', f'These are the {case.unit} that were held out in training, unchanged; balanced accuracy is {now:.3f}, as it was then.')]
-    return [('warning', f'Balanced accuracy on the {case.unit} that were held out in training is {now:.3f}; it was {then:.3f} when the bundle was made. '
+    if abs(then-now) < 5e-4:
+        return [('info', f'These are the {case.unit} that were held out in training, unchanged; balanced accuracy is '
+                         f'{now:.3f}, as it was then.')]
+    return [('warning', f'Balanced accuracy on the {case.unit} that were held out in training is {now:.3f}; it was '
+                        f'{then:.3f} when the bundle was made. '
                         'Libraries or the machine are not the same.')]
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #e59e7cb1
 MOST_KNOWN = 3000 # Training photos that are measured again to be shown
 
 def _held_out_photos(run):
     "Manifest of the held-out photos that are unchanged, notes, and sections on the others"
     there,gone = still_there(run, 'test')
     if not len(there):
-        raise DatasetError(f'none of the {len(gone)} held-out photos is where it was, unchanged', code='held_out_gone', where=run.root, advice=f'Bring them back, or: {_GIVE}')
+        raise DatasetError(f'none of the {len(gone)} held-out photos is where it was, unchanged', code='held_out_gone',
+                           where=run.root, advice=f'Bring them back, or: {_GIVE}')
     if not len(gone): return there,[],[]
-    return there,[('warning', f'{len(gone)} of {len(gone)+len(there)} held-out photos are gone or changed, and are not judged.')],[
-        ('Held-out photos that are gone or changed', 'Their digest is not that of training.', gone[['path', 'label', 'group']])]
+    return there,[('warning', f'{len(gone)} of {len(gone)+len(there)} held-out photos are gone or changed, and are not '
+                              f'judged.')],[
+        ('Held-out photos that are gone or changed', 'Their digest is not that of training.',
+         gone[['path', 'label', 'group']])]
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #ab931958
 def _new_photos(data_dir, groups, group_by):
     "The same of a folder; and where its paths begin"
     found = DatasetInspector(InspectionConfig(quick_mode=True)).inspect(data_dir, groups or None, group_by or None)
     sections = [('Classes', 'Files, usable photos and independent groups of each class.', found.classes.reset_index())]
-    if len(found.unreadable): sections.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
+    if len(found.unreadable):
+        sections.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
     return (found.usable,found.notes,sections),found.root
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #32775b1a
 def evaluate_bundle(
     bundle:Bundle|str|Path, # A loaded bundle or its folder
     data_dir:str|Path|None=None, # Labelled photos, as for training; None: those that were held out
@@ -268,24 +324,30 @@ def evaluate_bundle(
     group_by:str|None=None, # The same as a regular expression
     quick:bool=False, # At most 200 photos, without importance, learning curve and neighbours
     seed:int=0,
-    own_metrics:Mapping[str,Callable[[np.ndarray,np.ndarray],float]]|None=None # Of one's own, name -> (truth, probabilities) -> figure
+    # Of one's own, name -> (truth, probabilities) -> figure
+    own_metrics:Mapping[str,Callable[[np.ndarray,np.ndarray],float]]|None=None
 ) -> Evaluation:
     "Judge a bundle on labelled photos"
     loaded = _bundle_of(bundle, table=False)
     run = _run_if(loaded, data_dir is None)
-    (table,notes,sections),where = (_new_photos(data_dir, groups, group_by) if data_dir is not None or run is None else (_held_out_photos(run), run.root))
+    (table,notes,sections),where = (_new_photos(data_dir, groups, group_by) if data_dir is not None or run is None
+                                    else (_held_out_photos(run), run.root))
     case = _case_of(loaded, table, [*notes], sections, where, 'photos', quick, seed)
-    case.title = f'{Path(data_dir or run.config["data_dir"]).name}: {"" if data_dir else "held-out photos again, "}bundle {loaded.version}'
+    case.title = (f'{Path(data_dir or run.config["data_dir"]).name}: '
+                  f'{"" if data_dir else "held-out photos again, "}bundle {loaded.version}')
     extractor,case.left_out = _measuring(loaded, run),run and run.left_out
     case.blocks = extractor.extract_manifest(case.table, where)
     case.strange = extractor.extract_manifest(case.strangers, where) if len(case.strangers) else {}
     case.read = lambda path: read_image(where/path, at_least=160)
-    case.timings,costs = speed_profile(loaded.extractor, {'ensemble': loaded.model}, [where/p for p in case.table['path'][:20]])
+    case.timings,costs = speed_profile(loaded.extractor, {'ensemble': loaded.model},
+                                       [where/p for p in case.table['path'][:20]])
     case.milliseconds = costs['ensemble']
     if run is not None and not quick: _add_known(case, run, extractor)
-    if run is not None and data_dir is None and len(case.table)==len(run.part('test')): case.notes += _same_as_then(loaded, case)
+    if run is not None and data_dir is None and len(case.table)==len(run.part('test')):
+        case.notes += _same_as_then(loaded, case)
     return judge_case(loaded, case, output_dir, quick, seed, own_metrics)
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #169117ca
 def _run_if(bundle, needed):
     "The run that made it, or None where it is neither there nor needed"
     try: return past_run(bundle)
@@ -293,81 +355,109 @@ def _run_if(bundle, needed):
         if needed: raise
         return None
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #9f2aa438
 def _case_of(bundle, table, notes, sections, where, unit, quick, seed):
     "Photos or rows parted into known ones and strangers, with what must be said of them; not yet measured"
-    known,strangers = (table[there].reset_index(drop=True) for there in (table['label'].isin(bundle.classes), ~table['label'].isin(bundle.classes)))
+    known,strangers = (table[there].reset_index(drop=True)
+                       for there in (table['label'].isin(bundle.classes), ~table['label'].isin(bundle.classes)))
     if not len(known):
-        raise DatasetError(f'none of these {unit} has a label that the bundle knows', code='no_photos' if unit=='photos' else 'no_rows', where=where,
+        raise DatasetError(f'none of these {unit} has a label that the bundle knows',
+                           code='no_photos' if unit=='photos' else 'no_rows', where=where,
                            advice=f'It knows {", ".join(bundle.classes)}')
     notes = _stranger_notes(bundle, strangers, unit)+_trained_on(bundle, known, unit)+notes
     if quick and len(known) > QUICK: notes.insert(0, ('info', f'A quick look at {QUICK} of {len(known):,} {unit}.'))
     if quick: known,strangers = _sample(known, QUICK, seed),_sample(strangers, QUICK, seed)
     return Case(known, {}, strangers, {}, '', notes, sections, unit=unit)
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #78da5e7f
 def _stranger_notes(bundle, strangers, unit):
     "What is said on top of the report about classes that the bundle does not know"
     if not len(strangers): return []
     names,n = ', '.join(sorted(set(strangers['label']))),len(strangers)
-    if bundle.model.novelty is not None: return [('warning', f'The bundle does not know {names}; {n} {unit} are not scored, but serve as strangers that should be noticed.')]
-    return [('warning', f'The bundle does not know {names}; {n} {unit} are not scored, and it has no detector of novelty that could notice them.')]
+    if bundle.model.novelty is not None:
+        return [('warning', f'The bundle does not know {names}; {n} {unit} are not scored, but serve as strangers that '
+                            f'should be noticed.')]
+    return [('warning', f'The bundle does not know {names}; {n} {unit} are not scored, and it has no detector of '
+                        f'novelty that could notice them.')]
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #9773d0c7
 def _add_known(case, run, extractor):
     "Training photos, where they are still there"
     there,gone = still_there(run, 'train')
-    if not len(there): case.notes.append(('info', 'The training photos are not where they were, so mistakes are shown without those that are most like them.'))
-    elif len(there) > MOST_KNOWN and not extractor.cache: case.notes.append(('info', f'{len(there):,} training photos are too many to measure again; mistakes are shown alone.'))
+    if not len(there):
+        case.notes.append(('info', 'The training photos are not where they were, so mistakes are shown without those '
+                                   'that are most like them.'))
+    elif len(there) > MOST_KNOWN and not extractor.cache:
+        case.notes.append(('info', f'{len(there):,} training photos are too many to measure again; mistakes are shown '
+                                   f'alone.'))
     else:
         if len(gone): case.notes.append(('info', f'{len(gone)} training photos are gone or changed.'))
-        case.known,case.known_blocks,case.read_known = there,extractor.extract_manifest(there, run.root),lambda path: read_image(run.root/path, at_least=100)
+        case.known = there
+        case.known_blocks = extractor.extract_manifest(there, run.root)
+        case.read_known = lambda path: read_image(run.root/path, at_least=100)
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #34fd1a0a
 def _held_out_rows(run, block):
     "What the table of a run holds now, and those of its rows that are as they were"
     c = run.config
     if ':***@' in c['data_dir']:
-        raise DatasetError('the password of the database is not kept with the run', code='held_out_gone', where=c['data_dir'], advice='Give it again: --table URL and --target')
+        raise DatasetError('the password of the database is not kept with the run', code='held_out_gone',
+                           where=c['data_dir'], advice='Give it again: --table URL and --target')
     try: data = read_rows(c['data_dir'], block, c['target'], c.get('group') or None, c.get('query') or None)
-    except DatasetError as error: raise DatasetError(error.message, code='held_out_gone', where=error.where, advice=f'Bring the table back, or: {_GIVE}') from error
+    except DatasetError as error:
+        raise DatasetError(error.message, code='held_out_gone', where=error.where,
+                           advice=f'Bring the table back, or: {_GIVE}') from error
     key = ['path', 'sha256', 'label']
     there = table_manifest(data)[key].reset_index(names='at').merge(run.manifest[[*key, 'group', 'split']], on=key)
     if not (there['split']=='test').any():
-        raise DatasetError('none of the held-out rows is as it was', code='held_out_gone', where=c['data_dir'], advice=f'Bring the table back, or: {_GIVE}')
+        raise DatasetError('none of the held-out rows is as it was', code='held_out_gone', where=c['data_dir'],
+                           advice=f'Bring the table back, or: {_GIVE}')
     return data,there
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #c3172ff1
 def evaluate_table(
     bundle:Bundle|str|Path, # A loaded bundle or its folder
-    table:str|Path|pd.DataFrame|None=None, # CSV or Parquet file, URL of a database, or a table that is there already; None: what was held out
+    # CSV or Parquet file, URL of a database, or a table that is there already; None: what was held out
+    table:str|Path|pd.DataFrame|None=None,
     target:str='', # Column of the labels; '': as in training
     group:str='', # Column of what belongs together; '': each row alone
     query:str='', # For a database: name of a table, or a query
     output_dir:str|Path='runs/evaluate', # Where report.html and figures.json go
     quick:bool=False, # At most 200 rows, without importance, learning curve and neighbours
     seed:int=0,
-    own_metrics:Mapping[str,Callable[[np.ndarray,np.ndarray],float]]|None=None # Of one's own, name -> (truth, probabilities) -> figure
+    # Of one's own, name -> (truth, probabilities) -> figure
+    own_metrics:Mapping[str,Callable[[np.ndarray,np.ndarray],float]]|None=None
 ) -> Evaluation:
     "Judge a bundle of a table on labelled rows"
     loaded = _bundle_of(bundle, table=True)
     block,run = table_block(loaded),_run_if(loaded, table is None)
     if table is None: data,there = _held_out_rows(run, block)
     else:
-        if not (target := target or (run.config.get('target', '') if run else '')): raise ConfigError('`target` must name the column of the labels', advice='Give --target COLUMN')
+        if not (target := target or (run.config.get('target', '') if run else '')):
+            raise ConfigError('`target` must name the column of the labels', advice='Give --target COLUMN')
         data = read_rows(table, block, target, group or None, query or None)
         there = table_manifest(data).assign(split='test').reset_index(names='at')
     rows,train = (there[there['split']==part].reset_index(drop=True) for part in ('test', 'train'))
-    notes = [*(_lost_rows(run, rows) if table is None else data.notes), ('info', 'Where this report says photo, read row of the table.')]
+    notes = [*(_lost_rows(run, rows) if table is None else data.notes),
+             ('info', 'Where this report says photo, read row of the table.')]
     classes = rows.groupby('label').agg(rows=('path', 'size'), groups=('group', 'nunique')).reset_index()
     where = 'table' if isinstance(table, pd.DataFrame) else hide_password(str(table or run.config['data_dir']))
-    case = _case_of(loaded, rows, notes, [('Classes', 'Rows and independent groups of each class.', classes)], where, 'rows', quick, seed)
-    case.title = f'{data.target} of {data.name}: {"held-out rows again, " if table is None else ""}bundle {loaded.version}'
+    case = _case_of(loaded, rows, notes, [('Classes', 'Rows and independent groups of each class.', classes)], where,
+                    'rows', quick, seed)
+    case.title = (f'{data.target} of {data.name}: {"held-out rows again, " if table is None else ""}bundle '
+                  f'{loaded.version}')
     X = block.rows(data.features)
     case.blocks,case.strange = {'table': X[case.table['at']]},{'table': X[case.strangers['at']]}
     case.timings = row_speed(block, loaded.model, data.features.iloc[case.table['at']])
     case.left_out = run and run.left_out
     if not quick and len(train): case.known,case.known_blocks = train,{'table': X[train['at']]}
-    if table is None and run is not None and len(case.table)==len(run.part('test')): case.notes += _same_as_then(loaded, case)
+    if table is None and run is not None and len(case.table)==len(run.part('test')):
+        case.notes += _same_as_then(loaded, case)
     return judge_case(loaded, case, output_dir, quick, seed, own_metrics)
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #ed5058e9
 def _lost_rows(run, rows):
     "A warning if some of the held-out rows are not what they were"
     wanted = len(run.part('test'))
-    return [('warning', f'{wanted-len(rows)} of {wanted} held-out rows are gone or changed, and are not judged.')] if len(rows) < wanted else []
+    return ([('warning', f'{wanted-len(rows)} of {wanted} held-out rows are gone or changed, and are not judged.')]
+            if len(rows) < wanted else [])

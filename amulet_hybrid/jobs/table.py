@@ -37,7 +37,9 @@ class TableConfig(Config):
     columns:tuple[str,...]=() # To learn from; (): all that can be learned from
     query:str='' # For a database: name of a table, or a query
     output_dir:str='runs/table' # Everything is written here
-    models:tuple[str,...]=('logistic_balanced', 'lda_balanced', 'cosine_knn', 'random_forest', 'extra_trees', 'gradient_boosting') # Names in `MODELS`
+    # Names in `MODELS`
+    models:tuple[str,...]=('logistic_balanced', 'lda_balanced', 'cosine_knn', 'random_forest', 'extra_trees',
+                           'gradient_boosting')
     test_size:float=.2 # Share of rows held out
     cv_folds:int=5 # Folds inside the training rows
     quick:bool=False # A first look: 3 folds, two models
@@ -59,8 +61,10 @@ class TableConfig(Config):
 
     def training(self) -> TrainingConfig:
         "The part that the trainer takes"
-        return TrainingConfig(models=self.models, cv_folds=self.cv_folds, quick=self.quick, search=self.search, trials=self.trials,
-                              time_budget=self.time_budget, coverage=self.coverage, novelty=self.novelty, jobs=self.jobs, seed=self.seed)
+        return TrainingConfig(models=self.models, cv_folds=self.cv_folds, quick=self.quick, search=self.search,
+                              trials=self.trials,
+                              time_budget=self.time_budget, coverage=self.coverage, novelty=self.novelty,
+                              jobs=self.jobs, seed=self.seed)
 
     def to_dict(self) -> dict: # Plain Python values only
         "Settings as a dict that JSON can hold, without the password of a URL"
@@ -76,8 +80,10 @@ def table_manifest(
 ) -> pd.DataFrame: # path ('row 12'), sha256 (of the values that are learned from), label, group, split ('')
     "Rows as the table that travels"
     digests = [json_digest([str(v) for v in row]) for row in data.features.itertuples(index=False)]
-    return pd.DataFrame({'path': [f'row {i}' for i in data.rows], 'sha256': digests, 'label': data.labels, 'group': data.groups, 'split': ''})
+    return pd.DataFrame({'path': [f'row {i}' for i in data.rows], 'sha256': digests, 'label': data.labels,
+                         'group': data.groups, 'split': ''})
 
+# %% ../../nbs/85_jobs/30_table.ipynb #7b61cce4
 def column_importance(
     model:Any, # Of a table, trained or served
     X:np.ndarray, # (n, columns) rows that it was not trained on
@@ -86,12 +92,16 @@ def column_importance(
     groups:np.ndarray # (n,) names
 ) -> tuple[str, str, Any]: # As `evaluate(sections=...)` takes it
     "What each column brings"
-    def predict(parts): return model.predict_proba({'table': np.column_stack([X[parts[c][:,0].astype(int),i] for i,c in enumerate(names)])})
+    def predict(parts):
+        return model.predict_proba({'table': np.column_stack([X[parts[c][:,0].astype(int),i]
+                                                              for i,c in enumerate(names)])})
     places = {c: np.arange(len(X), dtype=float)[:,None] for c in names} # gaps travel with the rows
-    words = 'How far balanced accuracy falls on these rows when a column is dealt anew, with its range. Columns that tell the same share what they bring.'
+    words = ('How far balanced accuracy falls on these rows when a column is dealt anew, with its range. Columns that '
+             'tell the same share what they bring.')
     found = block_importance(predict, places, y, groups, n_repeats=5).table.reset_index(names='column').round(4)
     return 'What each column brings', words, found.head(50)
 
+# %% ../../nbs/85_jobs/30_table.ipynb #1c506ee3
 def row_speed(
     block:TableExtractor, # What turns named values into a row
     model:Any, # Trained or served
@@ -107,7 +117,8 @@ def row_speed(
         model.predict_proba(row)
         named = time.perf_counter()
         if model.novelty is not None: model.novelty.score(row)
-        times.append({'row': 1000*(read-start), 'model': 1000*(named-read), **({'novelty': 1000*(time.perf_counter()-named)} if model.novelty is not None else {})})
+        times.append({'row': 1000*(read-start), 'model': 1000*(named-read),
+                      **({'novelty': 1000*(time.perf_counter()-named)} if model.novelty is not None else {})})
     return {str(k): float(v) for k,v in pd.DataFrame(times[2:]).median().items()}
 
 # %% ../../nbs/85_jobs/30_table.ipynb #d8c8c0e6
@@ -119,7 +130,10 @@ class _Look:
     unreadable:pd.DataFrame
     duplicates:pd.DataFrame
 
-MOST_PAIRS,MOST_COLUMNS = 20_000_000,100 # Beyond which neighbours of test rows are not looked up, and the columns not dealt anew one by one
+# %% ../../nbs/85_jobs/30_table.ipynb #9de05790
+# Beyond which neighbours of test rows are not looked up, and the columns not dealt anew one by one
+MOST_PAIRS = 20_000_000
+MOST_COLUMNS = 100
 
 class TableRun(TrainingRun):
     "The steps of one run on a table, in order; each returns what is worth looking at"
@@ -140,8 +154,13 @@ class TableRun(TrainingRun):
         manifest = table_manifest(data)
         few = groups_per_class(manifest['label'], manifest['group'])
         keep = ~manifest['label'].isin(few.index[few < c.min_groups]).to_numpy()
-        if not keep.all(): self.notes.insert(0, ('warning', f'Left out, having fewer than {c.min_groups} groups: {", ".join(few.index[few < c.min_groups])}.'))
-        if not keep.any(): raise DatasetError(f'no class has {c.min_groups} groups', code='class_too_small', where=hide_password(c.data_dir))
+        if not keep.all():
+            self.notes.insert(0, ('warning',
+                                  f'Left out, having fewer than {c.min_groups} groups: '
+                                  f'{", ".join(few.index[few < c.min_groups])}.'))
+        if not keep.any():
+            raise DatasetError(f'no class has {c.min_groups} groups', code='class_too_small',
+                               where=hide_password(c.data_dir))
         self.manifest,self._values = manifest[keep].reset_index(drop=True),data.features[keep].reset_index(drop=True)
         classes = self.manifest.groupby('label').agg(rows=('path', 'size'), groups=('group', 'nunique'))
         self.inspection:Any = _Look(manifest, classes, data.left_out.iloc[:0], data.left_out.iloc[:0])
@@ -149,7 +168,8 @@ class TableRun(TrainingRun):
 
     def extract(self) -> pd.DataFrame: # The columns that are learned from
         "Rows as numbers; words are numbered as the training rows have them"
-        block = TableExtractor.of(dataclasses.replace(self.data, features=self._values), (self.manifest['split']=='train').to_numpy())
+        block = TableExtractor.of(dataclasses.replace(self.data, features=self._values),
+                                  (self.manifest['split']=='train').to_numpy())
         self.extractor = HybridFeatureExtractor(FeatureConfig(blocks=('table',)), extractors={'table': block})
         self.blocks = {'table': block.rows(self._values)}
         return self.data.describe()
@@ -161,21 +181,29 @@ class TableRun(TrainingRun):
         (blocks,table),(train,known) = self._part('test'),self._part('train')
         y = np.searchsorted(self.model.classes, table['label'].to_numpy(str))
         self.gap,note = random_split_note(self.trainer, known['group'].to_numpy())
-        sets,detector,proba = self.model.conformal,self.model.novelty,self.model.predict_proba(blocks)
+        sets = self.model.conformal
+        detector = self.model.novelty
+        proba = self.model.predict_proba(blocks)
         strange = None
-        if detector is not None: strange = NoveltyTest(detector.score(blocks), detector.threshold_, detector.rate, table=detector.table, name=detector.candidate.name)
+        if detector is not None:
+            strange = NoveltyTest(detector.score(blocks), detector.threshold_, detector.rate, table=detector.table,
+                                  name=detector.candidate.name)
         single = self.trainer.best_single_
         rivals:dict[str,tuple[np.ndarray,float|None]] = {}
-        if [m.candidate for m in self.model.members]!=[single]: rivals[f'best single model ({single.model})'] = self.trainer.single_model_.predict_proba(blocks),None
+        if [m.candidate for m in self.model.members]!=[single]:
+            rivals[f'best single model ({single.model})'] = self.trainer.single_model_.predict_proba(blocks),None
         near = None
         if len(y)*len(known) <= MOST_PAIRS:
             seen,others = (encode_blocks(b, self.model.encoders) for b in (blocks, train))
             near = nearest_training(seen, others).lookup(known['label'].to_numpy(), known['path'].to_numpy())
         self.evaluation = evaluate(
             y, proba, self.model.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(),
-            rivals=rivals, timings=row_speed(self.extractor.extractors['table'], self.model, self._values[(self.manifest['split']=='test').to_numpy()]),
-            sets=sets and sets.predict_set(proba), set_coverage=self.config.coverage, set_witnesses=known['group'].nunique(), novelty=strange, neighbours=near,
-            notes=[n for n in [note] if n]+self.notes, sections=[*self._columns(blocks, y, table), *self._importance(blocks, y, table), *self._sections()],
+            rivals=rivals, timings=row_speed(self.extractor.extractors['table'], self.model,
+                                             self._values[(self.manifest['split']=='test').to_numpy()]),
+            sets=sets and sets.predict_set(proba), set_coverage=self.config.coverage,
+            set_witnesses=known['group'].nunique(), novelty=strange, neighbours=near,
+            notes=[n for n in [note] if n]+self.notes,
+            sections=[*self._columns(blocks, y, table), *self._importance(blocks, y, table), *self._sections()],
             title=f'{self.data.target} of {self.data.name}: held-out report', seed=self.config.seed)
         self.evaluation.save(self.output)
         return self.evaluation
@@ -184,7 +212,8 @@ class TableRun(TrainingRun):
         "What each column brings, and what columns there are"
         names = self.extractor.extractors['table'].get_feature_names()
         out:list[tuple[str,str,Any]] = [('Columns', 'What was learned from.', self.data.describe().reset_index())]
-        if len(names) <= MOST_COLUMNS: out.insert(0, column_importance(self.model, blocks['table'], names, y, table['group'].to_numpy()))
+        if len(names) <= MOST_COLUMNS:
+            out.insert(0, column_importance(self.model, blocks['table'], names, y, table['group'].to_numpy()))
         if len(self.data.left_out): out.append(('Columns that were left out', 'And why.', self.data.left_out))
         return out
 
@@ -200,7 +229,8 @@ class TableRun(TrainingRun):
             if not asked: continue
             got = loaded.model.predict_proba({'table': table_block(loaded).row(asked)[None]})[0]
             if got.argmax()!=p.argmax() or np.abs(got-p).max() > tolerance:
-                raise BundleError(f'it answers otherwise than the trained model for {self.manifest["path"][i]} (difference {np.abs(got-p).max():.1e})',
+                raise BundleError(f'it answers otherwise than the trained model for {self.manifest["path"][i]} '
+                                  f'(difference {np.abs(got-p).max():.1e})',
                                   code='no_parity', where=self.output/BUNDLE)
 
 # %% ../../nbs/85_jobs/30_table.ipynb #073a6f2a
@@ -210,25 +240,31 @@ def table_block(
     "The block of a bundle that was trained on a table; raises `BundleError` for one that names photos"
     block = bundle.extractor.extractors.get('table')
     if not isinstance(block, TableExtractor) or len(bundle.extractor.extractors)!=1:
-        raise BundleError('this bundle names photos, not rows of a table', code='needs_photo', where=bundle.folder, advice='Use amulet predict without --table')
+        raise BundleError('this bundle names photos, not rows of a table', code='needs_photo', where=bundle.folder,
+                          advice='Use amulet predict without --table')
     return block
 
+# %% ../../nbs/85_jobs/30_table.ipynb #ba7a084f
 def predict_table(
     bundle:Bundle|str|Path, # A loaded bundle, or its folder
-    table:pd.DataFrame|str|Path, # Rows with the columns that the bundle knows, or their file or database; other columns are passed over
+    # Rows with the columns that the bundle knows, or their file or database; other columns are passed over
+    table:pd.DataFrame|str|Path,
     confidence_threshold:float=0., # Below it no label is given, 0..1
     query:str|None=None # For a database: name of a table, or a query
 ) -> pd.DataFrame: # row (from 1), label, confidence, top, novel and a column p_<class> each; one row a row
     "Name many rows at once"
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    if not 0 <= confidence_threshold <= 1: raise ConfigError(f'`confidence_threshold` must be in 0..1, got {confidence_threshold}')
+    if not 0 <= confidence_threshold <= 1:
+        raise ConfigError(f'`confidence_threshold` must be in 0..1, got {confidence_threshold}')
     table = read_source(table, query)
     blocks = {'table': table_block(bundle).rows(table)}
-    if not len(table): return pd.DataFrame(columns=['row', 'label', 'confidence', 'top', 'novel', *[f'p_{c}' for c in bundle.classes]])
+    if not len(table):
+        return pd.DataFrame(columns=['row', 'label', 'confidence', 'top', 'novel', *[f'p_{c}' for c in bundle.classes]])
     proba,novelty = bundle.model.predict_proba(blocks),bundle.model.novelty
     novel = novelty.score(blocks) > novelty.threshold_ if novelty is not None else np.zeros(len(table), bool)
     top,confidence = np.asarray(bundle.classes, dtype=object)[proba.argmax(1)],proba.max(1)
     empty = np.isnan(blocks['table']).all(1)
     label = np.where((confidence >= confidence_threshold) & ~novel & ~empty, top, None)
-    out = pd.DataFrame({'row': np.arange(len(table))+1, 'label': pd.Series(label, dtype=object), 'confidence': confidence, 'top': top, 'novel': novel})
+    out = pd.DataFrame({'row': np.arange(len(table))+1, 'label': pd.Series(label, dtype=object),
+                        'confidence': confidence, 'top': top, 'novel': novel})
     return out.join(pd.DataFrame(proba, columns=[f'p_{c}' for c in bundle.classes]))

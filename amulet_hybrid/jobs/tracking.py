@@ -34,13 +34,16 @@ def _name(text, taken):
     while name in taken: name += '_'
     return name
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #c1836cd5
 def _leaves(values, before=''):
     "(dotted name, value) of a nested mapping; an interval counts as a value"
     for key,value in values.items():
         if hasattr(value, 'to_dict'): value = value.to_dict()
-        if isinstance(value, Mapping) and not {'value', 'low', 'high'} <= set(value): yield from _leaves(value, f'{before}{key}.')
+        if isinstance(value, Mapping) and not {'value', 'low', 'high'} <= set(value):
+            yield from _leaves(value, f'{before}{key}.')
         else: yield f'{before}{key}', value
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #03d68ad4
 def flat_parameters(
     values:Mapping, # Settings, nested as they come
     most:int=500 # Characters of one value
@@ -48,20 +51,23 @@ def flat_parameters(
     "Settings as a flat table of short texts"
     out:dict[str,str] = {}
     for key,value in _leaves(values):
-        text = '' if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        text = '' if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False,
+                default=str)
         out[_name(key, out)] = text if len(text) <= most else f'{text[:most-14]}... {json_digest(text)[:10]}'
     return out
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #406411bf
 def flat_figures(
-    values:Mapping # Numbers, intervals ({'value', 'low', 'high'} or an object with `to_dict`) and texts, nested as they come
+    # Numbers, intervals ({'value', 'low', 'high'} or an object with `to_dict`) and texts, nested as they come
+    values:Mapping
 ) -> tuple[dict[str,float],dict[str,str]]: # Finite numbers, and tags: texts, and the names of what is not finite
     "Figures as a flat table of finite numbers"
     numbers:dict[str,float] = {}
     tags:dict[str,str] = {}
     lost:list[str] = []
     for key,value in _leaves(values):
-        parts = {key: value['value'], f'{key}_low': value['low'], f'{key}_high': value['high']} if isinstance(value, Mapping) else {key: value}
+        parts = {key: value['value'], f'{key}_low': value['low'], f'{key}_high': value['high']} if isinstance(value,
+                Mapping) else {key: value}
         for name,part in parts.items():
             if hasattr(part, 'item') and getattr(part, 'ndim', 0)==0: part = part.item()
             if not isinstance(part, Real):
@@ -85,22 +91,28 @@ def _bounded(call, seconds):
     if good: return value
     raise RuntimeError(f'{type(value).__name__}: {value}') from value
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #7dd02449
 def _unsecret(text): return re.sub(r'//[^/@\s]*@', '//', str(text))
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #a8ac28f7
 class Run:
     "One run of a tracker; what `Tracker.run` hands out"
     def __init__(self,
         tracker:'Tracker', # Where it is recorded
         name:str # For people
     ):
-        self.tracker,self.name,self.alive,self.handle = tracker,name,True,None
+        self.tracker = tracker
+        self.name = name
+        self.alive = True
+        self.handle = None
 
     def _do(self, call):
         if not self.alive: return None
         try: return _bounded(call, self.tracker.timeout)
         except Exception as error: # noqa: BLE001
             self.alive = False
-            log.warning('Tracking stops here, the run goes on: %s: %s', type(self.tracker).__name__, _unsecret(error).strip().split('\n')[0][:300])
+            log.warning('Tracking stops here, the run goes on: %s: %s', type(self.tracker).__name__,
+                        _unsecret(error).strip().split('\n')[0][:300])
 
     def figures(self,
         values:Mapping, # Numbers and intervals, see `flat_figures`
@@ -133,10 +145,13 @@ class Tracker:
         folder:str|Path='runs', # For what is kept on this machine
         timeout:float=30 # Seconds that one step may take
     ):
-        self.target,self.folder,self.timeout = target,Path(folder),timeout
+        self.target = target
+        self.folder = Path(folder)
+        self.timeout = timeout
         for module in self.needs: require(module, 'tracking')
 
-    def start(self, name:str, parameters:dict[str,str]) -> Any: "Open a run; what is returned is handed to the other steps"
+    def start(self, name:str, parameters:dict[str,str]) -> Any:
+        "Open a run; what is returned is handed to the other steps"
     def figures(self, handle:Any, numbers:dict[str,float], step:int|None): "Finite numbers"
     def tags(self, handle:Any, tags:dict[str,str]): "Short texts"
     def artefact(self, handle:Any, path:Path, under:str): "A file"
@@ -163,24 +178,31 @@ class Tracker:
         finally: run._do(lambda: self.finish(run.handle, status))
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #c4c0f68a
-MLFLOW_ENVIRONMENT = {'MLFLOW_DISABLE_TELEMETRY': 'true', 'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': '10',
-                      'MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR': '1', 'MLFLOW_LOGGING_LEVEL': 'WARNING', 'GIT_PYTHON_REFRESH': 'quiet'}
+MLFLOW_ENVIRONMENT = {'MLFLOW_DISABLE_TELEMETRY': 'true', 'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1',
+                      'MLFLOW_HTTP_REQUEST_TIMEOUT': '10',
+                      'MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR': '1', 'MLFLOW_LOGGING_LEVEL': 'WARNING',
+                      'GIT_PYTHON_REFRESH': 'quiet'}
 
 def _set_defaults(values):
     for name,value in values.items(): os.environ.setdefault(name, value)
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #62cf9f59
 class MLflow(Tracker):
     "Runs in MLflow; `target`: an address, default MLFLOW_TRACKING_URI, then folder/mlflow.db"
     needs = ('mlflow',)
     def __init__(self, target:str='', folder:str|Path='runs', timeout:float=30):
         if target and not re.match(r'(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://.|databricks', target):
-            raise ConfigError(f'{_unsecret(target)!r} is no address that MLflow knows', advice='Write e.g. mlflow:http://server:5000 or mlflow:sqlite:///runs/mlflow.db')
+            raise ConfigError(f'{_unsecret(target)!r} is no address that MLflow knows',
+                              advice='Write e.g. mlflow:http://server:5000 or mlflow:sqlite:///runs/mlflow.db')
         if target!=_unsecret(target):
-            raise ConfigError('the address of the tracking server holds a password, and would be saved with the settings', code='secret_in_settings',
-                              advice='Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as MLFLOW_TRACKING_URI')
+            raise ConfigError('the address of the tracking server holds a password, and would be saved with the '
+                              'settings', code='secret_in_settings',
+                              advice='Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address '
+                                     'as MLFLOW_TRACKING_URI')
         _set_defaults(MLFLOW_ENVIRONMENT)
         super().__init__(target, folder, timeout)
-        with suppress(Exception): require('mlflow.telemetry.client', 'tracking').set_telemetry_client() # for those who had imported it before
+        # for those who had imported it before
+        with suppress(Exception): require('mlflow.telemetry.client', 'tracking').set_telemetry_client()
         self.uri = target or os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{(self.folder/"mlflow.db").resolve()}'
         self.local = self.uri.startswith('sqlite:')
         if self.local:
@@ -213,7 +235,8 @@ class MLflow(Tracker):
     def _experiment(self, name):
         "Its identity; made if need be, perhaps by a neighbour at the same moment"
         from mlflow.exceptions import MlflowException
-        place = (Path(self.uri.split(':///', 1)[1]).parent/'mlflow-artefacts').resolve().as_uri() if self.local else None
+        place = (Path(self.uri.split(':///',
+                                     1)[1]).parent/'mlflow-artefacts').resolve().as_uri() if self.local else None
         if found := self.client.get_experiment_by_name(name): return found.experiment_id
         try: return self.client.create_experiment(name, artifact_location=place)
         except MlflowException:
@@ -236,7 +259,8 @@ class MLflow(Tracker):
 
     def how_to_look(self):
         if not self.local: return _unsecret(self.uri)
-        uri = self.uri if self.target or 'MLFLOW_TRACKING_URI' in os.environ else f'sqlite:///{(self.folder/"mlflow.db").as_posix()}'
+        uri = (self.uri if self.target or 'MLFLOW_TRACKING_URI' in os.environ
+               else f'sqlite:///{(self.folder/"mlflow.db").as_posix()}')
         return f'mlflow ui --backend-store-uri {shlex.quote(uri)}'
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #a189d776
@@ -244,23 +268,29 @@ class WandB(Tracker):
     "Runs in Weights & Biases; `target`: 'offline', a project, or nothing (WANDB_PROJECT, then amulet_hybrid)"
     needs = ('wandb',)
     def __init__(self, target:str='', folder:str|Path='runs', timeout:float=30):
-        if re.search(r'[/\\#?%:]', target): raise ConfigError(f'{target!r} is no name of a project', advice="Write 'wandb:offline' or e.g. 'wandb:amulets'")
+        if re.search(r'[/\\#?%:]', target):
+            raise ConfigError(f'{target!r} is no name of a project',
+                              advice="Write 'wandb:offline' or e.g. 'wandb:amulets'")
         _set_defaults({'WANDB_ERROR_REPORTING': 'false', 'WANDB_SILENT': 'true'})
         super().__init__(target, folder, timeout)
         self.mode = 'offline' if target=='offline' else os.environ.get('WANDB_MODE', 'online')
         self.project = target if target not in ('', 'offline') else os.environ.get('WANDB_PROJECT', 'amulet_hybrid')
         if self.mode=='online' and not os.environ.get('WANDB_API_KEY'):
-            raise ConfigError('Weights & Biases needs a key', code='no_key', where='WANDB_API_KEY', advice="Set the environment variable, or use 'wandb:offline'")
+            raise ConfigError('Weights & Biases needs a key', code='no_key', where='WANDB_API_KEY',
+                              advice="Set the environment variable, or use 'wandb:offline'")
 
     def start(self, name, parameters):
         "A run of its own, whatever else is recorded in this process"
         wandb:Any = require('wandb', 'tracking')
         self.folder.mkdir(parents=True, exist_ok=True)
-        quiet = {'silent': True, 'console': 'off', 'save_code': False, 'disable_code': True, 'disable_git': True, 'x_disable_stats': True, 'x_disable_meta': True,
-                 'x_disable_machine_info': True, 'x_save_requirements': False, 'init_timeout': self.timeout*.8, 'finish_timeout': self.timeout*.8,
+        quiet = {'silent': True, 'console': 'off', 'save_code': False, 'disable_code': True, 'disable_git': True,
+                 'x_disable_stats': True, 'x_disable_meta': True,
+                 'x_disable_machine_info': True, 'x_save_requirements': False, 'init_timeout': self.timeout*.8,
+                 'finish_timeout': self.timeout*.8,
                  'x_graphql_retry_max': 1, 'x_file_stream_retry_max': 2, 'x_file_transfer_retry_max': 2}
         known = {k: v for k,v in quiet.items() if k in wandb.Settings.model_fields}
-        return wandb.init(project=self.project, name=name, config=parameters, dir=str(self.folder), mode=self.mode, reinit='create_new', settings=wandb.Settings(**known))
+        return wandb.init(project=self.project, name=name, config=parameters, dir=str(self.folder), mode=self.mode,
+                          reinit='create_new', settings=wandb.Settings(**known))
 
     def figures(self, handle, numbers, step):
         "A curve where there are steps, else the summary"
@@ -278,13 +308,17 @@ class WandB(Tracker):
 
     def finish(self, handle, status): handle.finish(exit_code=0 if status=='finished' else 1)
 
-    def how_to_look(self): return f'wandb sync {shlex.quote(str(self.folder/"wandb"))}/offline-run-*' if self.mode=='offline' else ''
+    def how_to_look(self):
+        return f'wandb sync {shlex.quote(str(self.folder/"wandb"))}/offline-run-*' if self.mode=='offline' else ''
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #80ffd2b9
-TRACKERS:dict[str,Callable[...,Tracker]] = {'none': Tracker, 'mlflow': MLflow, 'wandb': WandB} # Name -> class; add your own
+# Name -> class; add your own
+TRACKERS:dict[str,Callable[...,Tracker]] = {'none': Tracker, 'mlflow': MLflow, 'wandb': WandB}
 
 def make_tracker(
-    spec:str='', # '': none; 'auto': MLflow if it is installed; 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', 'wandb:PROJECT', or your own name
+    # '': none; 'auto': MLflow if it is installed; 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline',
+    # 'wandb:PROJECT', or your own name
+    spec:str='',
     folder:str|Path='runs', # For what is kept on this machine: mlflow.db, wandb/
     timeout:float=30 # Seconds that one step may take
 ) -> Tracker:
@@ -292,11 +326,14 @@ def make_tracker(
     name,_,target = (spec or 'none').partition(':')
     if spec=='auto': name = 'mlflow' if all(map(find_spec, ('mlflow', 'sqlalchemy', 'alembic'))) else 'none'
     if name not in TRACKERS or (name=='none' and target):
-        raise ConfigError(f'there is no tracker {_unsecret(spec)!r}', code='unknown_tracker', advice=f'Known: auto, {", ".join(TRACKERS)}')
+        raise ConfigError(f'there is no tracker {_unsecret(spec)!r}', code='unknown_tracker',
+                          advice=f'Known: auto, {", ".join(TRACKERS)}')
     return TRACKERS[name](target, folder, timeout)
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #b2b90fe3
-FILES = ('report.html', 'figures.json', 'result.json', 'config.json', 'inspection.json', 'train.ipynb', 'bundle/manifest.json') # of a run's folder
+# of a run's folder
+FILES = ('report.html', 'figures.json', 'result.json', 'config.json', 'inspection.json', 'train.ipynb',
+         'bundle/manifest.json')
 PICTURES = ('figures/*.png', 'figures/*.svg', '*.png', '*.svg')
 LOCAL = ('output_dir', 'cache_dir', 'jobs') # settings that say where and how fast, not what
 
@@ -304,15 +341,20 @@ def run_parameters(
     config:Mapping # Settings of a run, as config.json holds them
 ) -> dict: # Without this machine's places, but for `data_dir`
     "The settings that make a run what it is"
-    def plain(key, value): return Path(value).name if key!='data_dir' and isinstance(value, str) and Path(value).is_absolute() else value
+    def plain(key, value):
+        return Path(value).name if key!='data_dir' and isinstance(value, str) and Path(value).is_absolute() else value
     return {k: plain(k, v) for k,v in config.items() if k not in LOCAL}
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #142d18f1
 def _places(folder, config):
     "Absolute path -> what is written instead, the longest first"
-    out = {str(p): Path(p).name for p in (folder, folder.resolve(), *(v for k,v in config.items() if k!='data_dir' and isinstance(v, str))) if Path(p).is_absolute()}
+    out = {str(p): Path(p).name for p in (folder, folder.resolve(),
+                                          *(v for k,v in config.items() if k!='data_dir' and isinstance(v, str)))
+           if Path(p).is_absolute()}
     out |= {str(Path.home()): '~', sys.prefix: 'python', str(Path.cwd()): '.'}
     return {k: out[k] for k in sorted(out, key=len, reverse=True) if k!=Path(k).anchor}
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #ec89dca2
 def track_output(
     run:Run, # Of `Tracker.run`
     folder:str|Path # Output folder of a training run
@@ -322,12 +364,17 @@ def track_output(
     def load(name):
         try: return json.loads((folder/name).read_text(encoding='utf-8'))
         except (OSError, ValueError): return {}
-    result,config,manifest = load('result.json'),load('config.json'),load('bundle/manifest.json')
+    result = load('result.json')
+    config = load('config.json')
+    manifest = load('bundle/manifest.json')
     if not result: log.warning('%s holds no result of a training run; nothing is recorded', folder.name); return []
-    run.figures({**result.get('figures', {}), **{k: result.get(k) for k in ('test_photos', 'test_groups', 'left_out')}, 'random_split': result.get('random_split') or {}})
-    run.tag(digest=result.get('digest'), data_fingerprint=manifest.get('data', {}).get('fingerprint'), warnings=result.get('notes'))
+    run.figures({**result.get('figures', {}), **{k: result.get(k) for k in ('test_photos', 'test_groups', 'left_out')},
+                 'random_split': result.get('random_split') or {}})
+    run.tag(digest=result.get('digest'), data_fingerprint=manifest.get('data', {}).get('fingerprint'),
+            warnings=result.get('notes'))
     return _send(run, folder, config)
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #d67e9645
 def track_report(
     run:Run, # Of `Tracker.run`
     figures:Mapping, # Numbers and intervals, see `flat_figures`
@@ -339,10 +386,12 @@ def track_report(
     run.tag(**tags)
     return _send(run, Path(folder), {})
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #11196c00
 def _send(run, folder, config):
     "Files of a run's folder, without the places of this machine"
     places = _places(folder, config)
-    files = list(dict.fromkeys([folder/f for f in FILES if (folder/f).is_file()] + [p for pattern in PICTURES for p in sorted(folder.glob(pattern))]))
+    files = list(dict.fromkeys([folder/f for f in FILES if (folder/f).is_file()]
+                               + [p for pattern in PICTURES for p in sorted(folder.glob(pattern))]))
     with tempfile.TemporaryDirectory() as clean:
         for path in files:
             name = path.relative_to(folder)
@@ -350,9 +399,11 @@ def _send(run, folder, config):
             run.artefact(path, '' if name.parent==Path() else name.parent.as_posix())
     return [p.relative_to(folder).as_posix() for p in files] if run.alive else []
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #1d2fd09f
 def _without(path, to, places):
     "A copy of a text without some places"
     text = path.read_text(encoding='utf-8')
-    for place,word in places.items(): text = re.sub(re.escape(place)+r'(?![\w-])', lambda _,word=word: word, text) # type: ignore[misc]
+    for place,word in places.items():
+        text = re.sub(re.escape(place)+r'(?![\w-])', lambda _,word=word: word, text) # type: ignore[misc]
     with atomic_write(to) as part: part.write_text(text, encoding='utf-8')
     return to

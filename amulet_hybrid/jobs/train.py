@@ -54,9 +54,13 @@ class RunConfig(Config):
     trials:int=40 # Candidates that the search may try
     time_budget:float=0. # Minutes after which training begins no further candidate; 0: none
     coverage:float=.9 # Of prediction sets
-    mirror:str='auto' # Learn from mirror images of the training photos too: 'auto' (if it helps out of fold), 'always' or 'never'
-    preprocessing:str='' # What is done to every photo first: 'basic', 'artifact', 'crop', 'artifact+crop', or a JSON file of `PreprocessConfig`; '': nothing
-    track:str='' # Where runs are recorded: '', 'auto', 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', 'wandb:PROJECT'
+    # Learn from mirror images of the training photos too: 'auto' (if it helps out of fold), 'always' or 'never'
+    mirror:str='auto'
+    # What is done to every photo first: 'basic', 'artifact', 'crop', 'artifact+crop', or a JSON file of
+    # `PreprocessConfig`; '': nothing
+    preprocessing:str=''
+    # Where runs are recorded: '', 'auto', 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', 'wandb:PROJECT'
+    track:str=''
     min_groups:int=0 # Classes with fewer groups are left out; 0: such a class is an error
     cache_dir:str='' # Where features are kept; default: output_dir/cache
     jobs:int=0 # Threads and processes; 0: one a core
@@ -68,13 +72,15 @@ class RunConfig(Config):
 
     def training(self) -> TrainingConfig:
         "The part that the trainer takes"
-        return TrainingConfig(cv_folds=self.cv_folds, quick=self.quick, search=self.search, trials=self.trials, time_budget=self.time_budget, coverage=self.coverage,
+        return TrainingConfig(cv_folds=self.cv_folds, quick=self.quick, search=self.search, trials=self.trials,
+                              time_budget=self.time_budget, coverage=self.coverage,
                               mirror=self.mirror, jobs=self.jobs, seed=self.seed)
 
     def features(self) -> FeatureConfig:
         "The part that the extractor takes"
         prepare = find_preprocessor(self.preprocessing)
-        return FeatureConfig(blocks=self.blocks, preset=self.preset, weights=self.weights, preprocessing=prepare and prepare.to_dict())
+        return FeatureConfig(blocks=self.blocks, preset=self.preset, weights=self.weights,
+                             preprocessing=prepare and prepare.to_dict())
 
 BUNDLE,REPORT,FIGURES,RESULT = 'bundle', 'report.html', 'figures.json', 'result.json'
 
@@ -84,7 +90,8 @@ def speed_profile(
     models:Mapping[str,Any], # Name -> model, trained or served
     paths:list[Path], # Photos
     warm:int=2 # First photos that are not counted
-) -> tuple[dict[str,float],dict[str,float]]: # Median milliseconds by stage of the first model, and of each model as a whole
+# Median milliseconds by stage of the first model, and of each model as a whole
+) -> tuple[dict[str,float],dict[str,float]]:
     "What each stage and each model costs a photo"
     rows:dict[str,list] = {name: [] for name in models}
     for path in paths[:warm]+paths:
@@ -98,10 +105,13 @@ def speed_profile(
             model.predict_proba(blocks)
             rows[name].append({**times, 'model': 1000*(time.perf_counter()-start)})
     medians = {name: pd.DataFrame(found[warm:]).median() for name,found in rows.items()}
-    return {str(k): float(v) for k,v in medians[next(iter(models))].items()},{name: float(m.sum()) for name,m in medians.items()}
+    return {str(k): float(v) for k,v in medians[next(iter(models))].items()},{name: float(m.sum())
+            for name,m in medians.items()}
 
 # %% ../../nbs/85_jobs/20_train.ipynb #f2c55f2b
-MOST_ROWS,LEAST_PHOTOS = 64_000,30 # Predictions that the numbers of a block may cost, and photos that must be among them
+# Predictions that the numbers of a block may cost, and photos that must be among them
+MOST_ROWS = 64_000
+LEAST_PHOTOS = 30
 
 def _some_groups(groups, most, seed):
     "(n,) bool: whole groups, about `most` photos of them"
@@ -109,6 +119,7 @@ def _some_groups(groups, most, seed):
     order = np.random.default_rng(seed).permutation(len(names))
     return np.isin(code, order[count[order].cumsum()-count[order] < most])
 
+# %% ../../nbs/85_jobs/20_train.ipynb #c9a448fa
 def importance_sections(
     model:Any, # With blocks, encoders and predict_proba: trained or served
     extractor:HybridFeatureExtractor, # That made the blocks; it knows what its numbers are called
@@ -118,21 +129,27 @@ def importance_sections(
     numbers:bool=True # Also those of one block; it costs `MOST_ROWS` predictions
 ) -> list[tuple[str,str,Any]]: # As `evaluate(sections=...)` takes them
     "Blocks, and numbers of the most important block whose numbers have names"
-    seen,bare = encode_blocks({b: blocks[b] for b in model.blocks}, model.encoders),dataclasses.replace(model, encoders={})
+    seen = encode_blocks({b: blocks[b] for b in model.blocks}, model.encoders)
+    bare = dataclasses.replace(model, encoders={})
     found = block_importance(bare.predict_proba, seen, y, groups)
     out:list[tuple[str,str,Any]] = [found.section()] if len(model.blocks) > 1 else []
     widest = MOST_ROWS/3/min(LEAST_PHOTOS, len(y))
-    named = [b for b in found.table.index if b not in model.encoders and not b.startswith('cnn') and seen[b].shape[1] <= widest]
+    named = [b for b in found.table.index if b not in model.encoders and not b.startswith('cnn')
+             and seen[b].shape[1] <= widest]
     if not named or not numbers: return out
-    some,words = _some_groups(groups, MOST_ROWS/3/seen[named[0]].shape[1], 0),extractor.extractors[named[0]].get_feature_names()
-    leans = permutation_importance(bare.predict_proba, {b: X[some] for b,X in seen.items()}, named[0], y[some], groups[some], names=words)
+    some = _some_groups(groups, MOST_ROWS/3/seen[named[0]].shape[1], 0)
+    words = extractor.extractors[named[0]].get_feature_names()
+    leans = permutation_importance(bare.predict_proba, {b: X[some] for b,X in seen.items()}, named[0], y[some],
+                                   groups[some], names=words)
     title,text,picture = leans.section(f'Which numbers of {named[0]}')
     if not (leans.table['low'] > 0).any(): return [*out, (title, text, None)] # a picture of chance teaches nothing
     return [*out, (title, f'{text} {_what_names_mean(extractor.extractors[named[0]])}', picture)]
 
+# %% ../../nbs/85_jobs/20_train.ipynb #ca26c683
 def _what_names_mean(extractor):
     "First line of what an extractor says of its names"
-    return f'Names: {said.strip().splitlines()[0].rstrip(".")}.' if (said := type(extractor).get_feature_names.__doc__) else ''
+    return (f'Names: {said.strip().splitlines()[0].rstrip(".")}.'
+            if (said := type(extractor).get_feature_names.__doc__) else '')
 
 # %% ../../nbs/85_jobs/20_train.ipynb #1d7be389
 def random_split_note(
@@ -146,7 +163,8 @@ def random_split_note(
     gap = paired_difference(y, random, grouped, groups=groups)
     def score(p): return float(balanced_accuracy_score(y, p.argmax(1)))
     found = {'block': str(best), 'random_folds': score(random), 'grouped_folds': score(grouped), 'gap': gap.to_dict()}
-    words = f'balanced accuracy of {best}: {score(random):.3f} in random folds, {score(grouped):.3f} in grouped ones; difference {gap}'
+    words = (f'balanced accuracy of {best}: {score(random):.3f} in random folds, {score(grouped):.3f} in grouped ones; '
+             f'difference {gap}')
     if gap.low > .02:
         why = 'Photos of one group resemble each other, so only the grouped figures are true.'
         return found,('warning', f'A random split would have shown far more than new photos will: {words}. {why}')
@@ -156,7 +174,8 @@ def random_split_note(
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
     turned:dict[str,np.ndarray]|None=None # Blocks of the mirror images of the training photos
-    made:pd.DataFrame=pd.DataFrame() # Photos made of training photos, with the column made_from; they teach and are never judged
+    # Photos made of training photos, with the column made_from; they teach and are never judged
+    made:pd.DataFrame=pd.DataFrame()
     lessons:Lessons|None=None # Their blocks
     asks_numbers=True # Whether the report says which single numbers matter
     def __init__(self,
@@ -173,16 +192,22 @@ class TrainingRun:
         inspector = DatasetInspector(InspectionConfig(quick_mode=True, jobs=c.jobs), c.cache_dir or self.output/'cache')
         self.inspection = inspector.inspect(c.data_dir, c.groups or None, c.group_by or None)
         self.root = self.inspection.root
-        self.notes = [note for note,f in zip(self.inspection.notes, self.inspection.findings) if f.code not in ('split_leaks', 'empty_class')] # told below
+        # told below
+        self.notes = [note for note,f in zip(self.inspection.notes, self.inspection.findings)
+                      if f.code not in ('split_leaks', 'empty_class')]
         usable = self.inspection.usable
         if 'made_from' in usable:
-            usable,self.made = (usable[rows].reset_index(drop=True) for rows in (usable['made_from']=='', usable['made_from']!=''))
+            usable,self.made = (usable[rows].reset_index(drop=True)
+                                for rows in (usable['made_from']=='', usable['made_from']!=''))
         few = groups_per_class(usable['label'], usable['group'])
         if len(drop := few[few < c.min_groups]):
             usable = usable[~usable['label'].isin(drop.index)].reset_index(drop=True)
-            self.notes.insert(0, ('warning', f'Left out, having fewer than {c.min_groups} groups: {", ".join(drop.index)}.'))
+            self.notes.insert(0, ('warning',
+                                  f'Left out, having fewer than {c.min_groups} groups: {", ".join(drop.index)}.'))
         if gone := sorted(set(self.inspection.manifest['label'])-set(few.index)):
-            self.notes.insert(0, ('warning', f'No photo of {", ".join(gone)} can be read; {"the class is" if len(gone)==1 else "these classes are"} missing from the model.'))
+            self.notes.insert(0, ('warning',
+                                  f'No photo of {", ".join(gone)} can be read; '
+                                  f'{"the class is" if len(gone)==1 else "these classes are"} missing from the model.'))
         self.manifest = usable
         self.inspection.save(self.output, self.root)
         return self.inspection
@@ -191,26 +216,32 @@ class TrainingRun:
         "Hold photos out, whole groups only; a split that the folder brings is used if it is honest"
         m = self.manifest
         given = m['split'].replace('val', 'train')
-        whole = given.isin(['train', 'test']).all() and all(set(given[m['label']==k])=={'train', 'test'} for k in m['label'].unique())
+        whole = given.isin(['train', 'test']).all() and all(set(given[m['label']==k])=={'train', 'test'}
+                                                            for k in m['label'].unique())
         parted = leakage(m.assign(split=given)) if whole else pd.DataFrame()
         if whole and not len(parted): m['split'] = given
         else:
             check_splittable(m['label'], m['group'], 3) # one group to test on, two to cross-validate with
             if len(parted):
                 example = parted['group'].iloc[0]
-                self.notes.insert(0, ('warning', f'The folder comes split, but {len(parted)} groups are on both sides (for example {example}). Its split was not used.'))
+                self.notes.insert(0, ('warning',
+                                      f'The folder comes split, but {len(parted)} groups are on both sides (for '
+                                      f'example {example}). Its split was not used.'))
             m['split'] = holdout(m['label'], m['group'], self.config.test_size, self.config.seed)
         check_groups(m['split'], m['group'])
         parts = m[['path', 'split']]
         if len(self.made):
             taught = self.made['made_from'].map(m.set_index('path')['split'])=='train'
             lost = f'; {int((~taught).sum())} made of others were left out' if (~taught).any() else ''
-            self.notes.append(('info', f'{int(taught.sum())} photos that were made of training photos teach too, and judge nothing{lost}.'))
+            self.notes.append(('info', f'{int(taught.sum())} photos that were made of training photos teach too, and '
+                                       f'judge nothing{lost}.'))
             self.made = self.made[taught].assign(split='train').reset_index(drop=True)
             parts = pd.concat([parts, self.made[['path', 'split']]])
-        everything = self.inspection.manifest.drop(columns='split').merge(parts, on='path', how='left').fillna({'split': ''})
+        everything = self.inspection.manifest.drop(columns='split').merge(parts, on='path',
+                how='left').fillna({'split': ''})
         write_manifest(everything, self.output)
-        return m.groupby(['label', 'split']).agg(photos=('path', 'size'), groups=('group', 'nunique')).unstack(fill_value=0)
+        return m.groupby(['label', 'split']).agg(photos=('path', 'size'),
+                                                 groups=('group', 'nunique')).unstack(fill_value=0)
 
     def extract(self) -> pd.DataFrame: # Numbers a photo of each block
         "Feature blocks of all usable photos"
@@ -221,9 +252,11 @@ class TrainingRun:
         train = self.manifest['split']=='train'
         if len(self.made):
             row = pd.Series(np.arange(train.sum()), self.manifest.loc[train, 'path'])
-            self.lessons = Lessons(self.extractor.extract_manifest(self.made, self.root), self.made['made_from'].map(row).to_numpy())
+            self.lessons = Lessons(self.extractor.extract_manifest(self.made, self.root),
+                                   self.made['made_from'].map(row).to_numpy())
         if c.mirror!='never':
-            self.turned = self.extractor.extract_mirrored(self.manifest[train], self.root, {k: v[train] for k,v in self.blocks.items()})
+            self.turned = self.extractor.extract_mirrored(self.manifest[train], self.root,
+                                                          {k: v[train] for k,v in self.blocks.items()})
         return pd.DataFrame({'features': {k: v.shape[1] for k,v in self.blocks.items()}})
 
     def _part(self, name):
@@ -235,7 +268,8 @@ class TrainingRun:
         c,(blocks,table) = self.config,self._part('train')
         trainer = HybridTrainer(c.training(), checkpoint_dir=Path(c.cache_dir or self.output/'cache')/'training')
         milliseconds = self._block_milliseconds()
-        self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders(), milliseconds, self.turned, self.lessons)
+        self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders(), milliseconds,
+                                   self.turned, self.lessons)
         self.cascade = fit_cascade(trainer, blocks, table['group'], self.extractor.extractors) if milliseconds else None
         self.notes = self.trainer.notes_+self.notes
         self.model = self.trainer.model_
@@ -256,18 +290,25 @@ class TrainingRun:
         paths = [self.root/p for p in table['path']]
         y = np.searchsorted(self.model.classes, table['label'].to_numpy(str))
         single,pick = self.trainer.best_single_, np.random.default_rng(0).permutation(len(paths))[:20]
-        stages,costs = speed_profile(self.extractor, {'ensemble': self.model, str(single): self.trainer.single_model_}, [paths[i] for i in pick])
+        stages,costs = speed_profile(self.extractor, {'ensemble': self.model, str(single): self.trainer.single_model_},
+                                     [paths[i] for i in pick])
         self.gap,note = random_split_note(self.trainer, self._part('train')[1]['group'].to_numpy())
         near,readable = self._neighbours(blocks)
-        sets,detector,proba = self.model.conformal,self.model.novelty,self.model.predict_proba(blocks)
+        sets = self.model.conformal
+        detector = self.model.novelty
+        proba = self.model.predict_proba(blocks)
         strange = None
-        if detector is not None: strange = NoveltyTest(detector.score(blocks), detector.threshold_, detector.rate, table=detector.table, name=detector.candidate.name)
+        if detector is not None:
+            strange = NoveltyTest(detector.score(blocks), detector.threshold_, detector.rate, table=detector.table,
+                                  name=detector.candidate.name)
         self.evaluation = evaluate(
             y, proba, self.model.classes, groups=table['group'].to_numpy(), paths=table['path'].tolist(),
             read_photo=lambda i: read_image(paths[i], at_least=160), timings=stages, milliseconds=costs['ensemble'],
-            rivals={f'best single block ({single})': (self.trainer.single_model_.predict_proba(blocks), costs[str(single)])},
+            rivals={f'best single block ({single})': (self.trainer.single_model_.predict_proba(blocks),
+                                                      costs[str(single)])},
             sets=sets and sets.predict_set(proba), set_coverage=self.config.coverage, set_witnesses=self._part('train')[1]['group'].nunique(), novelty=strange,
-            neighbours=near, read_neighbour=readable, notes=[n for n in [note] if n]+self.notes, sections=self._importance(blocks, y, table)+self._sections(),
+            neighbours=near, read_neighbour=readable, notes=[n for n in [note] if n]
+            +self.notes, sections=self._importance(blocks, y, table)+self._sections(),
             title=f'{Path(self.config.data_dir).name}: held-out report', seed=self.config.seed)
         self.evaluation.save(self.output)
         return self.evaluation
@@ -276,67 +317,94 @@ class TrainingRun:
         "Nearest training photos of each test photo by what the model looks at, and how to read them"
         train,table = self._part('train')
         seen,known = (encode_blocks({b: X[b] for b in self.model.blocks}, self.model.encoders) for X in (blocks, train))
-        return nearest_training(seen, known).lookup(table['label'].to_numpy(), table['path'].to_numpy()),lambda path: read_image(self.root/path, at_least=100)
+        return nearest_training(seen, known).lookup(table['label'].to_numpy(),
+                                                    table['path'].to_numpy()),lambda path: read_image(self.root/path,
+                at_least=100)
 
     def _importance(self, blocks, y, table):
         "What each block brings, and what more photos would"
-        out = importance_sections(self.model, self.extractor, blocks, y, table['group'].to_numpy(), self.asks_numbers and not self.config.quick)
+        out = importance_sections(self.model, self.extractor, blocks, y, table['group'].to_numpy(),
+                                  self.asks_numbers and not self.config.quick)
         if self.config.quick: return out
         train,groups = self._part('train')[0],self._part('train')[1]['group'].to_numpy()
         single,truth = self.trainer.best_single_,self.trainer.y_
-        def fit_predict(some, others): return fit_candidate(train, truth, single, some, others, self.trainer.encoders_, self.config.seed, self.trainer.lessons_)
+        def fit_predict(some, others):
+            return fit_candidate(train, truth, single, some, others, self.trainer.encoders_, self.config.seed,
+                                 self.trainer.lessons_)
         return [*out, learning_curve(fit_predict, truth, groups, cv_folds=3).section()]
 
     def _sections(self):
         found = self.inspection
-        out:list[tuple[str,str,Any]] = [('Classes', 'Files, usable photos and independent groups of each class.', found.classes.reset_index()),
-               ('What was chosen, and why', 'The ensemble beside cheaper options, on out-of-fold predictions. A cheaper one takes its place where its loss is at most '
-                f'{NOT_WORSE} higher at the upper end of its interval. Being selected flatters an ensemble by {self.trainer.optimism_:.3f} of this loss; '
+        out:list[tuple[str,str,Any]] = [('Classes', 'Files, usable photos and independent groups of each class.',
+                                         found.classes.reset_index()),
+               ('What was chosen, and why',
+                'The ensemble beside cheaper options, on out-of-fold predictions. A cheaper one takes its place where '
+                'its loss is at most '
+                f'{NOT_WORSE} higher at the upper end of its interval. Being selected flatters an ensemble by '
+                f'{self.trainer.optimism_:.3f} of this loss; '
                 'the figures here are free of it.',
                 self.trainer.choice_.reset_index()),
-               ('The ensemble', 'Who votes, and with what weight. Chosen on out-of-fold predictions of the training photos.', self.model.describe()),
-               ('Candidates', 'Every model on every block and join, judged out of fold on the training photos, best first.', self.trainer.candidates_)]
+               ('The ensemble', 'Who votes, and with what weight. Chosen on out-of-fold predictions of the training '
+                                'photos.', self.model.describe()),
+               ('Candidates', 'Every model on every block and join, judged out of fold on the training photos, best '
+                              'first.', self.trainer.candidates_)]
         if len(doubts := self._doubted_labels()):
-            out.append(('Labels to look at', f'The ensemble, which had not seen them, doubts {len(doubts)} labels of the training photos '
-                        '(confident learning; Northcutt, Jiang and Chuang, 2021). Nothing was changed.', self._shown(doubts.head(12))))
-        if len(found.unreadable): out.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
-        if len(found.duplicates): out.append(('Duplicates', 'Photos of one cluster are the same photo; a cluster is never parted.', found.duplicates))
+            out.append(('Labels to look at',
+                        f'The ensemble, which had not seen them, doubts {len(doubts)} labels of the training photos '
+                        '(confident learning; Northcutt, Jiang and Chuang, 2021). Nothing was changed.',
+                        self._shown(doubts.head(12))))
+        if len(found.unreadable):
+            out.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
+        if len(found.duplicates):
+            out.append(('Duplicates', 'Photos of one cluster are the same photo; a cluster is never parted.',
+                        found.duplicates))
         values = self.config.to_dict() | {'blocks': ', '.join(self.blocks)}
         settings = [(k, str(v)) for k,v in values.items() if k not in ('output_dir', 'cache_dir', 'track')]
-        out.append(('Settings', 'With these and the same photos the run can be repeated.', pd.DataFrame(settings, columns=['setting', 'value'])))
+        out.append(('Settings', 'With these and the same photos the run can be repeated.',
+                    pd.DataFrame(settings, columns=['setting', 'value'])))
         return out
 
     def _shown(self, doubts):
         "Photos with what is doubted about them"
         words = 'filed as {given}, looks like {suggested} ({probability_suggested:.2f}): {path}'
-        return [(read_image(self.root/row['path'], at_least=160), words.format(**row)) for row in doubts.to_dict('records')]
+        return [(read_image(self.root/row['path'], at_least=160), words.format(**row))
+                for row in doubts.to_dict('records')]
 
     def _doubted_labels(self):
         "Training photos whose label their out-of-fold probabilities doubt, worst first"
-        found,table = find_label_issues(self.trainer.classes_[self.trainer.y_], self.trainer.oof_proba_, self.trainer.classes_),self._part('train')[1]
+        found = find_label_issues(self.trainer.classes_[self.trainer.y_], self.trainer.oof_proba_,
+                                  self.trainer.classes_)
+        table = self._part('train')[1]
         return found[found['suspect']].assign(path=lambda t: table['path'].to_numpy()[t['row']])
 
     def save(self) -> dict: # Paths and headline figures
         "Write the bundle, prove that it answers as the trained model does, and sum up"
         m,c = self.manifest,self.config
         seen = [*m.loc[m['split']=='train', 'sha256'], *(self.made['sha256'] if len(self.made) else ())]
-        data = {'fingerprint': json_digest(m[['path', 'sha256', 'label', 'group', 'split']].to_numpy().tolist()), 'photos': len(m), 'groups': int(m['group'].nunique()),
-                **({'made': len(self.made), 'made_fingerprint': json_digest(self.made[['path', 'sha256', 'made_from']].to_numpy().tolist())} if len(self.made) else {}),
+        data = {'fingerprint': json_digest(m[['path', 'sha256', 'label', 'group', 'split']].to_numpy().tolist()),
+                'photos': len(m), 'groups': int(m['group'].nunique()),
+                **({'made': len(self.made),
+                    'made_fingerprint': json_digest(self.made[['path', 'sha256', 'made_from']].to_numpy().tolist())}
+                   if len(self.made) else {}),
                 'classes': m['label'].value_counts().sort_index().to_dict(), 'trained_on': sorted(s[:12] for s in seen)}
         figures,metrics = self.evaluation.metrics.to_dict(),self.evaluation.metrics
-        training = {k: v for k,v in c.to_dict().items() if k not in ('data_dir', 'output_dir', 'cache_dir', 'groups', 'weights', 'jobs', 'track')}
+        training = {k: v for k,v in c.to_dict().items()
+                    if k not in ('data_dir', 'output_dir', 'cache_dir', 'groups', 'weights', 'jobs', 'track')}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
         root,(blocks,table) = getattr(self, 'root', None),self._part('test')
         held_out = HeldOut(blocks, [root/p for p in table['path']] if root else ()) # a table has rows only
-        self.digest = save_bundle(self.output/BUNDLE, self.model, self.extractor, training, data, figures, now, self.cascade, held_out)
+        self.digest = save_bundle(self.output/BUNDLE, self.model, self.extractor, training, data, figures, now,
+                                  self.cascade, held_out)
         try: self._check_parity()
         except AmuletError: shutil.rmtree(self.output/BUNDLE); raise
         c.save(self.output/'config.json')
         paths = {'bundle': BUNDLE, 'report': REPORT, 'figures_file': FIGURES, 'manifest': 'manifest.csv'}
-        result = {**{k: str(self.output/name) for k,name in paths.items()}, 'digest': self.digest, 'test_photos': metrics.n, 'test_groups': metrics.n_groups,
+        result = {**{k: str(self.output/name) for k,name in paths.items()}, 'digest': self.digest,
+                  'test_photos': metrics.n, 'test_groups': metrics.n_groups,
                   'figures': figures['overall'], 'random_split': self.gap, 'left_out': len(self.inspection.unreadable),
                   'notes': [text for level,text in self.evaluation.notes if level=='warning']}
-        with atomic_write(self.output/RESULT) as part: part.write_text(json.dumps(result, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
+        with atomic_write(self.output/RESULT) as part:
+            part.write_text(json.dumps(result, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
         return result
 
     def _check_parity(self):
@@ -344,7 +412,8 @@ class TrainingRun:
 
     def run(self) -> dict:
         "All steps, recorded where the settings say"
-        with make_tracker(self.config.track, self.output.parent).run(self.output.name, run_parameters(self.config.to_dict())) as record:
+        with make_tracker(self.config.track,
+                          self.output.parent).run(self.output.name, run_parameters(self.config.to_dict())) as record:
             for step in (self.inspect, self.split, self.extract, self.train, self.evaluate):
                 log.info('%s', step.__name__)
                 step()

@@ -26,13 +26,16 @@ def _array(logits):
     if hasattr(logits, 'detach'): logits = logits.detach().cpu().double().numpy()
     return np.asarray(logits, float)
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #5ea69913
 def _checked(logits, y):
     "Finite logits and class indices that fit each other"
     logits,y = _array(logits),_array(y)
-    if logits.ndim!=2 or y.ndim!=1 or len(logits)!=len(y) or not len(y): raise TrainingError(f'logits {logits.shape} and labels {y.shape} do not match', code='bad_logits')
+    if logits.ndim!=2 or y.ndim!=1 or len(logits)!=len(y) or not len(y):
+        raise TrainingError(f'logits {logits.shape} and labels {y.shape} do not match', code='bad_logits')
     if not np.isfinite(logits).all(): raise TrainingError('logits hold NaN or infinity', code='bad_logits')
     if (y!=np.round(y)).any() or y.min() < 0 or y.max() >= logits.shape[1]:
-        raise TrainingError(f'labels must be whole numbers in 0..{logits.shape[1]-1}, got {y.min():g}..{y.max():g}', code='bad_labels')
+        raise TrainingError(f'labels must be whole numbers in 0..{logits.shape[1]-1}, got {y.min():g}..{y.max():g}',
+                            code='bad_labels')
     return logits,y.astype(int)
 
 # %% ../../nbs/30_learn/20_calibration.ipynb #8a63574f
@@ -42,7 +45,9 @@ def _codes(groups, n):
     import pandas as pd
     codes,_ = pd.factorize(np.asarray(groups))
     if len(codes)!=n: raise TrainingError(f'{n} photos need as many groups, got {len(codes)}', code='bad_groups')
-    if codes.min() < 0: raise TrainingError('some photos have no group', code='bad_groups', advice='Give a photo that stands alone a name of its own')
+    if codes.min() < 0:
+        raise TrainingError('some photos have no group', code='bad_groups',
+                            advice='Give a photo that stands alone a name of its own')
     return codes
 
 # %% ../../nbs/30_learn/20_calibration.ipynb #da35d23a
@@ -52,7 +57,8 @@ class _Scaler(BaseEstimator):
         "All that was learned, and the settings"
         check_is_fitted(self)
         learned = {k: v for k,v in vars(self).items() if k.endswith('_') and k not in ('methods_', 'cross_proba_')}
-        return {'method': np.asarray(type(self).__name__), **{k: np.asarray(v) for k,v in {**self.get_params(), **learned}.items()}}
+        return {'method': np.asarray(type(self).__name__),
+                **{k: np.asarray(v) for k,v in {**self.get_params(), **learned}.items()}}
 
     @classmethod
     def from_arrays(cls,
@@ -60,8 +66,10 @@ class _Scaler(BaseEstimator):
     ) -> Any:
         "A fitted scaler"
         if (name := str(arrays['method'])) != cls.__name__:
-            raise TrainingError(f'these are the arrays of a {name}, not of a {cls.__name__}', code='bad_arrays', advice='Use `scaler_from_arrays`')
-        scaler = cls(**{k: arrays[k].item() if arrays[k].ndim==0 else tuple(arrays[k].tolist()) for k in cls().get_params()})
+            raise TrainingError(f'these are the arrays of a {name}, not of a {cls.__name__}', code='bad_arrays',
+                                advice='Use `scaler_from_arrays`')
+        scaler = cls(**{k: arrays[k].item() if arrays[k].ndim==0 else tuple(arrays[k].tolist())
+                        for k in cls().get_params()})
         for k in arrays:
             if k.endswith('_'): setattr(scaler, k, arrays[k].item() if arrays[k].ndim==0 else arrays[k])
         return scaler
@@ -89,6 +97,7 @@ class TemperatureScaler(_Scaler):
         "Calibrated probabilities"
         return softmax(_array(logits)/self.temperature_, axis=1)
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #4beea81a
 def _temperature(logits, wanted, bounds):
     "The divisor of least log loss, 1 if none is better"
     from scipy.optimize import minimize_scalar
@@ -96,12 +105,14 @@ def _temperature(logits, wanted, bounds):
     found = minimize_scalar(loss, bounds=np.log(bounds), method='bounded')
     return float(np.exp(found.x)) if found.fun <= loss(0.) else 1.
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #32bedc27
 def _smooth_targets(logits, y):
     "Rows that put half a photo in n+1 on the other classes, as the logits share it"
     doubt,truth = .5/(len(y)+1),np.eye(logits.shape[1])[y]
     if logits.shape[1]==1: return truth
     return (1-doubt)*truth + doubt*softmax(np.where(truth > 0, -np.inf, logits), axis=1)
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #3da46bb5
 def log_proba(
     proba:np.ndarray, # (n, n_classes)
     floor:float=1e-6 # Smallest probability that is believed
@@ -126,13 +137,16 @@ class VectorScaler(_Scaler):
         from scipy.optimize import minimize
         if self.strength < 0: raise ConfigError(f'`strength` must be at least 0, got {self.strength}')
         logits,y = _checked(logits, y)
-        k,wanted,pull = logits.shape[1],np.eye(logits.shape[1])[y],self.strength*logits.shape[1]/len(np.unique(_codes(groups, len(y))))
+        k = logits.shape[1]
+        wanted = np.eye(logits.shape[1])[y]
+        pull = self.strength*logits.shape[1]/len(np.unique(_codes(groups, len(y))))
         self.temperature_,self.doubt_ = _temperature(logits, wanted, (.01, 100.)),1/(len(y)+1)
         Z = self._scaled(logits)
         def loss(change):
             logp = log_softmax(Z*(1+change[:k]) + change[k:], axis=1)
             slope = (np.exp(logp)-wanted)/len(y)
-            return -(wanted*logp).sum(1).mean() + pull*(change**2).sum(), np.concatenate([(slope*Z).sum(0), slope.sum(0)]) + 2*pull*change
+            return -(wanted*logp).sum(1).mean() + pull*(change**2).sum(), np.concatenate([(slope*Z).sum(0),
+                    slope.sum(0)]) + 2*pull*change
         found = minimize(loss, np.zeros(2*k), jac=True, method='L-BFGS-B', options={'maxiter': 500}).x
         self.scale_,self.bias_ = 1+found[:k],found[k:]
         return self
@@ -163,11 +177,14 @@ class IsotonicScaler(_Scaler):
     ):
         "One staircase a class"
         from sklearn.isotonic import IsotonicRegression
-        if not 0 <= self.blend < 1: raise ConfigError(f'`blend` must be in [0, 1), got {self.blend}', advice='At 1 a probability may be 0, and one mistake costs infinitely much')
+        if not 0 <= self.blend < 1:
+            raise ConfigError(f'`blend` must be in [0, 1), got {self.blend}',
+                              advice='At 1 a probability may be 0, and one mistake costs infinitely much')
         logits,y = _checked(logits, y)
         scaler = TemperatureScaler().fit(logits, y)
         self.temperature_,p = scaler.temperature_,scaler.predict_proba(logits)
-        stairs = [IsotonicRegression(y_min=0, y_max=1, out_of_bounds='clip').fit(p[:,c], y==c) for c in range(p.shape[1])]
+        stairs = [IsotonicRegression(y_min=0, y_max=1, out_of_bounds='clip').fit(p[:,c], y==c)
+                  for c in range(p.shape[1])]
         self.x_ = np.concatenate([s.X_thresholds_ for s in stairs])
         self.value_ = np.concatenate([s.y_thresholds_ for s in stairs])
         self.class_ = np.repeat(np.arange(len(stairs)), [len(s.X_thresholds_) for s in stairs])
@@ -179,7 +196,8 @@ class IsotonicScaler(_Scaler):
         "Calibrated probabilities"
         check_is_fitted(self, 'x_')
         p = softmax(_array(logits)/self.temperature_, axis=1)
-        stairs = np.stack([np.interp(p[:,c], self.x_[self.class_==c], self.value_[self.class_==c]) for c in range(p.shape[1])], axis=1)
+        stairs = np.stack([np.interp(p[:,c], self.x_[self.class_==c], self.value_[self.class_==c])
+                           for c in range(p.shape[1])], axis=1)
         total = stairs.sum(1, keepdims=True)
         return self.blend*np.where(total > 0, stairs/np.where(total > 0, total, 1), p) + (1-self.blend)*p
 
@@ -195,8 +213,11 @@ class NoScaler(_Scaler):
         "Softmax of `logits`"
         return softmax(_array(logits), axis=1)
 
-SCALERS:dict[str,type[Any]] = {'none': NoScaler, 'temperature': TemperatureScaler, 'vector': VectorScaler, 'isotonic': IsotonicScaler} # From simple to rich
+# From simple to rich
+SCALERS:dict[str,type[Any]] = {'none': NoScaler, 'temperature': TemperatureScaler, 'vector': VectorScaler,
+                               'isotonic': IsotonicScaler}
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #2411242c
 def scaler_from_arrays(
     arrays:Mapping[str,np.ndarray] # What `to_arrays` of any scaler gave, or the opened npz file
 ) -> Any: # A fitted scaler
@@ -204,29 +225,36 @@ def scaler_from_arrays(
     name = str(arrays['method']) if 'method' in arrays else 'nothing'
     for scaler in SCALERS.values():
         if scaler.__name__==name: return scaler.from_arrays(arrays)
-    raise TrainingError(f'no scaler is called {name!r}', code='bad_arrays', advice=f'Known: {", ".join(s.__name__ for s in SCALERS.values())}')
+    raise TrainingError(f'no scaler is called {name!r}', code='bad_arrays',
+                        advice=f'Known: {", ".join(s.__name__ for s in SCALERS.values())}')
 
 # %% ../../nbs/30_learn/20_calibration.ipynb #c6095ff4
 def _fit(name, logits, y, groups):
     scaler = SCALERS[name]()
     return scaler.fit(logits, y, groups) if isinstance(scaler, VectorScaler) else scaler.fit(logits, y)
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #0082c33f
 def _losses(proba, y): return -np.log(np.clip(proba[np.arange(len(y)), y], 1e-12, 1))
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #89d506b5
 def _spread(values, codes):
     "Standard error of the mean of `values`, whose groups err together"
     sums = np.bincount(codes, values-values.mean())
     return float(np.sqrt(len(sums)/max(1, len(sums)-1)*(sums**2).sum())/len(values))
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #934a9c52
 def _crossed(logits, y, codes, fold, names):
     "Each method's probabilities of photos that did not teach it"
     proba = {name: np.zeros(logits.shape) for name in names}
     for f in np.unique(fold):
         train,test = fold!=f,fold==f
-        for name in names: proba[name][test] = _fit(name, logits[train], y[train], codes[train]).predict_proba(logits[test])
+        for name in names:
+            proba[name][test] = _fit(name, logits[train], y[train], codes[train]).predict_proba(logits[test])
     return proba
 
-_STAIRS = 50 # Photos of the rarest class that a staircase needs; with fewer its ends are sure of what twenty photos said
+# %% ../../nbs/30_learn/20_calibration.ipynb #9c305f60
+# Photos of the rarest class that a staircase needs; with fewer its ends are sure of what twenty photos said
+_STAIRS = 50
 _PHOTOS = 80 # Photos for each class that vector scaling needs
 
 def calibrate_model(
@@ -237,27 +265,39 @@ def calibrate_model(
     cv:int=5, # Folds; fewer where the rarest class has fewer groups
     seed:int=0,
     errors:float=.25, # A simpler method is taken if it is within so many standard errors of the best
-    sharpen:bool=False # Take a temperature below 1 without proof of its use: what is served learned from more photos than what these logits are of
-) -> Any: # Fitted scaler with `methods_` (a table) and `cross_proba_` (its probabilities of these photos, each from folds without it)
+    # Take a temperature below 1 without proof of its use: what is served learned from more photos than what these
+    # logits are of
+    sharpen:bool=False
+# Fitted scaler with `methods_` (a table) and `cross_proba_` (its probabilities of these photos, each from folds without
+# it)
+) -> Any:
     "The scaler that these logits deserve"
     import pandas as pd
     from amulet_hybrid.data.split import folds
     for name in methods:
-        if name not in SCALERS: raise ConfigError(f'no method is called {name!r}', code='unknown_method', advice=f'Known: {", ".join(SCALERS)}')
+        if name not in SCALERS:
+            raise ConfigError(f'no method is called {name!r}', code='unknown_method',
+                              advice=f'Known: {", ".join(SCALERS)}')
     if errors < 0: raise ConfigError(f'`errors` must be at least 0, got {errors}')
     logits,y = _checked(logits, y)
     codes = _codes(groups, len(y))
     rarest,k = np.bincount(y)[np.unique(y)].min(),logits.shape[1]
-    enough = {'vector': len(y) >= _PHOTOS*k, 'isotonic': rarest >= _STAIRS} # chance makes what cross-validation cannot see in a few photos
+    # chance makes what cross-validation cannot see in a few photos
+    enough = {'vector': len(y) >= _PHOTOS*k, 'isotonic': rarest >= _STAIRS}
     names = [name for name in SCALERS if (name in methods and enough.get(name, True)) or name=='none']
     proba = _crossed(logits, y, codes, folds(y, codes, cv, seed), names)
     losses = {name: _losses(p, y) for name,p in proba.items()}
     best = min(names, key=lambda name: losses[name].mean())
-    excess = {name: (losses[name].mean()-losses[best].mean(), _spread(losses[name]-losses[best], codes)) for name in names}
-    chosen = next(name for name in names if excess[name][0] <= errors*excess[name][1] and losses[name].mean() <= losses['none'].mean())
+    excess = {name: (losses[name].mean()-losses[best].mean(), _spread(losses[name]-losses[best], codes))
+              for name in names}
+    chosen = next(name for name in names if excess[name][0] <= errors*excess[name][1]
+                  and losses[name].mean() <= losses['none'].mean())
     scaler = _fit(chosen, logits, y, codes)
-    if sharpen and chosen=='none' and 'temperature' in names and (sharper := _fit('temperature', logits, y, codes)).temperature_ < 1: chosen,scaler = 'temperature',sharper
-    scaler.methods_ = pd.DataFrame([{'method': name, 'log_loss': losses[name].mean(), 'behind_best': excess[name][0], 'standard_error': excess[name][1], 'chosen': name==chosen}
+    if sharpen and chosen=='none' and 'temperature' in names and (sharper := _fit('temperature', logits, y,
+            codes)).temperature_ < 1:
+        chosen,scaler = 'temperature',sharper
+    scaler.methods_ = pd.DataFrame([{'method': name, 'log_loss': losses[name].mean(), 'behind_best': excess[name][0],
+                                     'standard_error': excess[name][1], 'chosen': name==chosen}
                                     for name in names])
     scaler.cross_proba_ = proba[chosen]
     return scaler
@@ -271,6 +311,7 @@ def bin_numbers(
     edges = np.unique(np.quantile(confidence, np.linspace(0, 1, bins+1)[1:-1]))
     return np.unique(np.searchsorted(edges, confidence, side='right'), return_inverse=True)[1]
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #36bb513a
 def _bin_sums(confidence, right, codes, bins):
     "(groups, bins): excess of confidence, and photos"
     which = bin_numbers(confidence, bins)
@@ -280,16 +321,19 @@ def _bin_sums(confidence, right, codes, bins):
     np.add.at(count, (codes, which), 1)
     return excess,count
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #05859e59
 def _squares(sums, weight):
     "Of each resample (a row of `weight`, which says how often each group was drawn): mean squared difference, its noise, and the mean absolute difference"
     excess,count = sums
     n,g = weight@count, (weight@(count>0)).clip(2)
     with np.errstate(divide='ignore', invalid='ignore'):
         gap = np.where(n > 0, weight@excess/n, 0)
-        noise = np.where(n > 0, (weight@excess**2 - 2*gap*(weight@(excess*count)) + gap**2*(weight@count**2))/n**2, 0)*g/(g-1)
+        noise = np.where(n > 0, (weight@excess**2 - 2*gap*(weight@(excess*count)) + gap**2*(weight@count**2))/n**2,
+                         0)*g/(g-1)
     share = n/n.sum(1, keepdims=True)
     return (share*gap**2).sum(1), (share*noise).sum(1), (share*np.abs(gap)).sum(1)
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #2c3ef7e5
 def _root(x): return np.sqrt(np.clip(x, 0, 1))
 
 # %% ../../nbs/30_learn/20_calibration.ipynb #faeda292
@@ -319,13 +363,17 @@ class CalibrationReport:
 
     def to_dict(self) -> dict: # What JSON can hold
         "All figures as plain values"
-        return {'n': self.n, 'n_groups': self.n_groups, 'confidence': self.confidence, 'figures': self.figures.to_dict('index'),
+        return {'n': self.n, 'n_groups': self.n_groups, 'confidence': self.confidence,
+                'figures': self.figures.to_dict('index'),
                 'per_class': self.per_class.astype(object).where(self.per_class.notna(), None).to_dict('records')}
 
     def _repr_markdown_(self):
-        rows = [f'| {name} | {value:.3f} | {low:.3f} to {high:.3f} |' for name,value,low,high in self.figures.itertuples()]
-        return '\n'.join([f'{self.n:,} photos in {self.n_groups:,} groups', '', f'| figure | value | {self.confidence:.0%} |', '|---|---|---|', *rows])
+        rows = [f'| {name} | {value:.3f} | {low:.3f} to {high:.3f} |'
+                for name,value,low,high in self.figures.itertuples()]
+        return '\n'.join([f'{self.n:,} photos in {self.n_groups:,} groups', '',
+                          f'| figure | value | {self.confidence:.0%} |', '|---|---|---|', *rows])
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #2d9ace66
 def evaluate_calibration(
     proba:np.ndarray, # (n, n_classes), rows sum to 1
     y:Any, # (n,) class indices
@@ -341,27 +389,33 @@ def evaluate_calibration(
     if bins < 1: raise ConfigError(f'`bins` must be at least 1, got {bins}')
     if n_boot < 20: raise ConfigError(f'`n_boot` must be at least 20, got {n_boot}')
     if not 0 < confidence < 1: raise ConfigError(f'`confidence` must be between 0 and 1, got {confidence}')
-    (n,k),bins,g,rng = p.shape, int(np.clip(len(y)//10, 1, bins)), codes.max()+1, np.random.default_rng(derive_seed(seed, 'bootstrap'))
+    (n,k),bins,g,rng = p.shape, int(np.clip(len(y)//10, 1,
+                                            bins)), codes.max()+1, np.random.default_rng(derive_seed(seed, 'bootstrap'))
     weight = np.vstack([np.ones(g), rng.multinomial(g, np.full(g, 1/g), n_boot)])
     losses = np.column_stack([_losses(p, y), ((p-np.eye(k)[y])**2).sum(1), np.ones(n)])
     sums = weight@np.stack([np.bincount(codes, column) for column in losses.T], axis=1)
     square,noise,plain = _squares(_bin_sums(p.max(1), p.argmax(1)==y, codes, bins), weight)
     by_class = np.stack([np.subtract(*_squares(_bin_sums(p[:,c], y==c, codes, bins), weight)[:2]) for c in range(k)])
     extra = [noise[0], np.mean([_squares(_bin_sums(p[:,c], y==c, codes, bins), weight[:1])[1][0] for c in range(k)])]
-    rows = {'log_loss': sums[:,0]/sums[:,2], 'brier': sums[:,1]/sums[:,2], 'ece': square-noise, 'ece_classwise': by_class.mean(0), 'ece_plain': plain}
+    rows = {'log_loss': sums[:,0]/sums[:,2], 'brier': sums[:,1]/sums[:,2], 'ece': square-noise,
+            'ece_classwise': by_class.mean(0), 'ece_plain': plain}
     ends = {name: np.quantile(v[1:], [(1-confidence)/2, (1+confidence)/2]) for name,v in rows.items()}
     import pandas as pd
     table = pd.DataFrame({name: [rows[name][0], *ends[name]] for name in rows}, index=['value', 'low', 'high']).T
     for name,shift in zip(('ece', 'ece_classwise'), extra): # drawing again adds the noise once more
         table.loc[name] = _root(table.loc[name] - [0, shift, shift])
-        table.loc[name, ['low', 'high']] = min(table.low[name], table.value[name]), max(table.high[name], table.value[name])
-    per_class = pd.DataFrame({'photos': np.bincount(y, minlength=k), 'mean_probability': p.mean(0), 'share': np.bincount(y, minlength=k)/n, 'ece': _root(by_class[:,0])})
+        table.loc[name, ['low', 'high']] = min(table.low[name], table.value[name]), max(table.high[name],
+                table.value[name])
+    per_class = pd.DataFrame({'photos': np.bincount(y, minlength=k), 'mean_probability': p.mean(0),
+                              'share': np.bincount(y, minlength=k)/n, 'ece': _root(by_class[:,0])})
     return CalibrationReport(table.rename_axis('figure'), per_class, n, int(g), confidence)
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #e3b11561
 def _checked_proba(proba, y):
     p,y = _checked(proba, y)
     if p.min() < -1e-6 or np.abs(p.sum(1)-1).max() > 1e-3:
-        raise TrainingError('rows of `proba` must be probabilities that sum to 1', code='bad_proba', advice='Scores are none: calibrate them first')
+        raise TrainingError('rows of `proba` must be probabilities that sum to 1', code='bad_proba',
+                            advice='Scores are none: calibrate them first')
     return p,y
 
 # %% ../../nbs/30_learn/20_calibration.ipynb #22e87073
@@ -375,11 +429,13 @@ def reliability(
     p,y = _checked_proba(proba, y)
     if bins < 1: raise ConfigError(f'`bins` must be at least 1, got {bins}')
     import pandas as pd
-    table = pd.DataFrame({'bin': bin_numbers(p.max(1), int(np.clip(len(y)//10, 1, bins))), 'confidence': p.max(1), 'accuracy': p.argmax(1)==y, 'count': 1})
+    table = pd.DataFrame({'bin': bin_numbers(p.max(1), int(np.clip(len(y)//10, 1, bins))), 'confidence': p.max(1),
+                          'accuracy': p.argmax(1)==y, 'count': 1})
     table = table.groupby('bin').agg({'confidence': 'mean', 'accuracy': 'mean', 'count': 'sum'})
     low,high = wilson(table.accuracy, table['count'], confidence)
     return table.assign(low=low, high=high)[['confidence', 'accuracy', 'low', 'high', 'count']]
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #39b1cea7
 def wilson(
     share:Any, # 0..1
     n:Any, # Photos behind it
@@ -390,6 +446,7 @@ def wilson(
     middle,half = (share + z2/(2*n))/(1 + z2/n), np.sqrt(z2*(share*(1-share)/n + z2/(4*n**2)))/(1 + z2/n)
     return np.clip(middle-half, 0, 1), np.clip(middle+half, 0, 1)
 
+# %% ../../nbs/30_learn/20_calibration.ipynb #de3c4013
 def plot_reliability(
     proba:np.ndarray, # (n, n_classes), rows sum to 1
     y:Any, # (n,) class indices
@@ -402,8 +459,11 @@ def plot_reliability(
     fig = Figure(figsize=(4.6, 4.4), layout='constrained')
     ax,below = fig.subplots(2, 1, sharex=True, height_ratios=[4,1])
     ax.plot([0,1], [0,1], 'k:', lw=.8)
-    ax.errorbar(table.confidence, table.accuracy, [(table.accuracy-table.low).clip(0), (table.high-table.accuracy).clip(0)], fmt='o-', ms=3, lw=1, color='#2b6a99', capsize=2)
-    words:dict = {'xytext': (0, 3), 'textcoords': 'offset points', 'fontsize': 8, 'ha': 'center', 'va': 'bottom', 'color': '#5c6973'}
+    ax.errorbar(table.confidence, table.accuracy,
+                [(table.accuracy-table.low).clip(0), (table.high-table.accuracy).clip(0)], fmt='o-', ms=3, lw=1,
+                color='#2b6a99', capsize=2)
+    words:dict = {'xytext': (0, 3), 'textcoords': 'offset points', 'fontsize': 8, 'ha': 'center', 'va': 'bottom',
+                  'color': '#5c6973'}
     for row in table.itertuples(): ax.annotate(str(row.count), (row.confidence, row.high), **words)
     ax.set(ylabel='share that is right', xlim=(0,1.04), ylim=(0,1.12), title=title)
     below.hist(top, np.linspace(0, 1, 21), color='#8a97a1')

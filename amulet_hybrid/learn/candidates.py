@@ -38,16 +38,23 @@ class BlockScaler(TransformerMixin, BaseEstimator):
         whiten:bool=False, # Give the kept axes the same variance
         dimensions:int|None=None # Axes kept at most
     ):
-        self.sizes,self.variance,self.total,self.power,self.whiten,self.dimensions = sizes,variance,total,power,whiten,dimensions
+        self.sizes = sizes
+        self.variance = variance
+        self.total = total
+        self.power = power
+        self.whiten = whiten
+        self.dimensions = dimensions
 
     def fit(self, X, y=None):
         "Learn means, scales and axes"
         if not 0 < self.variance <= 1: raise ValueError(f'`variance` must be in (0, 1], got {self.variance}')
         if not 0 < self.power <= 1: raise ValueError(f'`power` must be in (0, 1], got {self.power}')
-        if self.dimensions is not None and self.dimensions < 1: raise ValueError(f'`dimensions` must be at least 1, got {self.dimensions}')
+        if self.dimensions is not None and self.dimensions < 1:
+            raise ValueError(f'`dimensions` must be at least 1, got {self.dimensions}')
         X = self._powered(validate_data(self, X, dtype=np.float64, ensure_min_samples=2))
         sizes = self.sizes or (X.shape[1],)
-        if sum(sizes)!=X.shape[1]: raise ValueError(f'`sizes` {sizes} sum to {sum(sizes)}, but X has {X.shape[1]} columns')
+        if sum(sizes)!=X.shape[1]:
+            raise ValueError(f'`sizes` {sizes} sum to {sum(sizes)}, but X has {X.shape[1]} columns')
         self.mean_,std = X.mean(0),X.std(0)
         weight = np.repeat(np.sqrt(self.total/len(sizes)/np.asarray(sizes, float)), sizes)
         self.scale_ = np.where(std > 1e-9, weight/np.where(std > 1e-9, std, 1), 0)
@@ -64,7 +71,8 @@ class BlockScaler(TransformerMixin, BaseEstimator):
         values,vectors = np.linalg.eigh(gram)
         values,vectors = values[::-1].clip(0),vectors[:,::-1]
         if values[0] <= 0: return np.eye(1, Z.shape[1])
-        keep = min(int(np.searchsorted(np.cumsum(values)/values.sum(), self.variance-1e-12))+1, int((values > values[0]*1e-10).sum()), self.dimensions or len(values))
+        keep = min(int(np.searchsorted(np.cumsum(values)/values.sum(), self.variance-1e-12))+1,
+                   int((values > values[0]*1e-10).sum()), self.dimensions or len(values))
         axes = (Z.T@(vectors[:,:keep]/np.sqrt(values[:keep]))).T if len(Z) < Z.shape[1] else vectors[:,:keep].T
         return axes*np.sign(axes[np.arange(keep), np.abs(axes).argmax(1)])[:,None]
 
@@ -77,6 +85,7 @@ class BlockScaler(TransformerMixin, BaseEstimator):
 # %% ../../nbs/30_learn/40_candidates.ipynb #15a4d1ea
 def _unit(X): return X/np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #c041944f
 class CosineKNN(ClassifierMixin, BaseEstimator):
     "Votes of the nearest training photos by angle, the nearer the heavier; a class counts the same whatever its size"
     def __init__(self,
@@ -90,7 +99,8 @@ class CosineKNN(ClassifierMixin, BaseEstimator):
         X,y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         if self.n_neighbors < 1 or not self.temperature > 0:
-            raise ValueError(f'`n_neighbors` must be at least 1 and `temperature` above 0, got {self.n_neighbors} and {self.temperature}')
+            raise ValueError(f'`n_neighbors` must be at least 1 and `temperature` above 0, got {self.n_neighbors} and '
+                             f'{self.temperature}')
         self.classes_,self.y_ = np.unique(y, return_inverse=True)
         self.rows_ = _unit(X)
         return self
@@ -101,7 +111,8 @@ class CosineKNN(ClassifierMixin, BaseEstimator):
         near = _unit(validate_data(self, X, dtype=np.float64, reset=False))@self.rows_.T
         k,count = min(self.n_neighbors, near.shape[1]),np.bincount(self.y_)
         floor = np.partition(near, -k, axis=1)[:,-k:-k+1] if k < near.shape[1] else near.min(1, keepdims=True)
-        votes = np.where(near >= floor, np.exp((near-near.max(1, keepdims=True))/self.temperature), 0)@(np.eye(len(count))[self.y_]/np.sqrt(count))
+        votes = np.where(near >= floor, np.exp((near-near.max(1, keepdims=True))/self.temperature),
+                         0)@(np.eye(len(count))[self.y_]/np.sqrt(count))
         return (votes+1e-3)/(votes+1e-3).sum(1, keepdims=True)
 
     def predict(self, X):
@@ -109,6 +120,7 @@ class CosineKNN(ClassifierMixin, BaseEstimator):
         proba = self.predict_proba(X)
         return self.classes_[proba.argmax(1)]
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #38e1bc14
 class BalancedLDA(LinearDiscriminantAnalysis):
     "Shrinkage LDA that gives every class the same chance beforehand, whatever the number of its photos"
     intercept_:np.ndarray
@@ -120,6 +132,7 @@ class BalancedLDA(LinearDiscriminantAnalysis):
         self.intercept_ = self.intercept_-(np.diff(log_priors) if len(self.classes_)==2 else log_priors)
         return self
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #09c7b006
 class ClassMeans(ClassifierMixin, BaseEstimator):
     "Angle to the mean of each class"
     def fit(self, X, y):
@@ -151,13 +164,17 @@ MODELS:dict[str,Callable[[int],Any]] = {
     'linear_svm': lambda seed: SVC(C=.01, kernel='linear', class_weight='balanced'),
     'cosine_knn': lambda seed: CosineKNN(),
     'class_means': lambda seed: ClassMeans(),
-    'random_forest': lambda seed: RandomForestClassifier(100, class_weight='balanced_subsample', min_samples_leaf=2, random_state=seed, n_jobs=1),
-    'extra_trees': lambda seed: ExtraTreesClassifier(200, class_weight='balanced', min_samples_leaf=2, random_state=seed, n_jobs=1),
-    'gradient_boosting': lambda seed: HistGradientBoostingClassifier(max_iter=60, learning_rate=.15, max_leaf_nodes=15, class_weight='balanced', random_state=seed),
+    'random_forest': lambda seed: RandomForestClassifier(100, class_weight='balanced_subsample', min_samples_leaf=2,
+                                                         random_state=seed, n_jobs=1),
+    'extra_trees': lambda seed: ExtraTreesClassifier(200, class_weight='balanced', min_samples_leaf=2,
+                                                     random_state=seed, n_jobs=1),
+    'gradient_boosting': lambda seed: HistGradientBoostingClassifier(max_iter=60, learning_rate=.15, max_leaf_nodes=15,
+                                                                     class_weight='balanced', random_state=seed),
     'mlp': lambda seed: MLPClassifier((64,), alpha=1., tol=1e-2, n_iter_no_change=5, max_iter=500, random_state=seed),
 }
 
-USUAL = ('logistic_balanced', 'lda_balanced', 'logistic_smooth', 'svm', 'cosine_knn', 'extra_trees') # That are tried unless others are named
+# That are tried unless others are named
+USUAL = ('logistic_balanced', 'lda_balanced', 'logistic_smooth', 'svm', 'cosine_knn', 'extra_trees')
 
 def make_model(
     name:str, # Key in `MODELS`
@@ -165,9 +182,11 @@ def make_model(
     **params # Hyperparameters other than the factory's
 ) -> Any: # An unfitted classifier
     "A candidate by its name"
-    if name not in MODELS: raise TrainingError(f'no model is called {name!r}', code='unknown_model', advice=f'Known: {", ".join(MODELS)}')
+    if name not in MODELS:
+        raise TrainingError(f'no model is called {name!r}', code='unknown_model', advice=f'Known: {", ".join(MODELS)}')
     return MODELS[name](seed).set_params(**params)
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #24ebe776
 def model_logits(
     model:Any, # Fitted classifier with `decision_function` or `predict_proba`
     X:np.ndarray, # (n, n_features)
@@ -192,10 +211,12 @@ def photo_losses(
     weight = (1 + len(y)/((count>0).sum()*count[y]))/2
     return -weight*np.log(np.clip(proba[np.arange(len(y)), y], 1e-6, None))
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #d28e651f
 def selection_loss(proba:np.ndarray, y:np.ndarray) -> float:
     "Mean of the log loss by photo and the log loss by class"
     return float(photo_losses(proba, y).mean())
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #f13f2704
 @dataclass(frozen=True)
 class Candidate:
     "A model on a join of blocks"
@@ -210,6 +231,7 @@ class Candidate:
 
     def __str__(self): return f'{self.title} on {"+".join(self.blocks)}'
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #249142e1
 START = ('logistic_balanced', 'lda_balanced') # models of the vote's beginning
 
 def _surely(gains, group, errors):
@@ -217,14 +239,19 @@ def _surely(gains, group, errors):
     by_group = np.bincount(group, gains)
     return by_group.sum() > errors*np.sqrt((by_group**2).sum())
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #ffba4a88
 def _first_voices(oof, y, group, errors):
     "Both models of `START` on the first join of several blocks; the first model on the next two joins as well, where that surely helps; without such joins the best candidate"
     joins = [c.blocks for c in oof if c.model==START[0] and not c.params and len(c.blocks) > 1][:3]
     if not joins: return [min(oof, key=lambda c: selection_loss(oof[c], y))]
-    def voices(some): return [Candidate(join, START[0]) for join in some] + [c for join in some[:1] if (c := Candidate(join, START[1])) in oof]
+    def voices(some):
+        return [Candidate(join, START[0])
+                for join in some] + [c for join in some[:1] if (c := Candidate(join, START[1])) in oof]
     few,many = [photo_losses(np.mean([oof[c] for c in voices(some)], axis=0), y) for some in (joins[:1], joins)]
-    return voices(joins if _surely(few-many, group, errors/2) else joins[:1]) # one question, so half the doubt of picks among many
+    # one question, so half the doubt of picks among many
+    return voices(joins if _surely(few-many, group, errors/2) else joins[:1])
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #28854bed
 def select_ensemble(
     oof:dict[Candidate,np.ndarray], # Out-of-fold probabilities, (n, n_classes) each
     y:np.ndarray, # (n,) class indices
@@ -257,12 +284,15 @@ def stack_ensemble(
     if not oof: raise TrainingError('there are no candidates', code='no_candidates')
     voices = sorted(oof, key=lambda c: selection_loss(oof[c], y))[:most]
     logp,start = np.stack([log_proba(oof[c]) for c in voices]),np.full(len(voices), 1/len(voices))
-    wanted,each = np.eye(logp.shape[2])[y],photo_losses(np.full(logp.shape[1:], np.exp(-1)), y)/len(y) # weight of each photo
+    # weight of each photo
+    wanted = np.eye(logp.shape[2])[y]
+    each = photo_losses(np.full(logp.shape[1:], np.exp(-1)), y)/len(y)
     pull = strength*len(voices)/len(y)
     def loss(w):
         p = softmax(np.tensordot(w, logp, 1), axis=1)
         slope = ((p-wanted)*each[:,None]*logp).sum((1,2))
-        return float((each*-np.log(np.clip((p*wanted).sum(1), 1e-12, None))).sum() + pull*((w-start)**2).sum()),slope+2*pull*(w-start)
+        return float((each*-np.log(np.clip((p*wanted).sum(1), 1e-12, None))).sum()
+                     + pull*((w-start)**2).sum()),slope+2*pull*(w-start)
     found = minimize(loss, start, jac=True, method='L-BFGS-B', bounds=[(0, None)]*len(voices)).x
     return {c: float(w) for c,w in zip(voices, found) if w > 1e-3}
 
@@ -276,6 +306,7 @@ def pool_votes(
     if geometric: return softmax(np.sum([w*log_proba(proba[c]) for c,w in weights.items()], axis=0), axis=1)
     return np.sum([w*proba[c] for c,w in weights.items()], axis=0)
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #3b0e4456
 def cross_select(
     oof:dict[Candidate,np.ndarray], # Out-of-fold probabilities, (n, n_classes) each
     y:np.ndarray, # (n,) class indices
@@ -293,6 +324,7 @@ def cross_select(
         out[here] = pool_votes({c: oof[c][here] for c in weights}, weights, stack)
     return out
 
+# %% ../../nbs/30_learn/40_candidates.ipynb #e907c5a4
 def group_difference(
     differences:np.ndarray, # (n,) one a photo
     groups:Any # (n,) photos of one group err together

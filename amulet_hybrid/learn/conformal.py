@@ -28,7 +28,9 @@ def conformal_scores(
     method:str='lac' # One of `METHODS`
 ) -> np.ndarray: # (n, n_classes); low where a class fits
     "How strange it would be for each photo to be of each class"
-    if method not in METHODS: raise ConfigError(f'no method is called {method!r}', code='unknown_method', advice=f'Known: {", ".join(METHODS)}')
+    if method not in METHODS:
+        raise ConfigError(f'no method is called {method!r}', code='unknown_method',
+                          advice=f'Known: {", ".join(METHODS)}')
     if method=='lac': return 1-proba
     order = np.argsort(-proba, axis=1, kind='stable')
     ordered = np.take_along_axis(proba, order, axis=1)
@@ -42,6 +44,7 @@ def _votes(codes):
     "(n,) share of its group's vote that each photo has"
     return 1/np.bincount(codes)[codes]
 
+# %% ../../nbs/30_learn/30_conformal.ipynb #e6cdb3ec
 def _threshold(
     scores:np.ndarray, # (n,) of true classes, sorted
     votes:np.ndarray, # (n,) in the same order
@@ -59,18 +62,23 @@ def _codes(groups, n):
     if groups is None: return np.arange(n)
     import pandas as pd
     codes,_ = pd.factorize(np.asarray(groups))
-    if len(codes)!=n or codes.min() < 0: raise TrainingError(f'{n} photos need as many groups, none of them missing; got {len(codes)}', code='bad_groups')
+    if len(codes)!=n or codes.min() < 0:
+        raise TrainingError(f'{n} photos need as many groups, none of them missing; got {len(codes)}',
+                            code='bad_groups')
     return codes
 
+# %% ../../nbs/30_learn/30_conformal.ipynb #2becd8e9
 def _check(proba, y=None):
     "Probabilities as float64, and class indices that fit them"
     p = np.asarray(proba, float)
     if p.ndim!=2 or not len(p) or not np.isfinite(p).all() or p.min() < -1e-6 or np.abs(p.sum(1)-1).max() > 1e-3:
-        raise TrainingError('`proba` must hold a row of probabilities a photo, each row with the sum 1', code='bad_proba')
+        raise TrainingError('`proba` must hold a row of probabilities a photo, each row with the sum 1',
+                            code='bad_proba')
     if y is None: return p
     y = np.asarray(y)
     if y.shape!=(len(p),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= p.shape[1]:
-        raise TrainingError(f'{len(p)} photos need as many labels, whole numbers in 0..{p.shape[1]-1}', code='bad_labels')
+        raise TrainingError(f'{len(p)} photos need as many labels, whole numbers in 0..{p.shape[1]-1}',
+                            code='bad_labels')
     return p,y
 
 # %% ../../nbs/30_learn/30_conformal.ipynb #12644b06
@@ -79,14 +87,20 @@ class ConformalPredictor(BaseEstimator):
     def __init__(self,
         method:str='auto', # 'lac', 'aps', 'raps', or 'auto': the one with the shortest sets
         coverage:float=.9, # Share of photos whose set holds the true class
-        class_conditional:str|bool='auto', # A threshold of its own for each class; 'auto': for those of `min_class` groups; False: one for all
+        # A threshold of its own for each class; 'auto': for those of `min_class` groups; False: one for all
+        class_conditional:str|bool='auto',
         min_class:int=200, # Groups that 'auto' asks for
         never_empty:bool=True, # Put the most probable class into sets that would be empty
         vote:str='photo', # Who has one vote on the threshold: each 'photo', or each 'group', shared by its photos
         seed:int=0 # Of the folds by which 'auto' chooses
     ):
-        self.method,self.coverage,self.class_conditional,self.min_class = method,coverage,class_conditional,min_class
-        self.never_empty,self.vote,self.seed = never_empty,vote,seed
+        self.method = method
+        self.coverage = coverage
+        self.class_conditional = class_conditional
+        self.min_class = min_class
+        self.never_empty = never_empty
+        self.vote = vote
+        self.seed = seed
 
     def fit(self,
         proba:np.ndarray, # (n, n_classes) of photos that the model was not trained on
@@ -100,14 +114,23 @@ class ConformalPredictor(BaseEstimator):
         self.method_ = self._shortest(p, y, codes) if self.method=='auto' else self.method
         scores = conformal_scores(p, self.method_)[np.arange(len(y)), y]
         order = np.argsort(scores, kind='stable')
-        self.score_,self.label_,self.group_,self.n_classes_ = scores[order],y[order],codes[order],p.shape[1]
+        self.score_ = scores[order]
+        self.label_ = y[order]
+        self.group_ = codes[order]
+        self.n_classes_ = p.shape[1]
         return self
 
     def _check_settings(self):
-        if not 0 < self.coverage < 1: raise ConfigError(f'`coverage` must be between 0 and 1, got {self.coverage}', advice='All photos are covered only by naming all classes')
-        if self.method not in (*METHODS, 'auto'): raise ConfigError(f'no method is called {self.method!r}', code='unknown_method', advice=f'Known: {", ".join(METHODS)}, auto')
-        if self.vote not in ('photo', 'group'): raise ConfigError(f"`vote` must be 'photo' or 'group', got {self.vote!r}")
-        if self.class_conditional not in (True, False, 'auto'): raise ConfigError(f"`class_conditional` must be True, False or 'auto', got {self.class_conditional!r}")
+        if not 0 < self.coverage < 1:
+            raise ConfigError(f'`coverage` must be between 0 and 1, got {self.coverage}',
+                              advice='All photos are covered only by naming all classes')
+        if self.method not in (*METHODS, 'auto'):
+            raise ConfigError(f'no method is called {self.method!r}', code='unknown_method',
+                              advice=f'Known: {", ".join(METHODS)}, auto')
+        if self.vote not in ('photo', 'group'):
+            raise ConfigError(f"`vote` must be 'photo' or 'group', got {self.vote!r}")
+        if self.class_conditional not in (True, False, 'auto'):
+            raise ConfigError(f"`class_conditional` must be True, False or 'auto', got {self.class_conditional!r}")
 
     def _shortest(self, p, y, codes):
         "Method with the shortest sets on folds that did not set the threshold"
@@ -115,8 +138,10 @@ class ConformalPredictor(BaseEstimator):
         if groups_per_class(y, codes).min() < 2: return 'lac' # too few to compare
         fold,size = folds(y, codes, 5, self.seed),{}
         for method in METHODS:
-            part = ConformalPredictor(method, self.coverage, self.class_conditional, self.min_class, self.never_empty, self.vote)
-            size[method] = sum(part.fit(p[fold!=f], y[fold!=f], codes[fold!=f]).predict_set(p[fold==f]).sum() for f in np.unique(fold))
+            part = ConformalPredictor(method, self.coverage, self.class_conditional, self.min_class, self.never_empty,
+                                      self.vote)
+            size[method] = sum(part.fit(p[fold!=f], y[fold!=f], codes[fold!=f]).predict_set(p[fold==f]).sum()
+                               for f in np.unique(fold))
         best = min(METHODS, key=lambda m: size[m])
         return best if size[best] < .98*size['lac'] else 'lac'
 
@@ -131,7 +156,8 @@ class ConformalPredictor(BaseEstimator):
         return self._known[2]
 
     def _thresholds(self):
-        seen = np.bincount(np.unique(np.stack([self.label_, self.group_]), axis=1)[0], minlength=self.n_classes_) # groups of each class
+        # groups of each class
+        seen = np.bincount(np.unique(np.stack([self.label_, self.group_]), axis=1)[0], minlength=self.n_classes_)
         own = seen >= (self.min_class if self.class_conditional=='auto' else 0 if self.class_conditional else np.inf)
         out = np.full(self.n_classes_, self._limit(~own[self.label_]))
         for c in np.flatnonzero(own): out[c] = self._limit(self.label_==c)
@@ -139,14 +165,17 @@ class ConformalPredictor(BaseEstimator):
 
     def _limit(self, mine):
         codes = np.unique(self.group_[mine], return_inverse=True)[1]
-        return _threshold(self.score_[mine], _votes(codes) if self.vote=='group' and len(codes) else np.ones(len(codes)), self.coverage)
+        return _threshold(self.score_[mine],
+                          _votes(codes) if self.vote=='group' and len(codes) else np.ones(len(codes)), self.coverage)
 
     def predict_set(self,
         proba:np.ndarray # (n, n_classes)
     ) -> np.ndarray: # (n, n_classes) bool
         "Which classes each photo may be of"
         p,limits = _check(proba),self.thresholds_
-        if p.shape[1]!=self.n_classes_: raise TrainingError(f'the predictor knows {self.n_classes_} classes, got {p.shape[1]} columns', code='bad_proba')
+        if p.shape[1]!=self.n_classes_:
+            raise TrainingError(f'the predictor knows {self.n_classes_} classes, got {p.shape[1]} columns',
+                                code='bad_proba')
         sets = conformal_scores(p, self.method_) <= limits + 1e-12
         if self.never_empty: sets[np.arange(len(p)), p.argmax(1)] |= ~sets.any(1)
         return sets
@@ -163,7 +192,8 @@ class ConformalPredictor(BaseEstimator):
     def to_arrays(self) -> dict[str,np.ndarray]: # For `np.savez`
         "All that was learned, and the settings"
         check_is_fitted(self, 'score_')
-        return {k: np.asarray(v) for k,v in {**self.get_params(), **{k: v for k,v in vars(self).items() if k.endswith('_')}}.items()}
+        return {k: np.asarray(v) for k,v in {**self.get_params(),
+                                             **{k: v for k,v in vars(self).items() if k.endswith('_')}}.items()}
 
     @classmethod
     def from_arrays(cls,
@@ -208,12 +238,16 @@ class SetReport:
         "All figures as plain values"
         plain = {k: v for k,v in vars(self).items() if k!='per_class'}
         rows = self.per_class.reset_index().astype(object)
-        return {**plain, 'band': list(self.band), 'kept': self.kept, 'per_class': rows.where(rows.notna(), None).to_dict('records')}
+        return {**plain, 'band': list(self.band), 'kept': self.kept,
+                'per_class': rows.where(rows.notna(), None).to_dict('records')}
 
     def _repr_markdown_(self):
-        return (f'**{self.coverage:.1%}** of {self.n:,} photos ({self.low:.1%} to {self.high:.1%}) are of a class in their set; {self.asked:.0%} were asked for, '
-                f'and {self.band[0]:.1%} to {self.band[1]:.1%} could be expected. A set holds {self.mean_size:.2f} classes; {self.single:.1%} hold one, {self.empty:.1%} none.')
+        return (f'**{self.coverage:.1%}** of {self.n:,} photos ({self.low:.1%} to {self.high:.1%}) are of a class in '
+                f'their set; {self.asked:.0%} were asked for, '
+                f'and {self.band[0]:.1%} to {self.band[1]:.1%} could be expected. A set holds {self.mean_size:.2f} '
+                f'classes; {self.single:.1%} hold one, {self.empty:.1%} none.')
 
+# %% ../../nbs/30_learn/30_conformal.ipynb #b89a78da
 def evaluate_sets(
     sets:np.ndarray, # (n, n_classes) bool
     y:Any, # (n,) class indices
@@ -225,8 +259,11 @@ def evaluate_sets(
     import pandas as pd
     from scipy.stats import betabinom
     sets,y = np.asarray(sets, bool),np.asarray(y)
-    if sets.ndim!=2 or y.shape!=(len(sets),) or not len(y): raise TrainingError(f'sets {sets.shape} and labels {y.shape} do not match', code='bad_sets')
-    codes,hit,size = _codes(groups, len(y)),sets[np.arange(len(y)), y],sets.sum(1)
+    if sets.ndim!=2 or y.shape!=(len(sets),) or not len(y):
+        raise TrainingError(f'sets {sets.shape} and labels {y.shape} do not match', code='bad_sets')
+    codes = _codes(groups, len(y))
+    hit = sets[np.arange(len(y)), y]
+    size = sets.sum(1)
     n_eff = _effective(hit, codes)
     m = witnesses if witnesses is not None else 10**6
     a = min(max(np.ceil((m+1)*asked), 1), m)
@@ -236,11 +273,14 @@ def evaluate_sets(
         mine = y==c
         share = hit[mine].mean() if mine.any() else np.nan
         low,high = wilson(share, _effective(hit[mine], codes[mine])) if mine.any() else (np.nan, np.nan)
-        rows[c] = {'photos': int(mine.sum()), 'coverage': share, 'low': low, 'high': high, 'mean_size': size[mine].mean() if mine.any() else np.nan}
+        rows[c] = {'photos': int(mine.sum()), 'coverage': share, 'low': low, 'high': high,
+                   'mean_size': size[mine].mean() if mine.any() else np.nan}
     low,high = wilson(hit.mean(), n_eff)
-    return SetReport(asked, float(hit.mean()), float(low), float(high), (float(band[0]), float(band[1])), float(size.mean()), float((size==1).mean()), float((size==0).mean()),
+    return SetReport(asked, float(hit.mean()), float(low), float(high), (float(band[0]), float(band[1])),
+                     float(size.mean()), float((size==1).mean()), float((size==0).mean()),
                      pd.DataFrame(rows).T.rename_axis('class').astype({'photos': int}), len(y), len(np.unique(codes)))
 
+# %% ../../nbs/30_learn/30_conformal.ipynb #95421bd1
 def _effective(hit, codes):
     "Independent photos that would tell as much: fewer where photos of one group are covered or missed together"
     share,n = hit.mean(),len(hit)

@@ -28,14 +28,16 @@ class BaseDetector(BaseEstimator):
     def _checked(self, X, y=None, least=2):
         "Rows and class indices to learn from"
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=least)
-        if y is None and self.needs_classes: raise ValueError(f'{type(self).__name__} requires y to be passed, but the target y is None')
+        if y is None and self.needs_classes:
+            raise ValueError(f'{type(self).__name__} requires y to be passed, but the target y is None')
         if y is None: return X,np.zeros(len(X), int)
         y = column_or_1d(y)
         if len(y)!=len(X): raise ValueError(f'X has {len(X)} rows and y has {len(y)}: inconsistent numbers of samples')
         return X,np.unique(y, return_inverse=True)[1]
 
     def _rows(self, X):
-        if _plainly(X) and X.shape[1]==getattr(self, 'n_features_in_', -1) and not hasattr(self, 'feature_names_in_') and np.isfinite(X).all():
+        if _plainly(X) and X.shape[1]==getattr(self, 'n_features_in_', -1) and not hasattr(self,
+                'feature_names_in_') and np.isfinite(X).all():
             return X.astype(np.float64, copy=False) # what scikit-learn would find out in a hundred times the time
         check_is_fitted(self)
         return validate_data(self, X, dtype=np.float64, reset=False)
@@ -43,7 +45,8 @@ class BaseDetector(BaseEstimator):
     def to_arrays(self) -> dict[str,np.ndarray]: # For `np.savez`
         "All that was learned, and the settings"
         check_is_fitted(self)
-        kept = {**{k: v for k,v in self.get_params().items() if v is not None and k not in ('weight', 'bias')}, **{k: v for k,v in vars(self).items() if k.endswith('_')}}
+        kept = {**{k: v for k,v in self.get_params().items() if v is not None and k not in ('weight', 'bias')},
+                **{k: v for k,v in vars(self).items() if k.endswith('_')}}
         return {k: np.asarray(v) for k,v in kept.items()}
 
     @classmethod
@@ -56,6 +59,7 @@ class BaseDetector(BaseEstimator):
             if k.endswith('_'): setattr(detector, k, arrays[k] if np.ndim(arrays[k]) else arrays[k].item())
         return detector
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #76163d83
 def _plainly(X): return type(X) is np.ndarray and X.ndim==2 and len(X) and X.dtype in (np.float32, np.float64)
 
 def _distances(A, B): # Squared, (len(A), len(B))
@@ -100,8 +104,10 @@ def _scatter(R, shrinkage):
         S = (1-shrinkage)*S+shrinkage*np.trace(S)/len(S)*np.eye(len(S))
     return np.linalg.inv(S+(1e-9*np.trace(S)/len(S)+1e-12)*np.eye(len(S)))
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #12cf13b7
 def _quadratic(X, precision): return np.einsum('ij,ij->i', X@precision, X)
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #13bf4c52
 class MahalanobisDetector(BaseDetector):
     "Squared distance to the nearest class mean under one shared covariance (Lee et al., 2018)"
     def __init__(self,
@@ -126,6 +132,7 @@ class MahalanobisDetector(BaseDetector):
         "Strangeness of each row"
         return self._nearest(self._rows(X))
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #2085b49d
 class RelativeMahalanobisDetector(MahalanobisDetector):
     "Mahalanobis distance less that to one Gaussian of all rows (Ren et al., 2021)"
     def _fit_background(self, X):
@@ -147,13 +154,19 @@ class KernelDetector(BaseDetector):
         limit:int=3000, # Rows at most that are kept
         seed:int=0
     ):
-        self.width,self.ridge,self.limit,self.seed = width,ridge,limit,seed
+        self.width = width
+        self.ridge = ridge
+        self.limit = limit
+        self.seed = seed
 
     def fit(self, X, y=None):
         "Solve for the weight of each row; without `y` all rows are one class"
-        if not (self.width > 0 and self.ridge > 0): raise ValueError(f'`width` and `ridge` must be above 0, got {self.width} and {self.ridge}')
+        if not (self.width > 0 and self.ridge > 0):
+            raise ValueError(f'`width` and `ridge` must be above 0, got {self.width} and {self.ridge}')
         X,y = self._checked(X, y, least=1)
-        if len(X) > self.limit: some = np.sort(np.random.default_rng(self.seed).permutation(len(X))[:self.limit]); X,y = X[some],np.unique(y[some], return_inverse=True)[1]
+        if len(X) > self.limit:
+            some = np.sort(np.random.default_rng(self.seed).permutation(len(X))[:self.limit])
+            X,y = X[some],np.unique(y[some], return_inverse=True)[1]
         self.gamma_ = float(1/(self.width*max(X.var(0).sum(), 1e-12)))
         self.rows_,count = X,np.bincount(y)
         doubt = self.ridge*count[y]*len(count)/len(y) # rare classes are believed more
@@ -172,6 +185,7 @@ def _mean_path(n): # Mean depth at which a search in a random tree of `n` rows e
     n = np.asarray(n, float)
     return np.where(n > 2, 2*(np.log(np.maximum(n-1, 1))+np.euler_gamma)-2*(n-1)/np.maximum(n, 1), (n==2).astype(float))
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #08e66cfd
 class IsolationForestDetector(BaseDetector):
     "How few random cuts part a row from the rest (Liu et al., 2008)"
     def __init__(self,
@@ -191,7 +205,8 @@ class IsolationForestDetector(BaseDetector):
         self.roots_,self.cut_ = starts[:-1],put('threshold')
         leaf = put('children_left') < 0
         self.feature_ = np.where(leaf, 0, put('feature'))
-        self.left_,self.right_ = (np.where(leaf, np.arange(len(leaf)), put(side, 1)) for side in ('children_left', 'children_right'))
+        self.left_,self.right_ = (np.where(leaf, np.arange(len(leaf)), put(side, 1))
+                                  for side in ('children_left', 'children_right'))
         depth = np.concatenate([t.compute_node_depths()-1. for t in trees])
         self.path_ = np.where(leaf, depth+_mean_path(put('n_node_samples')), 0)
         self.usual_ = float(max(_mean_path(forest.max_samples_), 0))
@@ -202,7 +217,8 @@ class IsolationForestDetector(BaseDetector):
         X = self._rows(X).astype(np.float32)
         at = np.tile(self.roots_, (len(X), 1))
         while True:
-            onward = np.where(np.take_along_axis(X, self.feature_[at], 1) <= self.cut_[at], self.left_[at], self.right_[at])
+            onward = np.where(np.take_along_axis(X, self.feature_[at], 1) <= self.cut_[at], self.left_[at],
+                              self.right_[at])
             if (onward==at).all(): break
             at = onward
         return 2**-(self.path_[at].mean(1)/self.usual_ if self.usual_ else np.ones(len(X)))
@@ -220,14 +236,17 @@ class LogitDetector(BaseDetector):
         "Strangeness of each row"
         return self._strange(self._rows(X))
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #2a14158e
 class MaxSoftmaxDetector(LogitDetector):
     "One less the highest probability (Hendrycks and Gimpel, 2017)"
     def _strange(self, L): return 1-softmax(L, axis=1).max(1)
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #5e0aa18f
 class MaxLogitDetector(LogitDetector):
     "The highest logit, negated (Hendrycks et al., 2022)"
     def _strange(self, L): return -L.max(1)
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #04e2748b
 class EnergyDetector(LogitDetector):
     "Free energy of the logits (Liu et al., 2020)"
     def __init__(self,
@@ -237,6 +256,7 @@ class EnergyDetector(LogitDetector):
 
     def _strange(self, L): return -self.temperature*logsumexp(L/self.temperature, axis=1)
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #a8e1c802
 class GENDetector(LogitDetector):
     "Generalised entropy of the probabilities (Liu et al., 2023)"
     def __init__(self,
@@ -273,6 +293,7 @@ class LinearHead(TransformerMixin, BaseDetector, auto_wrap_output_keys=None): # 
         "Logits"
         return self._rows(X)@self.weight_.T+self.bias_
 
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #064b74b4
 class ViMDetector(BaseDetector):
     "Virtual logit of what the principal axes leave over, against the energy of the others (Wang et al., 2022)"
     needs_classes = True
@@ -282,16 +303,23 @@ class ViMDetector(BaseDetector):
         weight:Any=None, # (n_classes, n_features) of a linear head
         bias:Any=None # (n_classes,) of the same head
     ):
-        self.axes,self.C,self.weight,self.bias = axes,C,weight,bias
+        self.axes = axes
+        self.C = C
+        self.weight = weight
+        self.bias = bias
 
     def fit(self, X, y=None):
         "Learn the principal axes and the scale of the virtual logit"
         X,codes = self._checked(X, y)
         if (self.weight is None)!=(self.bias is None): raise ValueError('`weight` and `bias` come together')
-        if self.weight is None: head = LinearHead(self.C).fit(X, codes); self.weight_,self.bias_ = head.weight_,head.bias_
+        if self.weight is None:
+            head = LinearHead(self.C).fit(X, codes); self.weight_,self.bias_ = head.weight_,head.bias_
         else: self.weight_,self.bias_ = np.asarray(self.weight, float),np.asarray(self.bias, float)
-        if self.weight_.shape!=(len(self.bias_), X.shape[1]): raise ValueError(f'`weight` {self.weight_.shape} does not fit {len(self.bias_)} biases and {X.shape[1]} columns')
-        self.origin_ = -np.linalg.pinv(self.weight_, rcond=max(self.weight_.shape)*np.finfo(np.float32).eps)@self.bias_ # the rows of a softmax head may sum to about nothing
+        if self.weight_.shape!=(len(self.bias_), X.shape[1]):
+            raise ValueError(f'`weight` {self.weight_.shape} does not fit {len(self.bias_)} biases and {X.shape[1]} '
+                             f'columns')
+        # the rows of a softmax head may sum to about nothing
+        self.origin_ = -np.linalg.pinv(self.weight_, rcond=max(self.weight_.shape)*np.finfo(np.float32).eps)@self.bias_
         values,vectors = np.linalg.eigh((X-self.origin_).T@(X-self.origin_)/len(X))
         axes = self.axes if self.axes is not None else max(1, int((values > 1e-10*values[-1]).sum())//2)
         self.rest_ = vectors[:,:max(1, X.shape[1]-axes)] if X.shape[1] > 1 else vectors
@@ -302,8 +330,13 @@ class ViMDetector(BaseDetector):
     def score_samples(self, X) -> np.ndarray: # (n,) higher is stranger
         "Strangeness of each row"
         X = self._rows(X)
-        return self.alpha_*np.linalg.norm((X-self.origin_)@self.rest_, axis=1)-logsumexp(X@self.weight_.T+self.bias_, axis=1)
+        return self.alpha_*np.linalg.norm((X-self.origin_)@self.rest_, axis=1)-logsumexp(X@self.weight_.T+self.bias_,
+                axis=1)
 
-DETECTORS:dict[str,type[BaseDetector]] = {'knn': KNNDetector, 'mahalanobis': MahalanobisDetector, 'relative_mahalanobis': RelativeMahalanobisDetector, 'kernel': KernelDetector,
-    'vim': ViMDetector, 'isolation_forest': IsolationForestDetector, 'energy': EnergyDetector, 'gen': GENDetector, 'max_softmax': MaxSoftmaxDetector, 'max_logit': MaxLogitDetector}
+DETECTORS:dict[str,type[BaseDetector]] = {'knn': KNNDetector, 'mahalanobis': MahalanobisDetector,
+                                          'relative_mahalanobis': RelativeMahalanobisDetector, 'kernel': KernelDetector,
+    'vim': ViMDetector, 'isolation_forest': IsolationForestDetector, 'energy': EnergyDetector, 'gen': GENDetector,
+                                          'max_softmax': MaxSoftmaxDetector, 'max_logit': MaxLogitDetector}
+
+# %% ../../nbs/30_learn/60_ood_detectors.ipynb #af58c0a0
 LOGIT_DETECTORS = ('energy', 'gen', 'max_softmax', 'max_logit')

@@ -22,7 +22,8 @@ from ..features.contract import join_blocks, make_extractor
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/30_learn/70_ood_selection.ipynb #6ce271be
-class Axes(TransformerMixin, BaseDetector, auto_wrap_output_keys=None): # type: ignore[call-arg] # as a table is not asked for: the wrapper takes longer than the projection
+class Axes(TransformerMixin, BaseDetector,
+           auto_wrap_output_keys=None): # type: ignore[call-arg] # as a table is not asked for: the wrapper takes longer than the projection
     "Standardise columns, weigh blocks equally, project onto principal axes, bring the total variance to 1"
     def __init__(self,
         variance:float=.98, # Share of the variance that the kept axes hold
@@ -30,7 +31,10 @@ class Axes(TransformerMixin, BaseDetector, auto_wrap_output_keys=None): # type: 
         limit:int=1500, # Rows at most from which axes are learned
         seed:int=0
     ):
-        self.variance,self.most,self.limit,self.seed = variance,most,limit,seed
+        self.variance = variance
+        self.most = most
+        self.limit = limit
+        self.seed = seed
 
     def fit(self, X, y=None, sizes=None):
         "Learn means, scales and axes; `sizes` are the blocks' columns, in order"
@@ -47,7 +51,8 @@ class Axes(TransformerMixin, BaseDetector, auto_wrap_output_keys=None): # type: 
         values,vectors = eigh(gram, subset_by_index=[max(0, len(gram)-self.most), len(gram)-1])
         values,vectors = values[::-1].clip(0),vectors[:,::-1]
         if values[0] <= 0: values,vectors,wide = np.ones(1),np.eye(Z.shape[1], 1),False
-        keep = min(int(np.searchsorted(np.cumsum(values)/max(np.trace(gram), 1e-12), self.variance-1e-12))+1, int((values > values[0]*1e-10).sum()))
+        keep = min(int(np.searchsorted(np.cumsum(values)/max(np.trace(gram), 1e-12), self.variance-1e-12))+1,
+                   int((values > values[0]*1e-10).sum()))
         axes = Z.T@(vectors[:,:keep]/np.sqrt(values[:keep])) if wide else vectors[:,:keep]
         axes = axes*np.sign(axes[np.abs(axes).argmax(0), np.arange(keep)])/np.sqrt(values[:keep].sum()/len(Z))
         self.axes_ = axes.astype(np.float32)
@@ -64,6 +69,7 @@ class NoveltyCandidate:
     name:str
     members:tuple[tuple[str,str],...] # (space, detector) each
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #d72fd103
 VOTERS = ('knn', 'relative_mahalanobis', 'kernel')
 
 def novelty_candidates(
@@ -79,17 +85,22 @@ def novelty_candidates(
         out.append(NoveltyCandidate('vote of all three on all', tuple(('all', d) for d in VOTERS)))
     singles = {'all': [d for d in DETECTORS if d not in LOGIT_DETECTORS], 'neural': [*VOTERS, 'mahalanobis']}
     out += [NoveltyCandidate(f'{d} on {join}', ((join, d),)) for join in joins for d in singles[join]]
-    out += [NoveltyCandidate(f'{d} on {space}', ((space, d),)) for space in (('head', 'logits') if logits else ('head',)) for d in LOGIT_DETECTORS]
+    out += [NoveltyCandidate(f'{d} on {space}', ((space, d),))
+            for space in (('head', 'logits') if logits else ('head',)) for d in LOGIT_DETECTORS]
     return out
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #29ece9a4
 def _blocks_of(space, names):
     if space in ('all', 'head'): return list(names)
     return [b for b in names if b.startswith('cnn')] if space=='neural' else [space]
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #7d1f773e
 class _Members:
     "Spaces and detectors, fitted on the same photos"
     def __init__(self, spaces=None, detectors=None, names=()):
-        self.spaces,self.detectors,self.names = spaces or {},detectors or {},list(names)
+        self.spaces = spaces or {}
+        self.detectors = detectors or {}
+        self.names = list(names)
         self.logits:Any = None
 
     def fit(self, blocks, y, members, logits:Any=None):
@@ -104,16 +115,19 @@ class _Members:
                 X = join_blocks(blocks, used)
                 self.spaces[at] = Axes().fit(X, sizes=[blocks[b].shape[1] for b in used])
                 Z[at] = self.spaces[at].transform(X)
-            if space=='head': self.spaces['head'] = LinearHead().fit(Z['all'], y); Z['head'] = self.spaces['head'].transform(Z['all'])
+            if space=='head':
+                self.spaces['head'] = LinearHead().fit(Z['all'], y); Z['head'] = self.spaces['head'].transform(Z['all'])
             if space=='logits': Z['logits'] = np.asarray(self.logits(blocks), float)
         for space,name in members: self.detectors[space,name] = DETECTORS[name]().fit(Z[space], y)
         return self
 
     def score(self, blocks, logits=None): # (n, n_members)
         Z = {}
-        if any(space=='logits' for space,_ in self.detectors): Z['logits'] = np.asarray(self.logits(blocks) if logits is None and self.logits else logits, float)
+        if any(space=='logits' for space,_ in self.detectors):
+            Z['logits'] = np.asarray(self.logits(blocks) if logits is None and self.logits else logits, float)
         for space in sorted(self.spaces, key=lambda s: s=='head'):
-            Z[space] = self.spaces[space].transform(Z['all'] if space=='head' else join_blocks(blocks, _blocks_of(space, self.names)))
+            Z[space] = self.spaces[space].transform(Z['all'] if space=='head' else join_blocks(blocks,
+                    _blocks_of(space, self.names)))
         return np.stack([d.score_samples(Z[space]) for (space,_),d in self.detectors.items()], 1)
 
 # %% ../../nbs/30_learn/70_ood_selection.ipynb #ed2aa7a6
@@ -129,8 +143,10 @@ def _fold_of(labels, groups, k, seed): # -1: always in training
         fold[dealt] = np.random.default_rng(seed).permutation(len(found))[code]%k
     return fold
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #3626f15e
 def _pick(blocks, rows): return {name: X[rows] for name,X in blocks.items()}
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #9d5311f2
 def _held_out(blocks, labels, groups, members, fold, f, novel_class=None, logits=None, encoders=None):
     "Scores of one fold's photos by detectors that saw neither them nor the left-out class: known, novel, and which rows they are"
     stranger = labels==novel_class if novel_class is not None else np.zeros(len(labels), bool)
@@ -138,14 +154,19 @@ def _held_out(blocks, labels, groups, members, fold, f, novel_class=None, logits
     known,novel = np.flatnonzero((fold==f) & ~stranger),np.flatnonzero(stranger & ~np.isin(groups, groups[train]))
     if len(set(labels[train])) < (2 if novel_class is not None else 1) or train.sum() < 3 or not len(known): return None
     with one_blas_thread():
-        if encoders: blocks = {b: clone(encoders[b]).fit(X[train]).transform(X) if b in encoders else X for b,X in blocks.items()}
+        if encoders:
+            blocks = {b: clone(encoders[b]).fit(X[train]).transform(X) if b in encoders else X
+                      for b,X in blocks.items()}
         fitted = _Members().fit(_pick(blocks, train), labels[train], members, logits)
-        return fitted.score(_pick(blocks, known)),fitted.score(_pick(blocks, novel)) if len(novel) else np.zeros((0, len(fitted.detectors))),known
+        return fitted.score(_pick(blocks, known)),fitted.score(_pick(blocks, novel)) if len(novel) else np.zeros((0,
+                len(fitted.detectors))),known
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #c7750362
 def _auroc(known, novel): # Share of pairs in the right order
     order = np.sort(known)
     return float((np.searchsorted(order, novel, 'left')+np.searchsorted(order, novel, 'right')).mean()/2/len(order))
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #b4bee11f
 def left_out_aurocs(
     blocks:dict[str,np.ndarray], # Block name -> (n, n_features)
     labels:np.ndarray, # (n,)
@@ -162,7 +183,8 @@ def left_out_aurocs(
     members = tuple(dict.fromkeys(m for c in candidates for m in c.members))
     fold,classes = _fold_of(labels, groups, cv_folds, seed),np.unique(labels)
     tasks = [(c, f) for c in classes for f in range(fold.max()+1)]
-    run = joblib.Parallel(n_jobs=min(jobs, max(1, len(tasks))))(joblib.delayed(_held_out)(blocks, labels, groups, members, fold, f, c, logits) for c,f in tasks)
+    run = joblib.Parallel(n_jobs=min(jobs, max(1, len(tasks))))(joblib.delayed(_held_out)(blocks, labels, groups,
+            members, fold, f, c, logits) for c,f in tasks)
     table:dict[Any,dict[str,float]] = {}
     for c in classes:
         parts = [r for (task,_),r in zip(tasks, run) if task==c and r is not None and len(r[1])]
@@ -172,9 +194,11 @@ def left_out_aurocs(
         for candidate in candidates:
             at = [members.index(m) for m in candidate.members]
             figures = [_auroc(*(((s-centre)/scale)[:,at].mean(1) for s in (known, novel))) for known,novel,_ in parts]
-            table[c][candidate.name] = float(np.average(figures, weights=[len(known)*len(novel) for known,novel,_ in parts]))
+            table[c][candidate.name] = float(np.average(figures,
+                                                        weights=[len(known)*len(novel) for known,novel,_ in parts]))
     return pd.DataFrame(table, index=[c.name for c in candidates])
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #64168995
 def _spread(scores): return scores.mean(0),np.maximum(scores.std(0), 1e-12)
 
 # %% ../../nbs/30_learn/70_ood_selection.ipynb #aa6e7b11
@@ -203,19 +227,26 @@ class NoveltyDetector:
         return any(space=='logits' for space,_ in self.candidate.members)
 
     def score(self,
-        blocks:dict[str,np.ndarray]|np.ndarray, # Block name -> (n, n_features), more than needed is fine; or the one matrix it was fitted on
+        # Block name -> (n, n_features), more than needed is fine; or the one matrix it was fitted on
+        blocks:dict[str,np.ndarray]|np.ndarray,
         logits:np.ndarray|None=None # (n, n_classes) of the classifier, where `needs_logits`
     ) -> np.ndarray: # (n,) higher is stranger
         "Strangeness of photos, 0 and 1 being the mean and about the spread of known ones"
         blocks = _as_blocks(blocks)
         if missing := [b for b in self.blocks if b not in blocks]:
-            raise TrainingError(f'no block {", ".join(missing)} among these features', code='unknown_block', advice=f'Wanted: {", ".join(self.blocks)}')
-        if self.needs_logits and logits is None: raise TrainingError('this detector reads logits and got none', code='bad_logits', advice='Pass `logits`')
-        try: raw = self.members.score({b: self.encoders[b].transform(blocks[b]) if b in self.encoders else blocks[b] for b in self.blocks}, logits)
-        except ValueError as error: raise TrainingError(f'these features cannot be scored: {error}', code='bad_blocks') from error
+            raise TrainingError(f'no block {", ".join(missing)} among these features', code='unknown_block',
+                                advice=f'Wanted: {", ".join(self.blocks)}')
+        if self.needs_logits and logits is None:
+            raise TrainingError('this detector reads logits and got none', code='bad_logits', advice='Pass `logits`')
+        try:
+            raw = self.members.score({b: self.encoders[b].transform(blocks[b]) if b in self.encoders else blocks[b]
+                                      for b in self.blocks}, logits)
+        except ValueError as error:
+            raise TrainingError(f'these features cannot be scored: {error}', code='bad_blocks') from error
         return ((raw-self.centre_)/self.scale_).mean(1)
 
-    def is_novel(self, blocks:dict[str,np.ndarray]|np.ndarray, logits:np.ndarray|None=None) -> np.ndarray: # (n,) of bool
+    # (n,) of bool
+    def is_novel(self, blocks:dict[str,np.ndarray]|np.ndarray, logits:np.ndarray|None=None) -> np.ndarray:
         "Whether photos are stranger than the threshold"
         return self.score(blocks, logits) > self.threshold_
 
@@ -227,11 +258,14 @@ class NoveltyDetector:
 
     def to_arrays(self) -> dict[str,np.ndarray]: # For `np.savez`; no objects among them
         "All that `score` and `is_novel` need"
-        parts = {**{f'space|{k}': v for k,v in self.members.spaces.items()}, **{f'encoder|{k}': v for k,v in self.encoders.items() if k in self.blocks},
+        parts = {**{f'space|{k}': v for k,v in self.members.spaces.items()},
+                 **{f'encoder|{k}': v for k,v in self.encoders.items() if k in self.blocks},
                  **{f'detector|{space}|{name}': d for (space,name),d in self.members.detectors.items()}}
-        about = {'name': self.candidate.name, 'members': self.candidate.members, 'blocks': self.members.names, 'centre': self.centre_, 'scale': self.scale_,
+        about = {'name': self.candidate.name, 'members': self.candidate.members, 'blocks': self.members.names,
+                 'centre': self.centre_, 'scale': self.scale_,
                  'known': self.known_, 'threshold': self.threshold_, 'rate': self.rate}
-        return {**{k: np.asarray(v) for k,v in about.items()}, **{f'{part}|{k}': v for part,d in parts.items() for k,v in d.to_arrays().items()}}
+        return {**{k: np.asarray(v) for k,v in about.items()},
+                **{f'{part}|{k}': v for part,d in parts.items() for k,v in d.to_arrays().items()}}
 
     @classmethod
     def from_arrays(cls,
@@ -242,14 +276,18 @@ class NoveltyDetector:
         for key in arrays:
             if '|' in key: parts.setdefault(key.rpartition('|')[0], {})[key.rpartition('|')[2]] = arrays[key]
         def made(kind): return {k.partition('|')[2]: v for k,v in parts.items() if k.startswith(kind+'|')}
-        candidate = NoveltyCandidate(str(arrays['name']), tuple((str(space), str(name)) for space,name in arrays['members']))
+        candidate = NoveltyCandidate(str(arrays['name']),
+                                     tuple((str(space), str(name)) for space,name in arrays['members']))
         spaces = {k: (LinearHead if k=='head' else Axes).from_arrays(v) for k,v in made('space').items()}
         found = made('detector')
-        detectors = {(space, name): DETECTORS[name].from_arrays(found[f'{space}|{name}']) for space,name in candidate.members}
+        detectors = {(space, name): DETECTORS[name].from_arrays(found[f'{space}|{name}'])
+                     for space,name in candidate.members}
         encoders = {k: make_extractor(k).encoder().from_arrays(v) for k,v in made('encoder').items()}
-        return cls(candidate, _Members(spaces, detectors, [str(b) for b in arrays['blocks']]), arrays['centre'], arrays['scale'], arrays['known'],
+        return cls(candidate, _Members(spaces, detectors, [str(b) for b in arrays['blocks']]), arrays['centre'],
+                   arrays['scale'], arrays['known'],
                    float(arrays['threshold']), float(arrays['rate']), encoders)
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #a4f9f34a
 def _as_blocks(features): return features if isinstance(features, dict) else {'features': np.asarray(features)}
 
 # %% ../../nbs/30_learn/70_ood_selection.ipynb #9e85e4d5
@@ -258,13 +296,17 @@ def conformal_threshold(
     rate:float=.05 # Wanted false alarms, 0..1
 ) -> tuple[float,bool]: # Threshold, and whether there were enough scores to promise the rate
     "The `ceil((n+1)(1-rate))`-th smallest score; the largest one where there are too few"
-    if not 0 < rate < 1: raise TrainingError(f'`false_alarm_rate` must be between 0 and 1, got {rate}', code='bad_setting')
+    if not 0 < rate < 1:
+        raise TrainingError(f'`false_alarm_rate` must be between 0 and 1, got {rate}', code='bad_setting')
     at = int(np.ceil((len(scores)+1)*(1-rate)-1e-9))
     return float(np.sort(scores)[min(at, len(scores))-1]),at <= len(scores)
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #e8e79fc1
 def _some(labels, groups, limit, seed):
     "Rows of whole groups, about as many from each class"
-    rng,keep,most = np.random.default_rng(seed),np.zeros(len(labels), bool),-(-limit//len(set(labels)))
+    rng = np.random.default_rng(seed)
+    keep = np.zeros(len(labels), bool)
+    most = -(-limit//len(set(labels)))
     for c in np.unique(labels):
         found,counts = np.unique(groups[labels==c], return_counts=True)
         order = rng.permutation(len(found))
@@ -272,17 +314,20 @@ def _some(labels, groups, limit, seed):
         keep |= (labels==c) & np.isin(groups, taken)
     return np.flatnonzero(keep)
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #af8fe45f
 def _standing(table, first):
     "The best candidate, if it is better than the standing one by more than a standard error"
     best = table.mean(axis=1).idxmax()
     gain = table.loc[best]-table.loc[first]
     return best if gain.mean() > gain.std()/np.sqrt(len(gain)) else first
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #3c9abd1c
 def select_detector(
     features:dict[str,np.ndarray]|np.ndarray, # Block name -> (n, n_features), or one matrix
     y:Sequence, # (n,) classes
     groups:Sequence|None=None, # (n,) photos of one group are never parted; None: each photo alone
-    logits:Callable|None=None, # (blocks, y) -> function of blocks that gives logits: a classifier to be fitted anew without each class
+    # (blocks, y) -> function of blocks that gives logits: a classifier to be fitted anew without each class
+    logits:Callable|None=None,
     encoders:dict[str,Any]|None=None, # Block name -> unfitted encoder of a raw block
     candidates:Sequence[NoveltyCandidate]|None=None, # The standing choice first; None: `novelty_candidates`
     false_alarm_rate:float=.05, # Of known photos, that the threshold is made for
@@ -296,39 +341,55 @@ def select_detector(
     blocks,labels = dict(_as_blocks(features)),np.asarray(y).astype(str)
     group = np.arange(len(labels)).astype(str) if groups is None else np.asarray(groups).astype(str)
     for name,X in blocks.items():
-        if np.ndim(X)!=2 or len(X)!=len(labels): raise TrainingError(f'the block {name} has shape {np.shape(X)} for {len(labels)} labels', code='bad_blocks')
-        if name not in (encoders or {}) and not np.isfinite(X).all(): raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
-    if not blocks or len(group)!=len(labels): raise TrainingError(f'{len(blocks)} blocks, {len(labels)} labels and {len(group)} groups do not match', code='bad_blocks')
+        if np.ndim(X)!=2 or len(X)!=len(labels):
+            raise TrainingError(f'the block {name} has shape {np.shape(X)} for {len(labels)} labels', code='bad_blocks')
+        if name not in (encoders or {}) and not np.isfinite(X).all():
+            raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
+    if not blocks or len(group)!=len(labels):
+        raise TrainingError(f'{len(blocks)} blocks, {len(labels)} labels and {len(group)} groups do not match',
+                            code='bad_blocks')
     conformal_threshold(np.zeros(1), false_alarm_rate)
-    encoders,notes,table = {b: e for b,e in (encoders or {}).items() if b in blocks},[],None
+    encoders = {b: e for b,e in (encoders or {}).items() if b in blocks}
+    notes = []
+    table = None
     full = {b: clone(encoders[b]).fit(X) for b,X in blocks.items() if b in encoders}
     coded = {b: full[b].transform(X) if b in full else X for b,X in blocks.items()}
     pool = list(candidates or novelty_candidates(list(blocks), logits is not None))
     if len(set(labels)) > 2 and len(pool) > 1:
         some = _some(labels, group, choice_photos, derive_seed(seed, 'photos'))
-        table = left_out_aurocs(_pick(coded, some), labels[some], group[some], pool, choice_folds, derive_seed(seed, 'choice'), logits, jobs)
+        table = left_out_aurocs(_pick(coded, some), labels[some], group[some], pool, choice_folds,
+                                derive_seed(seed, 'choice'), logits, jobs)
     if table is not None and table.shape[1]:
         chosen = next(c for c in pool if c.name==_standing(table, pool[0].name))
         told = float(table.loc[[chosen.name]].to_numpy().mean())
-        if told < .6: notes.append(('warning', f'Left-out classes were told from known ones with an AUROC of {told:.2f} only (0.5 is chance): do not rely on novelty in this set'))
+        if told < .6:
+            notes.append(('warning', f'Left-out classes were told from known ones with an AUROC of {told:.2f} only '
+                                     f'(0.5 is chance): do not rely on novelty in this set'))
     elif len(pool)==1: chosen = pool[0]
     else:
         chosen = NoveltyCandidate('knn on all', (('all', 'knn'),))
-        notes.append(('info', f'With {len(set(labels))} classes none can be left out: the nearest neighbour detector was taken unmeasured'))
-    return _finish(blocks, coded, labels, group, chosen, logits, encoders, full, false_alarm_rate, cv_folds, seed, table, notes)
+        notes.append(('info', f'With {len(set(labels))} classes none can be left out: the nearest neighbour detector '
+                              f'was taken unmeasured'))
+    return _finish(blocks, coded, labels, group, chosen, logits, encoders, full, false_alarm_rate, cv_folds, seed,
+                   table, notes)
 
+# %% ../../nbs/30_learn/70_ood_selection.ipynb #48a88070
 def _finish(blocks, coded, labels, group, chosen, logits, encoders, full, rate, cv_folds, seed, table, notes):
     "Threshold from held-out photos, and the fit on everything"
     fold = _fold_of(labels, group, cv_folds, derive_seed(seed, 'threshold'))
     used = {b for space,_ in chosen.members for b in ([*blocks] if space=='logits' else _blocks_of(space, blocks))}
     blocks,coded,full = ({b: v for b,v in d.items() if b in used} for d in (blocks, coded, full))
-    parts = [_held_out(blocks, labels, group, chosen.members, fold, f, None, logits, {b: encoders[b] for b in full}) for f in range(fold.max()+1)]
+    parts = [_held_out(blocks, labels, group, chosen.members, fold, f, None, logits, {b: encoders[b] for b in full})
+             for f in range(fold.max()+1)]
     if not (parts := [p for p in parts if p is not None]):
-        raise TrainingError('no class has photos of two groups, so none can be held out', code='too_few_groups', advice='Add photos from other sources')
+        raise TrainingError('no class has photos of two groups, so none can be held out', code='too_few_groups',
+                            advice='Add photos from other sources')
     raw = np.concatenate([known for known,_,_ in parts])
     centre,scale = _spread(raw)
     known = np.sort(((raw-centre)/scale).mean(1))
     threshold,enough = conformal_threshold(known, rate)
-    if not enough: notes.append(('warning', f'{len(known)} known photos are too few for a false alarm rate of {rate:.0%}: the threshold is the largest of their scores'))
+    if not enough:
+        notes.append(('warning', f'{len(known)} known photos are too few for a false alarm rate of {rate:.0%}: the '
+                                 f'threshold is the largest of their scores'))
     with one_blas_thread(): members = _Members().fit(coded, labels, chosen.members, logits)
     return NoveltyDetector(chosen, members, centre, scale, known, threshold, rate, full, table, notes)

@@ -29,7 +29,8 @@ class Range:
         share:float # 0..1 of the way from `low` to `high`
     ) -> float|int:
         "A number of the range"
-        value = np.exp(np.log(self.low)+share*np.log(self.high/self.low)) if self.log else self.low+share*(self.high-self.low)
+        value = np.exp(np.log(self.low)
+                       +share*np.log(self.high/self.low)) if self.log else self.low+share*(self.high-self.low)
         return round(float(value)) if self.whole else float(f'{value:.4g}')
 
 SPACES:dict[str,dict[str,Range|tuple]] = {
@@ -43,7 +44,8 @@ SPACES:dict[str,dict[str,Range|tuple]] = {
     'cosine_knn': {'n_neighbors': Range(2, 40, log=True, whole=True), 'temperature': Range(.02, .4, log=True)},
     'random_forest': {'min_samples_leaf': Range(1, 6, whole=True), 'max_features': ('sqrt', 'log2', .2)},
     'extra_trees': {'min_samples_leaf': Range(1, 6, whole=True), 'max_features': ('sqrt', 'log2', .2)},
-    'gradient_boosting': {'learning_rate': Range(.03, .4, log=True), 'max_leaf_nodes': Range(4, 31, log=True, whole=True), 'l2_regularization': Range(.01, 30, log=True)},
+    'gradient_boosting': {'learning_rate': Range(.03, .4, log=True), 'max_leaf_nodes': Range(4, 31, log=True,
+        whole=True), 'l2_regularization': Range(.01, 30, log=True)},
     'mlp': {'alpha': Range(.01, 30, log=True), 'learning_rate_init': Range(2e-4, 5e-3, log=True)},
 } # Model -> setting -> where to look; add your own beside an entry in `MODELS`
 METHODS = ('grid', 'random', 'bayes')
@@ -58,33 +60,44 @@ class Search:
         trials:int=40, # Candidates at most
         seed:int=0
     ):
-        if method not in METHODS: raise ConfigError(f'no search is called {method!r}', code='unknown_search', advice=f'Known: {", ".join(METHODS)}')
+        if method not in METHODS:
+            raise ConfigError(f'no search is called {method!r}', code='unknown_search',
+                              advice=f'Known: {", ".join(METHODS)}')
         if trials < 1: raise ConfigError(f'`trials` must be at least 1, got {trials}')
-        self.method,self.joins,self.models,self.trials = method,list(joins),[m for m in models if m in SPACES],trials
-        if not self.joins or not self.models: raise ConfigError('there is nothing to search', code='unknown_search', advice=f'Models with a search space: {", ".join(SPACES)}')
+        self.method = method
+        self.joins = list(joins)
+        self.models = [m for m in models if m in SPACES]
+        self.trials = trials
+        if not self.joins or not self.models:
+            raise ConfigError('there is nothing to search', code='unknown_search',
+                              advice=f'Models with a search space: {", ".join(SPACES)}')
         self.asked:dict[Candidate,Any] = {}
         self.rng,self.grid = np.random.default_rng(derive_seed(seed, 'search')),iter(self._grid())
         if method=='bayes':
             optuna = require('optuna', 'search')
             optuna.logging.set_verbosity(optuna.logging.WARNING)
-            self.study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=derive_seed(seed, 'search'), n_startup_trials=min(10, trials//3+1)))
+            self.study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=derive_seed(seed, 'search'),
+                    n_startup_trials=min(10, trials//3+1)))
 
     def _grid(self):
         "Ends and middle of every range; the joins in their order"
         for join,model in itertools.product(self.joins, self.models):
-            places = {k: [r.at(s) for s in (1/6, .5, 5/6)] if isinstance(r, Range) else r for k,r in SPACES[model].items()}
+            places = {k: [r.at(s) for s in (1/6, .5, 5/6)] if isinstance(r, Range) else r
+                      for k,r in SPACES[model].items()}
             for values in itertools.product(*places.values()): yield Candidate(join, model, tuple(zip(places, values)))
 
     def _draw(self):
         model = self.models[self.rng.integers(len(self.models))]
-        params = tuple((k, r.at(self.rng.random()) if isinstance(r, Range) else r[self.rng.integers(len(r))]) for k,r in SPACES[model].items())
+        params = tuple((k, r.at(self.rng.random()) if isinstance(r, Range) else r[self.rng.integers(len(r))])
+                       for k,r in SPACES[model].items())
         return Candidate(self.joins[self.rng.integers(len(self.joins))], model, params),None
 
     def _suggest(self):
         trial = self.study.ask()
         model = trial.suggest_categorical('model', self.models)
         join = self.joins[trial.suggest_categorical('join', list(range(len(self.joins))))]
-        params = tuple((k, r.at(trial.suggest_float(f'{model}.{k}', 0, 1)) if isinstance(r, Range) else trial.suggest_categorical(f'{model}.{k}', r))
+        params = tuple((k, r.at(trial.suggest_float(f'{model}.{k}', 0, 1)) if isinstance(r, Range)
+                        else trial.suggest_categorical(f'{model}.{k}', r))
                        for k,r in SPACES[model].items())
         return Candidate(join, model, params),trial
 

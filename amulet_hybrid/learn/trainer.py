@@ -47,8 +47,11 @@ class TrainingConfig(Config):
     trials:int=40 # Candidates that the search may try
     time_budget:float=0. # Minutes after which no further candidate is begun; 0: none
     coverage:float=.9 # Of prediction sets: the share of photos whose set shall hold the truth
-    mirror:str='auto' # Learn from mirror images of the training photos too, where they are given: 'auto' (if it helps out of fold), 'always' or 'never'
-    cv_repeats:int=0 # Times that folds are drawn anew, so that a choice hangs less on one draw; 0: three below 500 photos, else one
+    # Learn from mirror images of the training photos too, where they are given: 'auto' (if it helps out of fold),
+    # 'always' or 'never'
+    mirror:str='auto'
+    # Times that folds are drawn anew, so that a choice hangs less on one draw; 0: three below 500 photos, else one
+    cv_repeats:int=0
     novelty:bool=True # Also choose a detector of things that were never in the set
     false_alarm_rate:float=.05 # Share of known photos that the detector may take for strangers
     jobs:int=0 # Processes; 0: one a core
@@ -57,20 +60,27 @@ class TrainingConfig(Config):
     def __post_init__(self):
         if self.cv_folds < 2: raise ConfigError(f'`cv_folds` must be at least 2, got {self.cv_folds}')
         if not 0 < self.coverage < 1: raise ConfigError(f'`coverage` must be between 0 and 1, got {self.coverage}')
-        if not 0 < self.false_alarm_rate < 1: raise ConfigError(f'`false_alarm_rate` must be between 0 and 1, got {self.false_alarm_rate}')
-        if self.search and self.search not in METHODS: raise ConfigError(f'no search is called {self.search!r}', code='unknown_search', advice=f'Known: {", ".join(METHODS)}')
+        if not 0 < self.false_alarm_rate < 1:
+            raise ConfigError(f'`false_alarm_rate` must be between 0 and 1, got {self.false_alarm_rate}')
+        if self.search and self.search not in METHODS:
+            raise ConfigError(f'no search is called {self.search!r}', code='unknown_search',
+                              advice=f'Known: {", ".join(METHODS)}')
         if self.trials < 1: raise ConfigError(f'`trials` must be at least 1, got {self.trials}')
-        if self.mirror not in MIRROR: raise ConfigError(f'`mirror` must be one of {", ".join(MIRROR)}, got {self.mirror!r}')
+        if self.mirror not in MIRROR:
+            raise ConfigError(f'`mirror` must be one of {", ".join(MIRROR)}, got {self.mirror!r}')
         if self.cv_repeats < 0: raise ConfigError(f'`cv_repeats` must be at least 0, got {self.cv_repeats}')
         if self.time_budget < 0: raise ConfigError(f'`time_budget` must be 0 or more minutes, got {self.time_budget}')
         for name in self.models:
-            if name not in MODELS: raise ConfigError(f'no model is called {name!r}', code='unknown_model', advice=f'Known: {", ".join(MODELS)}')
+            if name not in MODELS:
+                raise ConfigError(f'no model is called {name!r}', code='unknown_model',
+                                  advice=f'Known: {", ".join(MODELS)}')
 
 MIRROR = ('auto', 'always', 'never')
 MANY = 1500 # Rows beyond which axes are found by the photos alone: that takes time by the cube of the rows
 QUICK_MODELS = START
 CORE = ('colour', 'hog', 'lbp') # classical blocks that say different things
-_SINGLES = ('cosine_knn', 'random_forest', 'extra_trees', 'gradient_boosting', 'mlp') # on single blocks only: in a join they cost most and bring least
+# on single blocks only: in a join they cost most and bring least
+_SINGLES = ('cosine_knn', 'random_forest', 'extra_trees', 'gradient_boosting', 'mlp')
 _JOINS = ('logistic_smooth', 'svm') # on joins only: alone, a block is judged by the others
 
 # %% ../../nbs/30_learn/80_trainer.ipynb #3b835411
@@ -81,11 +91,13 @@ def default_joins(
     "Which blocks are put side by side"
     neural = tuple(b for b in blocks if b.startswith('cnn'))
     classical = tuple(b for b in blocks if not b.startswith('cnn'))
-    core = (*(b for b in classical if b in CORE), *(b for b in neural if _pass(b)==_pass(neural[0]))) # on few photos many weak blocks drown the strong ones
+    # on few photos many weak blocks drown the strong ones
+    core = (*(b for b in classical if b in CORE), *(b for b in neural if _pass(b)==_pass(neural[0])))
     joins = [core, tuple(blocks), neural] + [(b,) for b in blocks] # first what the vote begins with
     if not quick: joins += [classical, (*neural, 'hog') if 'hog' in classical else ()]
     return list(dict.fromkeys(j for j in joins if j))
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #8b650413
 def block_cost(
     blocks:Iterable[str],
     milliseconds:dict[str,float] # Of each block a photo, as `HybridFeatureExtractor` measured them together
@@ -95,10 +107,13 @@ def block_cost(
     for block in milliseconds: passes[_pass(block)] = max(passes.get(_pass(block), 0), milliseconds[block])
     return sum(passes.get(name, 0) for name in dict.fromkeys(map(_pass, blocks)))
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #cbd3de3b
 def _pass(block): return re.sub('@[a-z]+', '', block) # of a net, whatever its pooling
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #7bb89fd8
 TELLS = .6 # AUROC on left-out classes that a detector of novelty must reach to be of use
-CALIBRATIONS = ('none', 'temperature') # Of the vote: richer ones undo what makes it fair to rare classes, and gave a worse log loss on new photos
+# Of the vote: richer ones undo what makes it fair to rare classes, and gave a worse log loss on new photos
+CALIBRATIONS = ('none', 'temperature')
 FEW = 500 # Photos below which one draw of the folds is luck, and a fifth of the photos less makes another model
 LAST_FOLDS = (10, 10, 20) # Of draws on which few photos are calibrated: what is served has learned from all of them
 NOT_WORSE = .01 # Loss that a cheaper model may cost at most, at the upper end of its interval
@@ -111,9 +126,11 @@ def _candidates(config, joins):
 # %% ../../nbs/30_learn/80_trainer.ipynb #8418c10e
 def _encode(blocks, encoders, train):
     "Fitted encoders, and the blocks with the raw ones encoded for all photos by what the training rows taught"
-    with threadpool_limits(1): fitted = {name: clone(encoder).fit(blocks[name][train]) for name,encoder in encoders.items() if name in blocks}
+    with threadpool_limits(1):
+        fitted = {name: clone(encoder).fit(blocks[name][train]) for name,encoder in encoders.items() if name in blocks}
     return fitted,encode_blocks(blocks, fitted)
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #5dbfd055
 def encode_blocks(
     blocks:dict[str,np.ndarray], # Block name -> (n, n_features)
     encoders:dict[str,Any] # Block name -> fitted encoder
@@ -132,7 +149,8 @@ class Lessons:
 
     def __add__(self, other:'Lessons|None') -> 'Lessons':
         if other is None: return self
-        return Lessons({b: np.concatenate([X, other.blocks[b]]) for b,X in self.blocks.items()}, np.concatenate([self.source, other.source]))
+        return Lessons({b: np.concatenate([X, other.blocks[b]]) for b,X in self.blocks.items()},
+                       np.concatenate([self.source, other.source]))
 
     def encoded(self,
         encoders:dict[str,Any], # Block name -> fitted encoder
@@ -141,17 +159,21 @@ class Lessons:
         "The same with the raw blocks encoded"
         return Lessons(encode_blocks({b: self.blocks[b] for b in names}, encoders), self.source)
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #4882d384
 def _fit_join(X, y, train, candidates, seed, lessons=None):
     "Scaler and the fitted models of candidates on one join, by title"
     photos,truth = join_blocks(X, X)[train],y[train]
     rows = photos
     if lessons is not None:
         taught = train[lessons.source]
-        rows,truth = np.concatenate([photos, join_blocks(lessons.blocks, X)[taught]]),np.concatenate([truth, y[lessons.source[taught]]])
+        rows = np.concatenate([photos, join_blocks(lessons.blocks, X)[taught]])
+        truth = np.concatenate([truth, y[lessons.source[taught]]])
     scaler = BlockScaler(sizes=tuple(x.shape[1] for x in X.values())).fit(rows if len(rows) <= MANY else photos)
     Z = scaler.transform(rows)
-    return scaler,{c.title: make_model(c.model, derive_seed(seed, c.model, *X), **dict(c.params)).fit(Z, truth) for c in candidates}
+    return scaler,{c.title: make_model(c.model, derive_seed(seed, c.model, *X), **dict(c.params)).fit(Z, truth)
+                   for c in candidates}
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #792932d6
 def _fold_logits(X, y, fold, held_out, candidates, seed, n_classes, lessons=None):
     "Logits of candidates on one join for one held-out fold, by title"
     with threadpool_limits(1):
@@ -159,6 +181,7 @@ def _fold_logits(X, y, fold, held_out, candidates, seed, n_classes, lessons=None
         Z = scaler.transform(join_blocks(X, X)[fold==held_out])
         return {name: model_logits(model, Z, n_classes) for name,model in fitted.items()}
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #82c1fb3d
 def fit_candidate(
     blocks:dict[str,np.ndarray], # Block name -> (n, n_features)
     y:np.ndarray, # (n,) class indices
@@ -176,8 +199,11 @@ def fit_candidate(
     lessons = lessons and lessons.encoded(coders, rows)
     with threadpool_limits(1):
         scaler,fitted = _fit_join({b: X[b] for b in rows}, y, learned, [candidate], seed, lessons)
-        return softmax(model_logits(fitted[candidate.title], scaler.transform(join_blocks({b: v[test] for b,v in X.items()}, rows)), int(y.max())+1), axis=1)
+        return softmax(model_logits(fitted[candidate.title],
+                                    scaler.transform(join_blocks({b: v[test] for b,v in X.items()}, rows)),
+                                    int(y.max())+1), axis=1)
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #4112eb05
 class Checkpoint:
     "What was found about candidates, kept on disk, so that an interrupted search goes on"
     def __init__(self,
@@ -186,7 +212,8 @@ class Checkpoint:
     ):
         self.folder = Path(folder) if folder else Path()
         self.kept = bool(folder)
-        self.state = [bytes_digest(np.ascontiguousarray(v).tobytes()) if isinstance(v, np.ndarray) else v for v in state] if folder else []
+        self.state = [bytes_digest(np.ascontiguousarray(v).tobytes()) if isinstance(v, np.ndarray) else v
+                      for v in state] if folder else []
 
     def _path(self, *task): return self.folder/f'{json_digest([self.state, *map(str, task)])[:32]}.npz'
 
@@ -200,8 +227,10 @@ class Checkpoint:
     def store(self, found:dict[str,np.ndarray], *task):
         "Keep what was found"
         if not self.kept: return
-        with atomic_write(self._path(*task)) as part, open(part, 'wb') as file: np.savez(file, **found) # type: ignore[arg-type]
+        with atomic_write(self._path(*task)) as part, open(part, 'wb') as file:
+            np.savez(file, **found) # type: ignore[arg-type]
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #abdab35d
 def out_of_fold(
     blocks:dict[str,np.ndarray], # Block name -> (n, n_features)
     y:np.ndarray, # (n,) class indices
@@ -215,9 +244,12 @@ def out_of_fold(
     until:float=float('inf'), # `time.monotonic()` after which no further task is begun; the first join is always done
     checkpoint:Checkpoint=Checkpoint(None),
     lessons:Lessons|None=None # What teaches along with the photos
-) -> dict[Candidate,np.ndarray]: # Logits, (n, n_classes) each, NaN outside the folds wanted; without candidates for which there was no time
+# Logits, (n, n_classes) each, NaN outside the folds wanted; without candidates for which there was no time
+) -> dict[Candidate,np.ndarray]:
     "What each candidate thinks of photos that it was not trained on"
-    n_classes,joins,wanted = int(y.max())+1,list(dict.fromkeys(c.blocks for c in candidates)),list(np.unique(fold) if only is None else only)
+    n_classes = int(y.max())+1
+    joins = list(dict.fromkeys(c.blocks for c in candidates))
+    wanted = list(np.unique(fold) if only is None else only)
     these = {join: [c for c in candidates if c.blocks==join] for join in joins}
     titles = {join: sorted(c.title for c in some) for join,some in these.items()}
     more = len(lessons) if lessons else 0
@@ -225,11 +257,13 @@ def out_of_fold(
     tasks = [task for task,found in known.items() if not set(titles[task[0]]) <= set(found)]
     raw = {b: blocks[b] for b in encoders or () if any(b in join for join,_ in tasks)}
     parts = sorted({f for _,f in tasks})
-    coded = dict(zip(parts, joblib.Parallel(n_jobs=jobs)(joblib.delayed(_encode)(raw, encoders, fold!=f) for f in parts))) if raw else {}
+    coded = dict(zip(parts, joblib.Parallel(n_jobs=jobs)(joblib.delayed(_encode)(raw, encoders, fold!=f)
+                                                         for f in parts))) if raw else {}
     def seen(join, f): return {b: coded[f][1][b] if b in raw else blocks[b] for b in join}
     def taught(join, f): return lessons and lessons.encoded(coded[f][0] if raw else {}, join)
     run = joblib.Parallel(n_jobs=min(jobs, max(len(tasks), 1)), return_as='generator')(
-        joblib.delayed(_fold_logits)(seen(join, f), y, fold, f, these[join], seed, n_classes, taught(join, f)) for join,f in tasks)
+        joblib.delayed(_fold_logits)(seen(join, f), y, fold, f, these[join], seed, n_classes, taught(join, f))
+        for join,f in tasks)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message=r'\d+ tasks') # joblib's word for running out of time
         try:
@@ -252,6 +286,7 @@ class Member:
     temperature:float
     model:Any
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #9d7674bb
 @dataclass
 class HybridModel:
     "Soft vote of calibrated members"
@@ -274,9 +309,12 @@ class HybridModel:
     ) -> np.ndarray: # (n, n_classes), rows sum to 1
         "Calibrated probabilities"
         blocks = encode_blocks({b: blocks[b] for b in self.blocks if b in blocks}, self.encoders)
-        Z = {join: self.scalers[join].transform(join_blocks(blocks, join)) for join in dict.fromkeys(m.candidate.blocks for m in self.members)}
-        voices = {m.candidate: softmax(model_logits(m.model, Z[m.candidate.blocks], len(self.classes))/m.temperature, axis=1) for m in self.members}
-        return self.calibrator.predict_proba(log_proba(pool_votes(voices, {m.candidate: m.weight for m in self.members}, self.geometric)))
+        Z = {join: self.scalers[join].transform(join_blocks(blocks, join))
+             for join in dict.fromkeys(m.candidate.blocks for m in self.members)}
+        voices = {m.candidate: softmax(model_logits(m.model, Z[m.candidate.blocks], len(self.classes))/m.temperature,
+                                       axis=1) for m in self.members}
+        return self.calibrator.predict_proba(log_proba(pool_votes(voices, {m.candidate: m.weight
+                for m in self.members}, self.geometric)))
 
     def predict(self, blocks:dict[str,np.ndarray]) -> np.ndarray: # (n,) of str
         "Most probable class"
@@ -284,7 +322,8 @@ class HybridModel:
 
     def describe(self) -> pd.DataFrame: # Columns model, blocks, weight, temperature
         "The members as a table"
-        rows = [(m.candidate.title, ' + '.join(m.candidate.blocks), round(m.weight, 3), round(m.temperature, 3)) for m in self.members]
+        rows = [(m.candidate.title, ' + '.join(m.candidate.blocks), round(m.weight, 3), round(m.temperature, 3))
+                for m in self.members]
         return pd.DataFrame(rows, columns=['model', 'blocks', 'weight', 'temperature'])
 
 # %% ../../nbs/30_learn/80_trainer.ipynb #0c01545a
@@ -293,17 +332,22 @@ class HybridTrainer(BaseEstimator):
     def __init__(self,
         config:TrainingConfig=TrainingConfig(),
         joins:Sequence[tuple[str,...]]|None=None, # Which blocks are put side by side; None: `default_joins`
-        checkpoint_dir:str|Path|None=None # Where findings are kept, so that an interrupted search goes on; None: nowhere
+        # Where findings are kept, so that an interrupted search goes on; None: nowhere
+        checkpoint_dir:str|Path|None=None
     ):
-        self.config,self.joins,self.checkpoint_dir = config,joins,checkpoint_dir
+        self.config = config
+        self.joins = joins
+        self.checkpoint_dir = checkpoint_dir
 
     def fit(self,
         blocks:dict[str,np.ndarray], # Block name -> (n, n_features), training photos only
         labels:Sequence[str], # (n,)
         groups:Sequence, # (n,) photos of one group are never parted
         encoders:dict[str,Any]|None=None, # Block name -> unfitted encoder of a raw block, as its extractor names it
-        milliseconds:dict[str,float]|None=None, # Of each block a photo; then the cheapest model that is not worse is chosen
-        mirrored:dict[str,np.ndarray]|None=None, # Blocks of the mirror images, as `extract_mirrored` gives them; they may teach, and are never judged
+        # Of each block a photo; then the cheapest model that is not worse is chosen
+        milliseconds:dict[str,float]|None=None,
+        # Blocks of the mirror images, as `extract_mirrored` gives them; they may teach, and are never judged
+        mirrored:dict[str,np.ndarray]|None=None,
         made:Lessons|None=None # Photos made of the training photos; they teach, and are never judged
     ):
         "Search, choose, calibrate, refit"
@@ -316,8 +360,10 @@ class HybridTrainer(BaseEstimator):
         for lessons,words in ((turned, 'mirror image'), (made, 'made photo')):
             if lessons is None: continue
             self._check(lessons.blocks, len(lessons))
-            if lacking := sorted(set(blocks)-set(lessons.blocks)): raise TrainingError(f'there is no {words} of {", ".join(lacking)}', code='bad_blocks')
-            if len(lessons) and not 0 <= lessons.source.min() <= lessons.source.max() < len(labels): raise TrainingError(f'a {words} is of no row', code='bad_blocks')
+            if lacking := sorted(set(blocks)-set(lessons.blocks)):
+                raise TrainingError(f'there is no {words} of {", ".join(lacking)}', code='bad_blocks')
+            if len(lessons) and not 0 <= lessons.source.min() <= lessons.source.max() < len(labels):
+                raise TrainingError(f'a {words} is of no row', code='bad_blocks')
         self.classes_,self.y_ = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
         self.fold_,*others = self._draw_folds(np.asarray(labels, dtype=str), groups)
         until = started+60*.7*config.time_budget if config.time_budget else float('inf') # the rest is for the final fit
@@ -331,7 +377,8 @@ class HybridTrainer(BaseEstimator):
         self.best_single_ = min(self.oof_, key=lambda c: (len(c.blocks), selection_loss(self.judged_[c], self.truth_)))
         weights,geometric = self._choose(milliseconds)
         few = n < FEW and not config.quick and time.monotonic() < until
-        self.last_folds_ = [folds(np.asarray(labels, dtype=str), groups, k, derive_seed(config.seed, 'last folds', i)) for i,k in enumerate(LAST_FOLDS)] if few else []
+        self.last_folds_ = [folds(np.asarray(labels, dtype=str), groups, k, derive_seed(config.seed, 'last folds', i))
+                            for i,k in enumerate(LAST_FOLDS)] if few else []
         vote = pool_votes(self.judge_last(blocks, list(weights)), weights, geometric)
         self.calibrator_,self.oof_proba_,sets = self.settle(vote, groups, 0) # one number is hardly overfitted
         self.random_proba_ = self._random_folds(blocks, groups)
@@ -344,36 +391,46 @@ class HybridTrainer(BaseEstimator):
     def judge_last(self,
         blocks:dict[str,np.ndarray], # Block name -> (n, n_features), as in `fit`
         candidates:Sequence[Candidate]
-    ) -> dict[Candidate,np.ndarray]: # (n times draws, n_classes) probabilities each, one draw of the folds below the other
+    # (n times draws, n_classes) probabilities each, one draw of the folds below the other
+    ) -> dict[Candidate,np.ndarray]:
         "What candidates think of photos that they did not learn from, as nearly as can be as they will once they have learned from all"
-        if not self.last_folds_ and all(c in self.judged_ for c in candidates): return {c: self.judged_[c] for c in candidates}
-        draws = [out_of_fold(blocks, self.y_, fold, candidates, self.config.seed, self.config.jobs or joblib.cpu_count(), 'Calibrating', self.encoders_, lessons=self.lessons_)
+        if not self.last_folds_ and all(c in self.judged_ for c in candidates):
+            return {c: self.judged_[c] for c in candidates}
+        draws = [out_of_fold(blocks, self.y_, fold, candidates, self.config.seed, self.config.jobs
+                             or joblib.cpu_count(), 'Calibrating', self.encoders_, lessons=self.lessons_)
                  for fold in self.last_folds_ or [self.fold_]]
-        return {c: softmax(np.concatenate([d[c] for d in draws])/self.temperatures_.get(c, 1.), axis=1) for c in candidates}
+        return {c: softmax(np.concatenate([d[c] for d in draws])/self.temperatures_.get(c, 1.), axis=1)
+                for c in candidates}
 
     def settle(self,
         proba:np.ndarray, # (n times draws, n_classes), as `judge_last` gives them, or pooled
         groups:Any, # (n,)
         errors:float=.25 # Of `calibrate_model`
-    ) -> tuple[Any,np.ndarray,ConformalPredictor]: # Calibrator, its (n, n_classes) probabilities of photos that did not teach it, and prediction sets
+    # Calibrator, its (n, n_classes) probabilities of photos that did not teach it, and prediction sets
+    ) -> tuple[Any,np.ndarray,ConformalPredictor]:
         "How much is to be believed of what was said out of fold"
         times,config = len(proba)//len(self.y_),self.config
         truth,names = np.tile(self.y_, times),np.tile(groups, times)
-        calibrator = calibrate_model(log_proba(proba), truth, names, CALIBRATIONS, seed=config.seed, errors=errors, sharpen=True)
+        calibrator = calibrate_model(log_proba(proba), truth, names, CALIBRATIONS, seed=config.seed, errors=errors,
+                                     sharpen=True)
         seen = calibrator.cross_proba_.reshape(times, len(self.y_), -1)
-        return calibrator,seen.mean(0),ConformalPredictor(coverage=config.coverage, seed=config.seed).fit(seen[-1], self.y_, groups)
+        return calibrator,seen.mean(0),ConformalPredictor(coverage=config.coverage, seed=config.seed).fit(seen[-1],
+                self.y_, groups)
 
     def _check(self, blocks, rows):
         if not blocks: raise TrainingError('there are no feature blocks', code='no_blocks')
         for name,X in blocks.items():
-            if len(X)!=rows: raise TrainingError(f'the block {name} has {len(X)} rows for {rows} labels', code='bad_blocks')
-            if name not in self.encoders_ and not np.isfinite(X).all(): raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
+            if len(X)!=rows:
+                raise TrainingError(f'the block {name} has {len(X)} rows for {rows} labels', code='bad_blocks')
+            if name not in self.encoders_ and not np.isfinite(X).all():
+                raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
 
     def _draw_folds(self, labels, groups):
         "Folds, drawn as often as the settings say"
         config = self.config
         first = folds(labels, groups, 3 if config.quick else config.cv_folds, config.seed)
-        if (k := int(first.max())+1) < config.cv_folds and not config.quick: log.warning('the rarest class has %d groups only: %d folds', k, k)
+        if (k := int(first.max())+1) < config.cv_folds and not config.quick:
+            log.warning('the rarest class has %d groups only: %d folds', k, k)
         times = config.cv_repeats or (1 if config.quick or len(labels) >= FEW else 3)
         return [first, *(folds(labels, groups, k, derive_seed(config.seed, 'folds', i)) for i in range(1, times))]
 
@@ -381,17 +438,23 @@ class HybridTrainer(BaseEstimator):
         "Logits of the candidates, one draw of the folds below the other; those that are far behind after two folds are not tried on the others"
         config,y = self.config,self.y_
         candidates = _candidates(config, self.joins or default_joins(list(blocks), config.quick))
-        given = (blocks, turned.blocks if turned else {}, {**made.blocks, 'source': made.source} if made else {}) if self.checkpoint_dir else ()
+        given = (blocks, turned.blocks if turned else {},
+                 {**made.blocks, 'source': made.source} if made else {}) if self.checkpoint_dir else ()
         about = [{b: bytes_digest(np.ascontiguousarray(X).tobytes()) for b,X in some.items()} for some in given]
-        def kept(fold): return Checkpoint(self.checkpoint_dir, about, y, fold, config.seed, {b: str(e) for b,e in self.encoders_.items()})
-        more = {'seed': config.seed, 'jobs': config.jobs or joblib.cpu_count(), 'encoders': self.encoders_, 'until': until, 'checkpoint': kept(self.fold_)}
+        def kept(fold):
+            return Checkpoint(self.checkpoint_dir, about, y, fold, config.seed,
+                              {b: str(e) for b,e in self.encoders_.items()})
+        more = {'seed': config.seed, 'jobs': config.jobs or joblib.cpu_count(), 'encoders': self.encoders_,
+                'until': until, 'checkpoint': kept(self.fold_)}
         self.mirrored_ = self._mirror_helps(blocks, candidates[0], turned, made, groups, more)
         self.lessons_ = more['lessons'] = turned+made if self.mirrored_ else made
         found = self._judge(blocks, candidates, more)
         if config.search: found = self._look_further(blocks, found, more, until)
         for fold in others:
-            again = out_of_fold(blocks, y, fold, list(found), desc='Training, folds drawn anew', **more | {'checkpoint': kept(fold)})
-            found = {c: np.concatenate([found[c], L]) for c,L in again.items()} # without candidates for which there was no time
+            again = out_of_fold(blocks, y, fold, list(found), desc='Training, folds drawn anew',
+                                **more | {'checkpoint': kept(fold)})
+            # without candidates for which there was no time
+            found = {c: np.concatenate([found[c], L]) for c,L in again.items()}
         return found
 
     def _mirror_helps(self, blocks, candidate, turned, made, groups, more):
@@ -402,12 +465,16 @@ class HybridTrainer(BaseEstimator):
             for words,some in (('Training', made), ('Training with mirror images', turned+made)))]
         gain,error = group_difference(without-helped, groups)
         words = f'{gain:+.3f} (standard error {error:.3f}) of the out-of-fold loss {without.mean():.3f}'
-        self.notes_.append(('info', f'Mirror images of the training photos {"teach too" if gain > 0 else "are not used"}: they change what {candidate} gains by {words}.'))
+        self.notes_.append(('info', f'Mirror images of the training photos '
+                                    f'{"teach too" if gain > 0 else "are not used"}: they change what {candidate} '
+                                    f'gains by {words}.'))
         return gain > 0
 
     def _look_further(self, blocks, found, more, until):
         "The same with candidates of other hyperparameters, on the best joins"
-        y,loss = self.y_,{c: selection_loss(softmax(L/TemperatureScaler().fit(L, self.y_).temperature_, axis=1), self.y_) for c,L in found.items()}
+        y = self.y_
+        loss = {c: selection_loss(softmax(L/TemperatureScaler().fit(L, self.y_).temperature_, axis=1), self.y_)
+                for c,L in found.items()}
         joins = list(dict.fromkeys(c.blocks for c in sorted(loss, key=lambda c: loss[c])))[:3]
         search = Search(self.config.search, joins, self.config.models, self.config.trials, self.config.seed)
         def candidates():
@@ -424,25 +491,32 @@ class HybridTrainer(BaseEstimator):
         if k < 4 or len(candidates) < 12: return out_of_fold(blocks, y, self.fold_, candidates, **more)
         first = out_of_fold(blocks, y, self.fold_, candidates, desc='Training, first folds', only=(0, 1), **more)
         rows = self.fold_ < 2
-        loss = {c: selection_loss(TemperatureScaler().fit(L[rows], y[rows]).predict_proba(L[rows]), y[rows]) for c,L in first.items()}
-        self.dropped_ = [c for c in first if c.model not in START and loss[c] > 1.3*min(loss[d] for d in first if d.blocks==c.blocks)]
+        loss = {c: selection_loss(TemperatureScaler().fit(L[rows], y[rows]).predict_proba(L[rows]), y[rows])
+                for c,L in first.items()}
+        self.dropped_ = [c for c in first if c.model not in START and loss[c] > 1.3*min(loss[d]
+                for d in first if d.blocks==c.blocks)]
         left = [c for c in first if c not in self.dropped_]
         rest = out_of_fold(blocks, y, self.fold_, left, only=range(2, k), **more)
         return {c: np.where(rows[:,None], first[c], L) for c,L in rest.items()}
 
     def _choose(self, milliseconds):
         "Weights of the ensemble, or of what is cheaper and not worse, and whether they are exponents; `choice_` says why"
-        y,names,oof = self.truth_,self.names_,self.judged_
+        y = self.truth_
+        names = self.names_
+        oof = self.judged_
         fold = np.tile(self.fold_, len(y)//len(self.fold_)) # all draws of a photo are selected by together
         weights = select_ensemble(oof, y, names, self.config.max_picks)
         crossed = cross_select(oof, y, names, fold, self.config.max_picks)
         self.optimism_ = selection_loss(crossed, y)-selection_loss(pool_votes(oof, weights), y)
-        def cost(cs): return block_cost([b for c in cs for b in c.blocks], milliseconds) if milliseconds else float('nan')
-        def about(ms): return round(np.log2(max(ms, 1/16))) if ms==ms else 0 # a clock never says the same twice, a run must
+        def cost(cs):
+            return block_cost([b for c in cs for b in c.blocks], milliseconds) if milliseconds else float('nan')
+        # a clock never says the same twice, a run must
+        def about(ms): return round(np.log2(max(ms, 1/16))) if ms==ms else 0
         options:dict[str,tuple[dict[Candidate,float],np.ndarray]] = {'ensemble': (weights, crossed)}
         if len(oof) > 1: options['stack'] = stack_ensemble(oof, y),cross_select(oof, y, names, fold, stack=True)
         joint = min((c for c in oof if len(c.blocks) > 1), key=lambda c: selection_loss(oof[c], y), default=None)
-        cheap = min((c for c in oof if len(c.blocks)==1), key=lambda c: (about(cost([c])), selection_loss(oof[c], y)), default=None)
+        cheap = min((c for c in oof if len(c.blocks)==1),
+                    key=lambda c: (about(cost([c])), selection_loss(oof[c], y)), default=None)
         for name,c in (('best join', joint), ('best block', self.best_single_), ('cheapest block', cheap)):
             if c is not None and {c: 1.} not in [w for w,_ in options.values()]: options[name] = ({c: 1.}, oof[c])
         def extra(p, than): return group_difference(photo_losses(p, y)-photo_losses(than, y), names)
@@ -451,12 +525,16 @@ class HybridTrainer(BaseEstimator):
         rows = []
         for name,(w,p) in options.items():
             more,error = extra(p, options[best][1])
-            rows.append({'option': name, 'members': ', '.join(map(str, w)), 'milliseconds': cost(w), 'selection_loss': selection_loss(p, y), 'extra_loss': more,
+            rows.append({'option': name, 'members': ', '.join(map(str, w)), 'milliseconds': cost(w),
+                         'selection_loss': selection_loss(p, y), 'extra_loss': more,
                          'extra_loss_low': more-1.96*error, 'extra_loss_high': more+1.96*error,
                          'balanced_accuracy': balanced_accuracy_score(y, p.argmax(1))})
         table = pd.DataFrame(rows).set_index('option')
-        fine = table[(table['extra_loss_high'] <= NOT_WORSE) & (table['milliseconds'].map(about) <= about(table.loc[best, 'milliseconds'])) & bool(milliseconds)]
-        chosen = min(fine.index.drop('stack', errors='ignore'), key=lambda k: (about(fine.loc[k, 'milliseconds']), fine.loc[k, 'selection_loss']), default=best)
+        fine = table[(table['extra_loss_high'] <= NOT_WORSE)
+                     & (table['milliseconds'].map(about) <= about(table.loc[best, 'milliseconds']))
+                     & bool(milliseconds)]
+        chosen = min(fine.index.drop('stack', errors='ignore'),
+                     key=lambda k: (about(fine.loc[k, 'milliseconds']), fine.loc[k, 'selection_loss']), default=best)
         self.choice_ = table.assign(chosen=table.index==chosen).round(4)
         return options[chosen][0],chosen=='stack'
 
@@ -465,8 +543,10 @@ class HybridTrainer(BaseEstimator):
         used,config = {b: blocks[b] for b in self.model_.blocks},self.config
         standing = novelty_candidates(list(used), False)[:1] if config.quick else None
         try:
-            found = select_detector(used, labels, groups, encoders={b: e for b,e in self.encoders_.items() if b in used}, candidates=standing,
-                                    false_alarm_rate=config.false_alarm_rate, cv_folds=3 if config.quick else config.cv_folds, seed=config.seed,
+            found = select_detector(used, labels, groups,
+                                    encoders={b: e for b,e in self.encoders_.items() if b in used}, candidates=standing,
+                                    false_alarm_rate=config.false_alarm_rate,
+                                    cv_folds=3 if config.quick else config.cv_folds, seed=config.seed,
                                     jobs=config.jobs or joblib.cpu_count())
         except TrainingError as error:
             self.notes_.append(('warning', f'There is no detector of novelty: {error.message}.'))
@@ -480,8 +560,10 @@ class HybridTrainer(BaseEstimator):
     def _score(self):
         "Candidates by the loss that chooses, best first"
         y,k = self.truth_,range(len(self.classes_))
-        rows = [{'model': c.title, 'blocks': ' + '.join(c.blocks), 'balanced_accuracy': balanced_accuracy_score(y, p.argmax(1)),
-                 'macro_f1': f1_score(y, p.argmax(1), average='macro'), 'log_loss': log_loss(y, p, labels=k), 'selection_loss': selection_loss(p, y)}
+        rows = [{'model': c.title, 'blocks': ' + '.join(c.blocks),
+                 'balanced_accuracy': balanced_accuracy_score(y, p.argmax(1)),
+                 'macro_f1': f1_score(y, p.argmax(1), average='macro'), 'log_loss': log_loss(y, p, labels=k),
+                 'selection_loss': selection_loss(p, y)}
                 for c,p in self.judged_.items()]
         return pd.DataFrame(rows).sort_values('selection_loss', kind='stable', ignore_index=True).round(4)
 
@@ -489,19 +571,25 @@ class HybridTrainer(BaseEstimator):
         "Probabilities of the best single block when groups are torn apart; None where every photo is its own group"
         if len(set(groups))==len(groups): return None
         fold = folds(self.y_, np.arange(len(groups)), int(self.fold_.max())+1, self.config.seed)
-        logits = out_of_fold(blocks, self.y_, fold, [self.best_single_], self.config.seed, self.config.jobs or joblib.cpu_count(), 'Random folds',
+        logits = out_of_fold(blocks, self.y_, fold, [self.best_single_], self.config.seed,
+                             self.config.jobs or joblib.cpu_count(), 'Random folds',
                              self.encoders_, lessons=self.lessons_)[self.best_single_]
         return softmax(logits/self.temperatures_[self.best_single_], axis=1)
 
     def _refit(self, blocks, weights, calibrator, geometric=False):
         "The chosen members on all training photos"
-        members,scalers,everyone = [],{},np.ones(len(self.y_), bool)
+        members = []
+        scalers = {}
+        everyone = np.ones(len(self.y_), bool)
         used = {b for c in weights for b in c.blocks}
-        encoders,blocks = _encode({b: blocks[b] for b in used}, {b: e for b,e in self.encoders_.items() if b in used}, everyone)
+        encoders,blocks = _encode({b: blocks[b] for b in used}, {b: e for b,e in self.encoders_.items() if b in used},
+                                  everyone)
         lessons = self.lessons_ and self.lessons_.encoded(encoders, used)
         with threadpool_limits(1):
             for join in dict.fromkeys(c.blocks for c in weights):
                 chosen = [c for c in weights if c.blocks==join]
-                scalers[join],fitted = _fit_join({b: blocks[b] for b in join}, self.y_, everyone, chosen, self.config.seed, lessons)
+                scalers[join],fitted = _fit_join({b: blocks[b] for b in join}, self.y_, everyone, chosen,
+                                                 self.config.seed, lessons)
                 members += [Member(c, weights[c], self.temperatures_.get(c, 1.), fitted[c.title]) for c in chosen]
-        return HybridModel(self.classes_.tolist(), sorted(members, key=lambda m: -m.weight), scalers, calibrator, encoders, geometric)
+        return HybridModel(self.classes_.tolist(), sorted(members, key=lambda m: -m.weight), scalers, calibrator,
+                           encoders, geometric)

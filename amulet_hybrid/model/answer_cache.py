@@ -22,7 +22,9 @@ class MemoryCache:
         limit:int=10_000 # Answers at most
     ):
         if limit < 1: raise ConfigError(f'`limit` must be at least 1, got {limit}')
-        self.limit,self._kept,self._lock = limit,OrderedDict(),threading.Lock()
+        self.limit = limit
+        self._kept = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key:str) -> bytes|None:
         "What is kept under `key`"
@@ -59,8 +61,14 @@ class RedisCache:
     ):
         redis = require('redis', 'redis')
         try: self._client = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
-        except (ValueError, TypeError) as error: raise ConfigError(f'this is no address of a Redis server: {error}', advice='redis://localhost:6379/0') from error
-        self.seconds,self.pause,self._until,self.failures,self._errors = seconds,pause,0.,0,redis.RedisError
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f'this is no address of a Redis server: {error}',
+                              advice='redis://localhost:6379/0') from error
+        self.seconds = seconds
+        self.pause = pause
+        self._until = 0.
+        self.failures = 0
+        self._errors = redis.RedisError
 
     def _ask(self, call):
         if time.monotonic() < self._until: return None
@@ -85,8 +93,11 @@ class RedisCache:
     def __len__(self): return 0
     bytes = 0
 
+# %% ../../nbs/50_model/70_answer_cache.ipynb #b8cb24ac
 def make_cache(
-    where:Any=True, # True: in memory; a number: so many answers in memory; an address of Redis; a cache of one's own; False or None: none
+    # True: in memory; a number: so many answers in memory; an address of Redis; a cache of one's own; False or None:
+    # none
+    where:Any=True,
 ) -> Any: # With `get`, `put` and `clear`; or None
     "The cache that was asked for"
     if where is None or where is False: return None

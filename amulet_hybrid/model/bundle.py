@@ -35,10 +35,16 @@ from ..base.signing import check_signature, sign_bytes
 
 # %% ../../nbs/50_model/50_bundle.ipynb #46ce9a60
 FORMAT = 3 # Raised when an older reader would misread
-MANIFEST,MODEL,SIGNATURE,TRAINING,REQUIREMENTS = 'manifest.json','model.json','signature.json','training','requirements_production.txt'
+MANIFEST = 'manifest.json'
+MODEL = 'model.json'
+SIGNATURE = 'signature.json'
+TRAINING = 'training'
+REQUIREMENTS = 'requirements_production.txt'
 _UNSIGNED = ('digest', 'created', 'measured', 'training', 'checksum') # Not part of what a bundle is
-_NEEDED = ('numpy', 'opencv-python-headless', 'pillow', 'threadpoolctl', 'tqdm', 'typer') # By whoever loads a bundle; blocks name more
-_SERVING = ('fastapi', 'uvicorn', 'httptools', 'uvloop', 'python-multipart', 'pydantic-settings', 'prometheus-client', 'jinja2',
+# By whoever loads a bundle; blocks name more
+_NEEDED = ('numpy', 'opencv-python-headless', 'pillow', 'threadpoolctl', 'tqdm', 'typer')
+_SERVING = ('fastapi', 'uvicorn', 'httptools', 'uvloop', 'python-multipart', 'pydantic-settings', 'prometheus-client',
+            'jinja2',
             'sqlalchemy', 'alembic') # By the service, and by its memory
 _ONLY = {'uvloop': '; sys_platform != "win32"'} # Where a package is not for every system
 
@@ -46,24 +52,30 @@ def _version(name):
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return ''
 
+# %% ../../nbs/50_model/50_bundle.ipynb #58f7621d
 def _versions():
     packages = ('numpy', 'scikit-learn', 'opencv-python-headless', 'onnxruntime', 'pillow', 'amulet_hybrid')
     return {'python': platform.python_version(), **{name: _version(name) for name in packages}}
 
+# %% ../../nbs/50_model/50_bundle.ipynb #5b8875d9
 def production_requirements(
     blocks:Sequence[str] # That the bundle needs
 ) -> str: # Lines for `pip install -r`
     "The few packages with which a bundle is served, as they are installed here"
     more = [p for b in blocks for p in getattr(EXTRACTORS[parse_block(b)[0]], 'packages', ())]
-    lines = [(f'{p}=={v}' if (v := _version(p)) else p)+_ONLY.get(p, '') for p in dict.fromkeys([*_NEEDED, *more, *_SERVING])]
+    lines = [(f'{p}=={v}' if (v := _version(p)) else p)+_ONLY.get(p, '')
+             for p in dict.fromkeys([*_NEEDED, *more, *_SERVING])]
     ours = _version('amulet_hybrid')
-    return '\n'.join([f'# To serve this bundle: pip install --no-deps amulet_hybrid{"==" if ours else ""}{ours}, then pip install -r {REQUIREMENTS}', *lines])+'\n'
+    return '\n'.join([f'# To serve this bundle: pip install --no-deps amulet_hybrid{"==" if ours else ""}{ours}, then '
+                      f'pip install -r {REQUIREMENTS}', *lines])+'\n'
 
+# %% ../../nbs/50_model/50_bundle.ipynb #c4b3cd34
 def _servable(block):
     "The same block as it is served: a net runs by onnxruntime, whatever ran it in training"
     params = block.get_params()
     return type(block)(**{**params, 'engine': 'onnx', 'half': False}) if params.get('engine')=='torch' else block
 
+# %% ../../nbs/50_model/50_bundle.ipynb #e7e1ecbc
 def _store_blocks(extractor, blocks, folder):
     "Settings of each extractor; a file that several blocks stand on is copied once"
     stored:dict[str,Any] = {}
@@ -76,12 +88,15 @@ def _store_blocks(extractor, blocks, folder):
                 files[digest] = f'{stem}_{len(files)+1}{Path(path).suffix}' if files else f'{stem}{Path(path).suffix}'
                 shutil.copyfile(path, folder/files[digest])
             used[setting] = files[digest]
-        params = {k: v for k,v in block.get_params().items() if k not in used and (k not in block.machine or v=='random')}
+        params = {k: v for k,v in block.get_params().items() if k not in used
+                  and (k not in block.machine or v=='random')}
         stored[name] = {'fingerprint': block.fingerprint(), 'params': params, **({'files': used} if used else {})}
     return stored
 
+# %% ../../nbs/50_model/50_bundle.ipynb #130b750b
 def _entry(path): return {'sha256': file_digest(path), 'bytes': path.stat().st_size}
 
+# %% ../../nbs/50_model/50_bundle.ipynb #28e1319a
 @dataclass
 class HeldOut:
     "Photos that had no part in training, on which a bundle has to prove itself"
@@ -106,7 +121,8 @@ def save_bundle(
     "Write everything that a prediction needs; raises `BundleError` where it would not answer as the model does"
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder/MANIFEST).is_file():
-        raise BundleError('the folder is not empty and holds no bundle', code='not_empty', where=folder, advice='Name another one')
+        raise BundleError('the folder is not empty and holds no bundle', code='not_empty', where=folder,
+                          advice='Name another one')
     cascade,rows = cascade or Cascade([]),None if held_out is None else held_out.blocks
     tiers = [*cascade.tiers, Tier('ensemble', ServedModel.of(model, rows), cascade.threshold)]
     blocks = list(dict.fromkeys(b for t in tiers for b in t.model.blocks))
@@ -114,10 +130,13 @@ def save_bundle(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.bundle-') as name:
         part = Path(name)/'bundle'
         part.mkdir()
-        about = {'format': FORMAT, 'classes': list(model.classes), 'features': extractor.config.only(blocks).replace(weights='none').to_dict(),
-                 'blocks': _store_blocks(extractor, blocks, part), 'data': data or {}, 'figures': figures or {}, 'versions': _versions()}
+        about = {'format': FORMAT, 'classes': list(model.classes),
+                 'features': extractor.config.only(blocks).replace(weights='none').to_dict(),
+                 'blocks': _store_blocks(extractor, blocks, part), 'data': data or {}, 'figures': figures or {},
+                 'versions': _versions()}
         _write_parts(part, tiers, cascade, about, training or {}, blocks, dict(card or {}))
-        manifest = {**about, 'files': {p.name: _entry(p) for p in sorted(part.iterdir())}, 'training': _write_training(part, model) if keep_training else {}, 'measured': {},
+        manifest = {**about, 'files': {p.name: _entry(p) for p in sorted(part.iterdir())},
+                    'training': _write_training(part, model) if keep_training else {}, 'measured': {},
                     'created': created}
         digest = _write_manifest(part, manifest)
         if held_out is not None:
@@ -128,14 +147,19 @@ def save_bundle(
         part.rename(folder)
     return digest
 
+# %% ../../nbs/50_model/50_bundle.ipynb #f6e35320
 def _write_parts(part, tiers, cascade, about, training, blocks, card):
     for t in tiers: (part/f'{t.name}.npz').write_bytes(pack_arrays(t.model.to_arrays()))
-    parts = card_parts(about, [t.about() for t in tiers], {r['tier']: r for r in cascade.table}, card.get('about', ''), card.get('not_for', ()))
+    parts = card_parts(about, [t.about() for t in tiers], {r['tier']: r for r in cascade.table}, card.get('about', ''),
+                       card.get('not_for', ()))
     title = card.get('title') or f'{len(about["classes"])} classes by {" + ".join(tiers[-1].model.blocks)}'
-    contents = {MODEL: dump_json({'tiers': [t.to_dict() for t in tiers], 'cascade': cascade.table, 'notes': cascade.notes}), 'training_config.json': dump_json(training),
-                REQUIREMENTS: production_requirements(blocks).encode(), 'MODEL_CARD.md': card_markdown(title, parts).encode(), 'MODEL_CARD.html': card_html(title, parts).encode()}
+    contents = {MODEL: dump_json({'tiers': [t.to_dict() for t in tiers], 'cascade': cascade.table,
+                                  'notes': cascade.notes}), 'training_config.json': dump_json(training),
+                REQUIREMENTS: production_requirements(blocks).encode(), 'MODEL_CARD.md': card_markdown(title,
+            parts).encode(), 'MODEL_CARD.html': card_html(title, parts).encode()}
     for name,content in contents.items(): (part/name).write_bytes(content)
 
+# %% ../../nbs/50_model/50_bundle.ipynb #f0d6bd22
 def _write_training(part, model):
     "For whoever goes on training in Python; nothing here ever opens it"
     (part/TRAINING).mkdir()
@@ -143,11 +167,13 @@ def _write_training(part, model):
     path.write_bytes(pickle.dumps(model, protocol=5)) # as joblib would, but the same bytes each time
     return {path.name: _entry(path)}
 
+# %% ../../nbs/50_model/50_bundle.ipynb #ee82a780
 def _write_manifest(folder, manifest):
     "Identity, and a checksum of all that the manifest says"
     manifest = {k: v for k,v in manifest.items() if k not in ('digest', 'checksum')}
     manifest['digest'] = json_digest({k: v for k,v in manifest.items() if k not in _UNSIGNED})
-    with atomic_write(folder/MANIFEST) as part: part.write_bytes(dump_json({**manifest, 'checksum': json_digest(manifest)}))
+    with atomic_write(folder/MANIFEST) as part:
+        part.write_bytes(dump_json({**manifest, 'checksum': json_digest(manifest)}))
     return manifest['digest']
 
 # %% ../../nbs/50_model/50_bundle.ipynb #3721e7e6
@@ -159,18 +185,22 @@ def check_parity(
 ) -> float: # The largest one that was found
     "Every held-out photo from its file through the bundle: the class and the probabilities of the trained model, or `BundleError`"
     want = model.predict_proba(held_out.blocks)
-    ways = {'rows': held_out.blocks, **({'photos': bundle.extractor.extract_batch(list(held_out.photos))} if len(held_out.photos) else {})}
+    ways = {'rows': held_out.blocks,
+            **({'photos': bundle.extractor.extract_batch(list(held_out.photos))} if len(held_out.photos) else {})}
     worst = 0.
     for what,blocks in ways.items():
         got = bundle.model.predict_proba(blocks)
         gap = np.abs(got-want).max(1)
         if (bad := np.flatnonzero((gap > tolerance) | ~np.isfinite(gap) | (got.argmax(1)!=want.argmax(1)))).size:
-            raise BundleError(f'it answers otherwise than the trained model on {len(bad)} of {len(want)} held-out {what} (largest difference {gap.max():.1e})', code='no_parity',
+            raise BundleError(f'it answers otherwise than the trained model on {len(bad)} of {len(want)} held-out '
+                              f'{what} (largest difference {gap.max():.1e})', code='no_parity',
                               where=bundle.folder,
-                              advice='This is a mistake of the software or of an extractor of your own whose numbers are not the same each time')
+                              advice='This is a mistake of the software or of an extractor of your own whose numbers '
+                                     'are not the same each time')
         worst = max(worst, float(gap.max()))
     return worst
 
+# %% ../../nbs/50_model/50_bundle.ipynb #727bddf3
 def _cost(tier, extractor, photo, known):
     "Wall and processor milliseconds that a tier adds to what is known of a photo"
     start,busy = time.perf_counter(),time.thread_time()
@@ -181,6 +211,7 @@ def _cost(tier, extractor, photo, known):
         if tier.model.novelty is not None: tier.model.novelty.score(known)
     return 1000*(time.perf_counter()-start),1000*(time.thread_time()-busy)
 
+# %% ../../nbs/50_model/50_bundle.ipynb #a142ce0c
 def measure_tiers(
     bundle:'Bundle',
     held_out:HeldOut # Whose first photos are measured
@@ -188,27 +219,32 @@ def measure_tiers(
     "What reading a photo costs, and each tier, alone and on top of the ones before"
     photos = list(held_out.photos)[:held_out.sample]
     if not photos: return {}
-    found:dict[str,dict[str,list[float]]] = {t.name: {k: [] for k in ('alone', 'added', 'alone_cpu', 'added_cpu')} for t in bundle.tiers}
+    found:dict[str,dict[str,list[float]]] = {t.name: {k: [] for k in ('alone', 'added', 'alone_cpu', 'added_cpu')}
+                                             for t in bundle.tiers}
     decode:list[float] = []
     for source in photos[:2]+photos: # the first two warm up
         start,known = time.perf_counter(),{}
         photo = bundle.extractor.read(source)
         decode.append(1000*(time.perf_counter()-start))
         for t in bundle.tiers:
-            alone,added = _cost(t, bundle.extractor, bundle.extractor.read(source), {}),_cost(t, bundle.extractor, photo, known)
+            alone = _cost(t, bundle.extractor, bundle.extractor.read(source), {})
+            added = _cost(t, bundle.extractor, photo, known)
             for k,v in zip(found[t.name], (alone[0], added[0], alone[1], added[1])): found[t.name][k].append(v)
     def middle(values): return round(statistics.median(values[-len(photos):]), 3)
-    return {'decode': middle(decode), 'tiers': {name: {k: middle(v) for k,v in row.items()} for name,row in found.items()}}
+    return {'decode': middle(decode),
+            'tiers': {name: {k: middle(v) for k,v in row.items()} for name,row in found.items()}}
 
 # %% ../../nbs/50_model/50_bundle.ipynb #29f44bd8
 _NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}')
-_FIELDS:dict[str,type] = {'format': int, 'classes': list, 'features': dict, 'blocks': dict, 'data': dict, 'figures': dict, 'versions': dict, 'files': dict, 'training': dict,
+_FIELDS:dict[str,type] = {'format': int, 'classes': list, 'features': dict, 'blocks': dict, 'data': dict,
+                          'figures': dict, 'versions': dict, 'files': dict, 'training': dict,
                           'measured': dict,
                           'created': str, 'digest': str, 'checksum': str}
 _REQUIRED = (MODEL, 'ensemble.npz', 'training_config.json', 'MODEL_CARD.md', 'MODEL_CARD.html', REQUIREMENTS)
 
 def _refuse(why, code, where, advice='') -> NoReturn: raise BundleError(why, code=code, where=where, advice=advice)
 
+# %% ../../nbs/50_model/50_bundle.ipynb #2a081d2c
 def _read(path, most=None):
     "Bytes of a regular file; links are not followed"
     try:
@@ -216,45 +252,67 @@ def _read(path, most=None):
         if not path.is_file(): _refuse('the file is missing', 'missing_file', path, 'Copy the bundle again')
         if most is not None and path.stat().st_size > most: _refuse(f'larger than {most:,} bytes', 'changed_file', path)
         return path.read_bytes()
-    except OSError as error: raise BundleError(f'cannot be read: {error.strerror}', code='unreadable', where=path) from error
+    except OSError as error:
+        raise BundleError(f'cannot be read: {error.strerror}', code='unreadable', where=path) from error
 
+# %% ../../nbs/50_model/50_bundle.ipynb #9c8095aa
 def _read_manifest(folder, public_key):
     path = folder/MANIFEST
-    if not path.is_symlink() and not path.is_file(): _refuse('no manifest.json: this is no bundle', 'no_bundle', folder, 'Name the folder that training wrote, usually .../bundle')
+    if not path.is_symlink() and not path.is_file():
+        _refuse('no manifest.json: this is no bundle', 'no_bundle', folder,
+                'Name the folder that training wrote, usually .../bundle')
     data = _read(path, MOST_JSON)
     manifest = parse_json(data, path)
-    if not isinstance(manifest, dict) or type(manifest.get('format')) is not int: _refuse('manifest.json is not one of ours', 'bad_manifest', path)
-    if (made := manifest['format']) > FORMAT: _refuse(f'format {made} is newer than {FORMAT}, the one known here', 'newer_format', folder, 'Update amulet_hybrid')
-    if made < FORMAT: _refuse(f'format {made} is older than {FORMAT} and is no longer read', 'older_format', folder, 'Train again')
-    if wrong := [k for k,kind in _FIELDS.items() if not isinstance(manifest.get(k), kind)]: _refuse(f'manifest.json has no {wrong[0]}, or not of the right kind', 'bad_manifest',
-                                                            path)
-    if manifest['checksum']!=json_digest({k: v for k,v in manifest.items() if k!='checksum'}) or manifest['digest']!=json_digest({k: v for k,
+    if not isinstance(manifest, dict) or type(manifest.get('format')) is not int:
+        _refuse('manifest.json is not one of ours', 'bad_manifest', path)
+    if (made := manifest['format']) > FORMAT:
+        _refuse(f'format {made} is newer than {FORMAT}, the one known here', 'newer_format', folder,
+                'Update amulet_hybrid')
+    if made < FORMAT:
+        _refuse(f'format {made} is older than {FORMAT} and is no longer read', 'older_format', folder, 'Train again')
+    if wrong := [k for k,kind in _FIELDS.items() if not isinstance(manifest.get(k), kind)]:
+        _refuse(f'manifest.json has no {wrong[0]}, or not of the right kind', 'bad_manifest',
+path)
+    if manifest['checksum']!=json_digest({k: v for k,v in manifest.items()
+                                          if k!='checksum'}) or manifest['digest']!=json_digest({k: v for k,
                                                             v in manifest.items() if k not in _UNSIGNED}):
         _refuse('manifest.json was changed after the bundle was made', 'changed_file', path)
     if public_key is not None:
-        if not (folder/SIGNATURE).is_file(): _refuse('it is not signed, but a key was given to check it by', 'unsigned', folder, 'Sign it with: amulet bundle sign')
+        if not (folder/SIGNATURE).is_file():
+            _refuse('it is not signed, but a key was given to check it by', 'unsigned', folder,
+                    'Sign it with: amulet bundle sign')
         check_signature(data, _read(folder/SIGNATURE, 10_000), public_key, folder/SIGNATURE)
     return manifest
 
+# %% ../../nbs/50_model/50_bundle.ipynb #00cd8337
 def _check_file(folder, name, entry, keep=False):
     "Size and digest; the bytes where they are wanted"
-    if not _NAME.fullmatch(name): _refuse(f'{name[:100]!r} lies outside the bundle, or is no name of a file', 'outside', folder)
-    if not isinstance(entry, dict) or type(entry.get('bytes')) is not int or not isinstance(entry.get('sha256'), str): _refuse(f'{name} has no size and digest', 'bad_manifest',
-                                                            folder/MANIFEST)
+    if not _NAME.fullmatch(name):
+        _refuse(f'{name[:100]!r} lies outside the bundle, or is no name of a file', 'outside', folder)
+    if not isinstance(entry, dict) or type(entry.get('bytes')) is not int or not isinstance(entry.get('sha256'), str):
+        _refuse(f'{name} has no size and digest', 'bad_manifest',
+folder/MANIFEST)
     data = _read(folder/name, entry['bytes'])
-    if len(data)!=entry['bytes'] or bytes_digest(data)!=entry['sha256']: _refuse('the file is not the one that was saved', 'changed_file', folder/name, 'Copy the bundle again')
+    if len(data)!=entry['bytes'] or bytes_digest(data)!=entry['sha256']:
+        _refuse('the file is not the one that was saved', 'changed_file', folder/name, 'Copy the bundle again')
     return data if keep else None
 
+# %% ../../nbs/50_model/50_bundle.ipynb #8e51e63f
 def _check_folder(folder, public_key=None):
     "Manifest, and the verified content of JSON and arrays"
     folder = Path(folder)
     manifest = _read_manifest(folder, public_key)
-    if lacking := [f for f in _REQUIRED if f not in manifest['files']]: _refuse(f'{lacking[0]} is not listed', 'missing_file', folder)
-    content = {name: _check_file(folder, name, entry, name.endswith(('.json', '.npz'))) for name,entry in manifest['files'].items()}
-    if odd := sorted(p.name for p in folder.iterdir() if p.name not in {*manifest['files'], MANIFEST, SIGNATURE, TRAINING}):
-        _refuse(f'{odd[0]!r} is not listed in its manifest', 'unlisted_file', folder, 'Take out what does not belong to it')
+    if lacking := [f for f in _REQUIRED if f not in manifest['files']]:
+        _refuse(f'{lacking[0]} is not listed', 'missing_file', folder)
+    content = {name: _check_file(folder, name, entry, name.endswith(('.json', '.npz')))
+               for name,entry in manifest['files'].items()}
+    if odd := sorted(p.name for p in folder.iterdir()
+                     if p.name not in {*manifest['files'], MANIFEST, SIGNATURE, TRAINING}):
+        _refuse(f'{odd[0]!r} is not listed in its manifest', 'unlisted_file', folder,
+                'Take out what does not belong to it')
     return manifest,content
 
+# %% ../../nbs/50_model/50_bundle.ipynb #11f9bbe9
 def verify_bundle(
     folder:str|Path, # A bundle
     public_key:str|Path|None=None, # PEM file of whoever must have signed it; None: signatures are not looked at
@@ -267,6 +325,7 @@ def verify_bundle(
         for name,entry in manifest['training'].items(): _check_file(Path(folder)/TRAINING, name, entry)
     return manifest
 
+# %% ../../nbs/50_model/50_bundle.ipynb #555c64f3
 def sign_bundle(
     folder:str|Path, # A bundle
     private_key:str|Path # PEM file; see `make_keys`
@@ -303,6 +362,7 @@ class Bundle:
         "Short digest, by which answers name their model"
         return self.manifest['digest'][:12]
 
+# %% ../../nbs/50_model/50_bundle.ipynb #79a05e11
 def load_bundle(
     folder:str|Path, # What `save_bundle` wrote
     public_key:str|Path|None=None # PEM file of whoever must have signed it; None: signatures are not looked at
@@ -311,40 +371,53 @@ def load_bundle(
     folder = Path(folder)
     manifest,content = _check_folder(folder, public_key)
     classes,about = manifest['classes'],parse_json(content[MODEL], folder/MODEL)
-    if len(classes) < 2 or len(set(map(str, classes)))!=len(classes) or not all(isinstance(c, str) for c in classes): _refuse('its classes are no two or more different names',
-                                                            'bad_manifest', folder)
+    if len(classes) < 2 or len(set(map(str, classes)))!=len(classes) or not all(isinstance(c, str) for c in classes):
+        _refuse('its classes are no two or more different names',
+'bad_manifest', folder)
     try:
         names = [t['name'] for t in about['tiers']]
-        if not names or names[-1]!='ensemble' or names!=[t for t in TIERS if t in names]: raise ValueError(f'tiers {names}')
-        if any(str(b).partition(':')[0]=='table' for b in manifest['blocks']): from amulet_hybrid.features import tables # noqa: F401 (registers its block, and needs pandas)
+        if not names or names[-1]!='ensemble' or names!=[t for t in TIERS if t in names]:
+            raise ValueError(f'tiers {names}')
+        if any(str(b).partition(':')[0]=='table' for b in manifest['blocks']):
+            from amulet_hybrid.features import tables # noqa: F401 (registers its block, and needs pandas)
         settings = FeatureConfig.from_dict(manifest['features'])
         features = [(str(name), dict(stored)) for name,stored in manifest['blocks'].items()]
-    except (KeyError, TypeError, ValueError, FeatureError) as error: raise BundleError(f'cannot be read: {error}', code='bad_model', where=folder/MODEL) from error
+    except (KeyError, TypeError, ValueError, FeatureError) as error:
+        raise BundleError(f'cannot be read: {error}', code='bad_model', where=folder/MODEL) from error
     except Exception as error:
-        if getattr(error, 'code', '') in ('unknown_block', 'unknown_preset', 'unknown_setting', 'bad_setting'): raise _unknown(folder, error) from error
+        if getattr(error, 'code', '') in ('unknown_block', 'unknown_preset', 'unknown_setting', 'bad_setting'):
+            raise _unknown(folder, error) from error
         raise
     extractors = {name: _load_block(folder, name, stored, manifest['files']) for name,stored in features}
     tiers = []
     for t in about['tiers']:
         if (file := f'{t["name"]}.npz') not in content: _refuse(f'{file} is not listed', 'missing_file', folder)
         try: model = ServedModel.load(t, unpack_arrays(content.pop(file), folder/file), classes, extractors)
-        except BundleError as error: raise BundleError(error.message, code=error.code, where=folder/file, advice=error.advice) from error
-        if lacking := [b for b in model.blocks if b not in extractors]: _refuse(f'no block {lacking[0]!r} is there for it', 'bad_model', folder/file)
-        tiers.append(Tier(t['name'], model, float(t['threshold']), dict(manifest['measured'].get('tiers', {}).get(t['name'], {})), str(t.get('rules', ''))))
-    return Bundle(folder, manifest, tiers, HybridFeatureExtractor(settings, extractors=extractors), list(about.get('cascade', [])),
+        except BundleError as error:
+            raise BundleError(error.message, code=error.code, where=folder/file, advice=error.advice) from error
+        if lacking := [b for b in model.blocks if b not in extractors]:
+            _refuse(f'no block {lacking[0]!r} is there for it', 'bad_model', folder/file)
+        tiers.append(Tier(t['name'], model, float(t['threshold']),
+                          dict(manifest['measured'].get('tiers', {}).get(t['name'], {})), str(t.get('rules', ''))))
+    return Bundle(folder, manifest, tiers, HybridFeatureExtractor(settings, extractors=extractors),
+                  list(about.get('cascade', [])),
                   [*about.get('notes', []), *_savings(tiers)])
 
+# %% ../../nbs/50_model/50_bundle.ipynb #29cccc3e
 def _savings(tiers):
     "Whether a cascade pays, by what was measured when the bundle was made; no part of its digest"
     alone = {t.name: t.milliseconds.get('alone_cpu') for t in tiers}
     if not alone.get('neural') or not alone['ensemble']: return []
     times = alone['ensemble']/alone['neural']
-    return [f'The ensemble costs {times:.1f} times what the neural tier costs'+('.' if times >= 3 else ': there is little to save.')]
+    return [f'The ensemble costs {times:.1f} times what the neural tier costs'
+            +('.' if times >= 3 else ': there is little to save.')]
 
+# %% ../../nbs/50_model/50_bundle.ipynb #85f40702
 def _unknown(folder, error):
     return BundleError(f'it needs a block that is not known here: {error.message}', code='unknown_block', where=folder,
                        advice='An extractor of your own must be in EXTRACTORS before the bundle is loaded')
 
+# %% ../../nbs/50_model/50_bundle.ipynb #c9aee347
 def _load_block(folder, name, stored, files):
     try:
         params = {k: tuple(v) if isinstance(v, list) else v for k,v in stored['params'].items()}
@@ -352,15 +425,20 @@ def _load_block(folder, name, stored, files):
             if file not in files: _refuse(f'{str(file)[:100]!r} is not listed', 'missing_file', folder)
             params[setting] = folder/file
         kind = parse_block(name)[0]
-        if 'threads' in inspect.signature(EXTRACTORS[kind]).parameters: params['threads'] = min(4, os.cpu_count() or 1) # whoever asks a bundle waits for it
+        # whoever asks a bundle waits for it
+        if 'threads' in inspect.signature(EXTRACTORS[kind]).parameters: params['threads'] = min(4, os.cpu_count() or 1)
         block = make_extractor(kind, **params)
     except FeatureError as error: raise _unknown(folder, error) from error
-    except (KeyError, TypeError, AttributeError) as error: raise BundleError(f'the block {name[:60]} is not described as we do: {error}', code='bad_manifest',
-                                                            where=folder) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f'the block {name[:60]} is not described as we do: {error}', code='bad_manifest',
+         where=folder) from error
     if block.fingerprint()!=stored.get('fingerprint'):
-        raise BundleError(f'the block {name} measures differently in this version than in the one that the model was trained with', code='other_features', where=folder,
+        raise BundleError(f'the block {name} measures differently in this version than in the one that the model was '
+                          f'trained with', code='other_features', where=folder,
                           advice='Install the version that the manifest names, or train again')
     try: block.prepare()
-    except FeatureError as error: raise BundleError(f'the block {name[:60]} cannot be used: {error.message}', code='bad_net', where=error.where or folder,
-                                                    advice=error.advice) from error
+    except FeatureError as error:
+        raise BundleError(f'the block {name[:60]} cannot be used: {error.message}', code='bad_net',
+                          where=error.where or folder,
+                          advice=error.advice) from error
     return block

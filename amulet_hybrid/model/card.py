@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 # %% ../../nbs/50_model/40_card.ipynb #a632216f
-NOT_FOR = ('Whether a piece is genuine, how old it is, or what it is worth: the model compares looks with the photos it was shown, and a good copy looks the same.',
-           'Anything about people, and any decision that nobody looks at again: every answer is a guess with a stated confidence.',
-           'Photos unlike those it learned from (another camera, background, light or kind of object) before it was judged on some of them: amulet evaluate.')
+NOT_FOR = ('Whether a piece is genuine, how old it is, or what it is worth: the model compares looks with the photos '
+           'it was shown, and a good copy looks the same.',
+           'Anything about people, and any decision that nobody looks at again: every answer is a guess with a stated '
+           'confidence.',
+           'Photos unlike those it learned from (another camera, background, light or kind of object) before it was '
+           'judged on some of them: amulet evaluate.')
 
 @dataclass
 class Part:
@@ -22,65 +25,97 @@ class Part:
     title:str
     body:list[Any] # A text, a list of points, or a table as (columns, rows)
 
-def _interval(f): return f'{f["value"]:.3f} ({f["low"]:.3f} to {f["high"]:.3f})' if f.get('low') is not None else f'{f["value"]:.3f}'
+# %% ../../nbs/50_model/40_card.ipynb #d394fe9c
+def _interval(f):
+    return f'{f["value"]:.3f} ({f["low"]:.3f} to {f["high"]:.3f})' if f.get('low') is not None else f'{f["value"]:.3f}'
 
+# %% ../../nbs/50_model/40_card.ipynb #5bfa2f48
 def _knows(manifest):
     data,figures = manifest['data'],manifest['figures'].get('per_class', {})
     counts = data.get('classes', {})
-    def row(c): return [c, str(counts.get(c, '')), *([f'{figures[c][k]:.2f}' if figures.get(c, {}).get(k) is not None else '' for k in ('recall', 'precision')] if figures else [])]
-    return Part('What it knows', [f'{len(manifest["classes"])} classes, and nothing else: whatever it is shown, it can only name one of these, or decline.',
-                                  (['class', 'photos', *(['recall', 'precision'] if figures else [])], [row(c) for c in manifest['classes']])])
+    def row(c):
+        return [c, str(counts.get(c, '')), *([f'{figures[c][k]:.2f}' if figures.get(c, {}).get(k) is not None else ''
+                                              for k in ('recall', 'precision')] if figures else [])]
+    return Part('What it knows', [f'{len(manifest["classes"])} classes, and nothing else: whatever it is shown, it can '
+                                  f'only name one of these, or decline.',
+                                  (['class', 'photos', *(['recall', 'precision'] if figures else [])],
+                                   [row(c) for c in manifest['classes']])])
 
+# %% ../../nbs/50_model/40_card.ipynb #c0b7511f
 def _photos(manifest):
     data,f = manifest['data'],manifest['features']
     points = []
-    if data.get('photos'): points.append(f'{data["photos"]} photos of {data.get("groups", "?")} independent sources, those held out for the figures below among them.')
-    if data.get('fingerprint'): points.append(f'Fingerprint of photos, labels, groups and split: {data["fingerprint"][:16]}.')
-    points.append(f'Read upright and as RGB; brought to a square by "{f["mode"]}"; a JPEG is decoded at {f["decode_at"]} pixels or more.')
+    if data.get('photos'):
+        points.append(f'{data["photos"]} photos of {data.get("groups", "?")} independent sources, those held out for '
+                      f'the figures below among them.')
+    if data.get('fingerprint'):
+        points.append(f'Fingerprint of photos, labels, groups and split: {data["fingerprint"][:16]}.')
+    points.append(f'Read upright and as RGB; brought to a square by "{f["mode"]}"; a JPEG is decoded at '
+                  f'{f["decode_at"]} pixels or more.')
     return Part('On what photos', [points])
 
+# %% ../../nbs/50_model/40_card.ipynb #de1dacf8
 def _figures(manifest):
     figures = manifest['figures']
-    if not figures.get('overall'): return Part('How well', ['It was not judged on photos that were held out. Do so before it is used: amulet evaluate.'])
+    if not figures.get('overall'):
+        return Part('How well', ['It was not judged on photos that were held out. Do so before it is used: amulet '
+                                 'evaluate.'])
     rows = [[k.replace('_', ' '), _interval(f)] for k,f in figures['overall'].items() if f.get('value') is not None]
     share = round(100*figures.get('confidence', .95))
-    words = (f'On {figures["n"]} photos of {figures["n_groups"]} sources that had no part in training, with {share} % intervals over sources. '
+    words = (f'On {figures["n"]} photos of {figures["n_groups"]} sources that had no part in training, with {share} % '
+             f'intervals over sources. '
              'A photo of a new source will do as these did, if it is of the same kind.')
     return Part('How well', [words, (['figure', 'value'], rows)])
 
+# %% ../../nbs/50_model/40_card.ipynb #713c0c8d
 def _decides(tiers, table):
-    voices = [[t['name'], v['title'], ' + '.join(v['blocks']), f'{v["weight"]:.2f}'] for t in tiers for v in t['voices']]
+    voices = [[t['name'], v['title'], ' + '.join(v['blocks']), f'{v["weight"]:.2f}'] for t in tiers
+              for v in t['voices']]
     body:list[Any] = [(['tier', 'model', 'looks at', 'weight'], voices)]
     if len(tiers) > 1:
-        body.insert(0, 'From cheap to dear: a tier answers when its confidence reaches its threshold and the photo does not look strange to it; otherwise the next is asked. '
+        body.insert(0, 'From cheap to dear: a tier answers when its confidence reaches its threshold and the photo '
+                       'does not look strange to it; otherwise the next is asked. '
                        'Thresholds were fitted on out-of-fold predictions of the training photos.')
-        body.append((['tier', 'threshold', 'answers'], [[t['name'], f'{t["threshold"]:.3f}' if t['threshold'] <= 1 else 'only as a fallback',
-                                                         f'{table.get(t["name"], {}).get("share", 0):.0%}'] for t in tiers]))
+        body.append((['tier', 'threshold', 'answers'],
+                     [[t['name'], f'{t["threshold"]:.3f}' if t['threshold'] <= 1 else 'only as a fallback',
+                                                         f'{table.get(t["name"], {}).get("share", 0):.0%}']
+                      for t in tiers]))
     return Part('How it decides', body)
 
+# %% ../../nbs/50_model/40_card.ipynb #93d0c86c
 def _limits(manifest, tiers):
     last,points = tiers[-1],[]
     rate,told = last.get('false_alarm_rate'),last.get('novelty_auroc')
     if rate:
-        trials = f'; in trials with a class left out, strangers were told from known ones with an AUROC of {told:.2f} (0.5 is chance)' if told else ''
-        points.append(f'A thing of no known class gets no name when it is stranger than {1-rate:.0%} of known photos{trials}.')
-    else: points.append('It has no detector of things that it never saw: a stranger is named as one of the classes, perhaps with confidence.')
-    if last.get('coverage'): points.append(f'A prediction set holds the true class for {last["coverage"]:.0%} of photos like those of training, not for each class alone.')
+        trials = (f'; in trials with a class left out, strangers were told from known ones with an AUROC of {told:.2f} '
+                  f'(0.5 is chance)') if told else ''
+        points.append(f'A thing of no known class gets no name when it is stranger than {1-rate:.0%} of known '
+                      f'photos{trials}.')
+    else:
+        points.append('It has no detector of things that it never saw: a stranger is named as one of the classes, '
+                      'perhaps with confidence.')
+    if last.get('coverage'):
+        points.append(f'A prediction set holds the true class for {last["coverage"]:.0%} of photos like those of '
+                      f'training, not for each class alone.')
     few = [c for c,n in manifest['data'].get('classes', {}).items() if n < 30]
     if few: points.append(f'Fewer than 30 photos: {", ".join(few)}. What is said of these rests on little.')
-    points.append('Two photos of one source are no two witnesses: figures hold for new sources only as far as these sources are like them.')
+    points.append('Two photos of one source are no two witnesses: figures hold for new sources only as far as these '
+                  'sources are like them.')
     return Part('Limits', [points])
 
+# %% ../../nbs/50_model/40_card.ipynb #acfb8f1c
 def card_parts(
     manifest:Mapping[str,Any], # Of the bundle: classes, data, figures, features, versions
-    tiers:Sequence[Mapping[str,Any]], # From cheap to dear: name, voices, threshold, and what is known of coverage and novelty
+    # From cheap to dear: name, voices, threshold, and what is known of coverage and novelty
+    tiers:Sequence[Mapping[str,Any]],
     table:Mapping[str,Mapping[str,float]]|None=None, # Tier -> what it did out of fold
     about:str='', # In the maker's words
     not_for:Sequence[str]=() # What else it must not be used for
 ) -> list[Part]:
     "The card, part by part"
     software = ', '.join(f'{k} {v}' for k,v in manifest['versions'].items() if v)
-    return [*([Part('About', [about])] if about else []), _knows(manifest), _photos(manifest), _figures(manifest), _decides(tiers, table or {}), _limits(manifest, tiers),
+    return [*([Part('About', [about])] if about else []), _knows(manifest), _photos(manifest), _figures(manifest),
+            _decides(tiers, table or {}), _limits(manifest, tiers),
             Part('What it must not be used for', [[*NOT_FOR, *not_for]]), Part('Made with', [software+'.'])]
 
 # %% ../../nbs/50_model/40_card.ipynb #ccab54a6
@@ -93,12 +128,18 @@ def card_markdown(title:str, parts:Sequence[Part]) -> str:
         if isinstance(x, str): return md(x)
         if isinstance(x, list): return '\n'.join(f'- {md(p)}' for p in x)
         columns,rows = x
-        return '\n'.join(f'| {" | ".join(map(md, row))} |' for row in (columns, ['---']*len(columns), *rows)).replace('\\-', '-')
-    return '\n\n'.join([f'# {md(title)}', *(f'## {md(p.title)}\n\n'+'\n\n'.join(map(show, p.body)) for p in parts)])+'\n'
+        return '\n'.join(f'| {" | ".join(map(md, row))} |'
+                         for row in (columns, ['---']*len(columns), *rows)).replace('\\-', '-')
+    return '\n\n'.join([f'# {md(title)}',
+                        *(f'## {md(p.title)}\n\n'+'\n\n'.join(map(show, p.body)) for p in parts)])+'\n'
 
-_STYLE = ('body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#222}h1{font-size:1.6rem}'
-          'h2{font-size:1.15rem;border-top:1px solid #ddd;padding-top:.8rem}table{border-collapse:collapse;margin:.6rem 0}'
-          'td,th{text-align:left;vertical-align:top;padding:.2rem 1.2rem .2rem 0;border-bottom:1px solid #eee}td{overflow-wrap:anywhere}')
+# %% ../../nbs/50_model/40_card.ipynb #76e91f81
+_STYLE = ('body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 '
+          '1rem;color:#222}h1{font-size:1.6rem}'
+          'h2{font-size:1.15rem;border-top:1px solid '
+          '#ddd;padding-top:.8rem}table{border-collapse:collapse;margin:.6rem 0}'
+          'td,th{text-align:left;vertical-align:top;padding:.2rem 1.2rem .2rem 0;border-bottom:1px solid '
+          '#eee}td{overflow-wrap:anywhere}')
 
 def card_html(title:str, parts:Sequence[Part]) -> str:
     "The card as a page that fetches nothing and runs nothing"
@@ -107,7 +148,9 @@ def card_html(title:str, parts:Sequence[Part]) -> str:
         if isinstance(x, str): return f'<p>{e(x)}</p>'
         if isinstance(x, list): return '<ul>'+''.join(f'<li>{e(str(p))}</li>' for p in x)+'</ul>'
         columns,rows = x
-        return '<table><tr>'+''.join(f'<th>{e(c)}</th>' for c in columns)+'</tr>'+''.join('<tr>'+''.join(f'<td>{e(str(c))}</td>' for c in row)+'</tr>' for row in rows)+'</table>'
+        return '<table><tr>'+''.join(f'<th>{e(c)}</th>' for c in columns)+'</tr>'+''.join('<tr>'
+                +''.join(f'<td>{e(str(c))}</td>' for c in row)+'</tr>' for row in rows)+'</table>'
     body = ''.join(f'<h2>{e(p.title)}</h2>'+''.join(map(show, p.body)) for p in parts)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{e(title)}</title><style>{_STYLE}</style></head>'
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width"><title>{e(title)}</title><style>{_STYLE}</style></head>'
             f'<body><h1>{e(title)}</h1>{body}</body></html>\n')

@@ -23,13 +23,16 @@ from .inference import THRESHOLDS, Cascade, ServedModel, Tier, Voice
 from ..learn.trainer import HybridTrainer
 
 # %% ../../nbs/50_model/30_cascade.ipynb #5efa39fc
-def _grow(X, y, depth, seed): return DecisionTreeClassifier(max_depth=depth, min_samples_leaf=max(3, len(y)//100), random_state=seed).fit(X, y)
+def _grow(X, y, depth, seed):
+    return DecisionTreeClassifier(max_depth=depth, min_samples_leaf=max(3, len(y)//100), random_state=seed).fit(X, y)
 
+# %% ../../nbs/50_model/30_cascade.ipynb #ee23890e
 def _spread_out(model, proba, n_classes): # A class that a fold lacks has probability 0
     out = np.zeros((len(proba), n_classes))
     out[:,model.classes_] = proba
     return out
 
+# %% ../../nbs/50_model/30_cascade.ipynb #9f0ab2f6
 def rules_text(
     tree:DecisionTreeClassifier, # Fitted
     classes:Sequence[str], # Names of all classes
@@ -41,11 +44,14 @@ def rules_text(
         pad = '    '*depth
         if t.children_left[node] < 0:
             share = t.value[node,0]/t.value[node,0].sum()
-            return [f'{pad}{classes[tree.classes_[share.argmax()]]} ({share.max():.0%} of {t.n_node_samples[node]} photos)']
+            return [f'{pad}{classes[tree.classes_[share.argmax()]]} ({share.max():.0%} of {t.n_node_samples[node]} '
+                    f'photos)']
         name,cut = names[t.feature[node]],t.threshold[node]
-        return [f'{pad}if {name} <= {cut:.3g}:', *lines(t.children_left[node], depth+1), f'{pad}else:', *lines(t.children_right[node], depth+1)]
+        return [f'{pad}if {name} <= {cut:.3g}:', *lines(t.children_left[node], depth+1), f'{pad}else:',
+                *lines(t.children_right[node], depth+1)]
     return '\n'.join(lines(0, 0))
 
+# %% ../../nbs/50_model/30_cascade.ipynb #f5476d6a
 CHEAP = ('colour', 'moments', 'hog', 'gradient', 'lbp') # Blocks of a millisecond or two
 
 def _cheap_blocks(trainer, blocks):
@@ -58,17 +64,21 @@ LINEAR = ('logistic', 'logistic_balanced', 'logistic_smooth', 'lda', 'lda_balanc
 
 def _net(block): return re.sub('@[a-z]+', '', block)
 
+# %% ../../nbs/50_model/30_cascade.ipynb #6fbe404d
 def _work(block):
     "What a pass costs, by what its name says: pixels, and twice that with the mirror image"
     side = re.search(r'side=([0-9,]+)', block)
-    return sum(int(x)**2 for x in (side[1] if side else '320').strip(',').split(','))*(2 if 'mirror=true' in block else 1)
+    return sum(int(x)**2 for x in (side[1] if side else '320').strip(',').split(','))*(2 if 'mirror=true' in block
+            else 1)
 
+# %% ../../nbs/50_model/30_cascade.ipynb #b0f42e31
 def _look_candidate(trainer, blocks):
     "The linear one of least loss on the cheapest pass that the ensemble uses; where none was judged, one to be tried; None without a net"
     used = sorted({_net(b) for b in trainer.model_.blocks if b.startswith('cnn')}, key=lambda net: (_work(net), net))
     if not used: return None
     least = [net for net in used if _work(net)==_work(used[0])]
-    found = [c for c in trainer.oof_ if c.model in LINEAR and len({_net(b) for b in c.blocks})==1 and _net(c.blocks[0]) in least]
+    found = [c for c in trainer.oof_ if c.model in LINEAR and len({_net(b) for b in c.blocks})==1
+             and _net(c.blocks[0]) in least]
     if found: return min(found, key=lambda c: selection_loss(trainer.oof_[c], trainer.y_))
     return Candidate(tuple(b for b in blocks if _net(b)==used[0]), 'logistic_balanced')
 
@@ -78,11 +88,13 @@ WORTH = .1 # Share of photos that a tier must answer to be asked at all
 
 def _grid(confidence): return np.r_[np.unique(np.quantile(confidence, np.linspace(0, 1, 81))), NEVER]
 
+# %% ../../nbs/50_model/30_cascade.ipynb #3c71be0a
 def _accuracies(right, y):
     "By photo and by class"
     count = np.bincount(y)
     return right.mean(),(np.bincount(y, right, len(count))[count > 0]/count[count > 0]).mean()
 
+# %% ../../nbs/50_model/30_cascade.ipynb #049c2633
 def route_of(
     confidences:Sequence[np.ndarray], # (n,) of each tier, from cheap to dear
     thresholds:Sequence[float] # Of each tier but the last
@@ -92,6 +104,7 @@ def route_of(
     for k in range(len(confidences)-2, -1, -1): out[confidences[k] >= thresholds[k]] = k
     return out
 
+# %% ../../nbs/50_model/30_cascade.ipynb #3988bc25
 def fit_thresholds(
     proba:Sequence[np.ndarray], # (n, n_classes) out-of-fold probabilities of each tier, from cheap to dear
     y:np.ndarray, # (n,) class indices
@@ -122,13 +135,18 @@ def _stranger(trainer, blocks, names, groups):
     if trainer.model_.novelty is None: return None
     used,labels = {b: blocks[b] for b in names},trainer.classes_[trainer.y_]
     encoders = {b: e for b,e in trainer.encoders_.items() if b in used}
-    try: return select_detector(used, labels, groups, encoders=encoders, candidates=novelty_candidates(list(used), False)[:1], false_alarm_rate=trainer.config.false_alarm_rate,
-                                cv_folds=trainer.config.cv_folds, seed=trainer.config.seed)
+    try:
+        return select_detector(used, labels, groups, encoders=encoders, candidates=novelty_candidates(list(used),
+                False)[:1], false_alarm_rate=trainer.config.false_alarm_rate,
+                               cv_folds=trainer.config.cv_folds, seed=trainer.config.seed)
     except TrainingError: return None
 
+# %% ../../nbs/50_model/30_cascade.ipynb #253a30de
 def _rules_tier(trainer, blocks, groups, extractors, depth):
     "The best tree on one cheap block, and its out-of-fold probabilities"
-    y,seed,k = trainer.y_,derive_seed(trainer.config.seed, 'rules'),len(trainer.classes_)
+    y = trainer.y_
+    seed = derive_seed(trainer.config.seed, 'rules')
+    k = len(trainer.classes_)
     judged = {}
     for b in _cheap_blocks(trainer, blocks):
         X,p = blocks[b].astype(float),np.zeros((len(y), k))
@@ -140,11 +158,15 @@ def _rules_tier(trainer, blocks, groups, extractors, depth):
     best = min(judged, key=lambda b: selection_loss(judged[b], y))
     tree = _grow(blocks[best].astype(float), y, depth, seed)
     calibrator,proba,sets = trainer.settle(judged[best], groups)
-    names = extractors[best].get_feature_names() if extractors and best in extractors else [f'{best}_{i}' for i in range(blocks[best].shape[1])]
-    voice = Voice((best,), f'tree of depth {tree.get_depth()}', 1., 1., convert_model(tree, blocks[best][:200].astype(float)), True)
-    model = ServedModel(trainer.classes_.tolist(), [voice], {}, calibrator, {}, sets, _stranger(trainer, blocks, [best], groups))
+    names = extractors[best].get_feature_names() if extractors and best in extractors else [f'{best}_{i}'
+            for i in range(blocks[best].shape[1])]
+    voice = Voice((best,), f'tree of depth {tree.get_depth()}', 1., 1.,
+                  convert_model(tree, blocks[best][:200].astype(float)), True)
+    model = ServedModel(trainer.classes_.tolist(), [voice], {}, calibrator, {}, sets,
+                        _stranger(trainer, blocks, [best], groups))
     return Tier('rules', model, NEVER, rules=rules_text(tree, trainer.classes_, names)),proba
 
+# %% ../../nbs/50_model/30_cascade.ipynb #5122a735
 def _neural_tier(trainer, blocks, groups):
     "One pass and a linear head; None where there is no net, or the ensemble is just that"
     candidate = _look_candidate(trainer, blocks)
@@ -161,11 +183,14 @@ def _figures(names, proba, y, thresholds):
     rows = []
     for k,(name,p) in enumerate(zip(names, proba)):
         mine,(photo,each) = route==k,_accuracies((p.argmax(1)==y).astype(float), y)
-        rows.append({'tier': name, 'threshold': float((*thresholds, 0.)[k]), 'accuracy': round(float(photo), 4), 'balanced_accuracy': round(float(each), 4),
+        rows.append({'tier': name, 'threshold': float((*thresholds, 0.)[k]), 'accuracy': round(float(photo), 4),
+                     'balanced_accuracy': round(float(each), 4),
                      'share': round(float(mine.mean()), 4),
-                     'accuracy_where_it_answers': round(float((p.argmax(1)==y)[mine].mean()), 4) if mine.any() else None})
+                     'accuracy_where_it_answers': round(float((p.argmax(1)==y)[mine].mean()), 4) if mine.any()
+                     else None})
     return rows
 
+# %% ../../nbs/50_model/30_cascade.ipynb #15d56b90
 def _crossed(proba, y, fold, allowed):
     "Which tier answers each photo by thresholds that it had no part in"
     route = np.zeros(len(y), int)
@@ -175,6 +200,7 @@ def _crossed(proba, y, fold, allowed):
         route[~rest] = route_of([p[~rest].max(1) for p in proba], thresholds)
     return route
 
+# %% ../../nbs/50_model/30_cascade.ipynb #bdf31324
 def fit_cascade(
     trainer:HybridTrainer, # Fitted
     blocks:Mapping[str,np.ndarray], # Block name -> (n, n_features): the photos that it was fitted on
@@ -186,23 +212,30 @@ def fit_cascade(
 ) -> Cascade: # For `save_bundle`
     "The tiers below the ensemble, each calibrated by itself, and how far each is trusted"
     groups,y = np.asarray(groups),trainer.y_
-    found = [t for t in (_rules_tier(trainer, dict(blocks), groups, extractors, depth), _neural_tier(trainer, dict(blocks), groups)) if t is not None]
+    found = [t for t in (_rules_tier(trainer, dict(blocks), groups, extractors, depth),
+                         _neural_tier(trainer, dict(blocks), groups)) if t is not None]
     tiers,proba = [t for t,_ in found],[p for _,p in found]+[trainer.oof_proba_]
-    chosen = fit_thresholds(proba, y, allowed) if thresholds is None else tuple(float(thresholds[t.name]) for t in tiers)
+    chosen = fit_thresholds(proba, y, allowed) if thresholds is None else tuple(float(thresholds[t.name])
+            for t in tiers)
     for t,threshold in zip(tiers, chosen): t.threshold = threshold
     table,notes = _figures([*(t.name for t in tiers), 'ensemble'], proba, y, chosen),_notes(tiers, trainer, allowed)
     if tiers:
-        crossed = _crossed(proba, y, trainer.fold_, allowed) if thresholds is None else route_of([p.max(1) for p in proba], chosen)
+        crossed = _crossed(proba, y, trainer.fold_,
+                           allowed) if thresholds is None else route_of([p.max(1) for p in proba], chosen)
         photo,each = _accuracies(np.choose(crossed, [(p.argmax(1)==y).astype(float) for p in proba]), y)
-        table.append({'tier': 'cascade', 'threshold': None, 'accuracy': round(float(photo), 4), 'balanced_accuracy': round(float(each), 4), 'share': 1.,
+        table.append({'tier': 'cascade', 'threshold': None, 'accuracy': round(float(photo), 4),
+                      'balanced_accuracy': round(float(each), 4), 'share': 1.,
                       'accuracy_where_it_answers': round(float(photo), 4)})
     return Cascade(tiers, float((thresholds or THRESHOLDS)['ensemble']), table, notes)
 
+# %% ../../nbs/50_model/30_cascade.ipynb #e22ce9b9
 def _notes(tiers, trainer, allowed):
     "What a reader of the table should know"
     names,notes = [t.name for t in tiers],[]
     if 'neural' not in names:
-        why = 'the ensemble is itself a linear head on one pass of a net' if any(b.startswith('cnn') for b in trainer.model_.blocks) else 'the ensemble looks at no net'
+        why = 'the ensemble is itself a linear head on one pass of a net' if any(b.startswith('cnn')
+                for b in trainer.model_.blocks) else 'the ensemble looks at no net'
         notes.append(f'There is no neural tier of its own: {why}.')
-    notes += [f'The tier {t.name} is never sure enough: no threshold loses at most {allowed:.1%}. It is there as a fallback.' for t in tiers if t.threshold >= NEVER]
+    notes += [f'The tier {t.name} is never sure enough: no threshold loses at most {allowed:.1%}. It is there as a '
+              f'fallback.' for t in tiers if t.threshold >= NEVER]
     return notes

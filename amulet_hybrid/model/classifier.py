@@ -41,7 +41,8 @@ class Prediction:
     confidence:float # Probability of `top`, calibrated, 0..1
     probabilities:dict[str,float] # Of every class; they sum to 1
     reason:str='' # Why `label` is None
-    prediction_set:list[str]=field(default_factory=list) # Classes among which the true one is, as often as `coverage` says; the most probable first
+    # Classes among which the true one is, as often as `coverage` says; the most probable first
+    prediction_set:list[str]=field(default_factory=list)
     coverage:float|None=None # That the set was made for
     novelty:float|None=None # 0..1: share of known photos that are less strange than this one
     route:str='ensemble' # Which part of the classifier answered: 'rules', 'neural' or 'ensemble'
@@ -56,30 +57,40 @@ class Prediction:
 
     def _repr_markdown_(self):
         rows = sorted(self.probabilities.items(), key=lambda kv: -kv[1])[:5]
-        return f'**{self.label or "not sure"}** ({self.confidence:.2f}) {self.reason}\n\n| class | probability |\n|---|---|\n' + '\n'.join(f'| {k} | {v:.3f} |' for k,v in rows)
+        return (f'**{self.label or "not sure"}** ({self.confidence:.2f}) {self.reason}\n\n| class | probability '
+                f'|\n|---|---|\n') + '\n'.join(f'| {k} | {v:.3f} |' for k,v in rows)
 
 # %% ../../nbs/50_model/80_classifier.ipynb #264f2d09
 def _pixels(photo, limits):
     "An array of any usual kind as upright RGB; raises `ImageError`"
-    def refuse(why, code='bad_array'): raise ImageError(why, code=code, advice='Give (height, width, 3) RGB of type uint8')
+    def refuse(why, code='bad_array'):
+        raise ImageError(why, code=code, advice='Give (height, width, 3) RGB of type uint8')
     if hasattr(photo, 'convert') and hasattr(photo, 'getexif'): # PIL
         from PIL import ImageOps
         try:
-            if photo.width*photo.height > limits.max_pixels: refuse(f'{photo.width} x {photo.height} pixels; at most {limits.max_pixels/1e6:g} million are looked at',
-                                                            'decompression_bomb')
+            if photo.width*photo.height > limits.max_pixels:
+                refuse(f'{photo.width} x {photo.height} pixels; at most {limits.max_pixels/1e6:g} million are looked at',
+               'decompression_bomb')
             upright = ImageOps.exif_transpose(photo)
             px = np.asarray(upright.convert('RGBA' if 'A' in upright.mode or 'transparency' in upright.info else 'RGB'))
         except ImageError: raise
-        except Exception as error: raise ImageError(f'the pixels cannot be decoded: {error}', advice='Open the file again') from error # a lazy image may be broken
+        # a lazy image may be broken
+        except Exception as error:
+            raise ImageError(f'the pixels cannot be decoded: {error}', advice='Open the file again') from error
     else: px = photo
-    if px.dtype!=np.uint8 or px.ndim not in (2, 3) or (px.ndim==3 and px.shape[2] not in (1, 3, 4)): refuse(f'a photo is (height, width, 3) uint8, got {px.shape} {px.dtype}')
+    if px.dtype!=np.uint8 or px.ndim not in (2, 3) or (px.ndim==3 and px.shape[2] not in (1, 3, 4)):
+        refuse(f'a photo is (height, width, 3) uint8, got {px.shape} {px.dtype}')
     h,w = px.shape[:2]
-    if max(h, w) > limits.max_side: refuse(f'{w} x {h} pixels; no side may be longer than {limits.max_side}', 'too_large')
-    if min(h, w) < limits.min_side: refuse(f'{w} x {h} pixels; each side must be at least {limits.min_side}', 'too_small')
+    if max(h, w) > limits.max_side:
+        refuse(f'{w} x {h} pixels; no side may be longer than {limits.max_side}', 'too_large')
+    if min(h, w) < limits.min_side:
+        refuse(f'{w} x {h} pixels; each side must be at least {limits.min_side}', 'too_small')
     if px.ndim==2 or px.shape[2]==1: px = np.repeat(px.reshape(h, w, 1), 3, axis=2)
-    if px.shape[2]==4: alpha = px[...,3:]/255; px = np.round(px[...,:3]*alpha+255*(1-alpha)).astype(np.uint8) # laid over white
+    # laid over white
+    if px.shape[2]==4: alpha = px[...,3:]/255; px = np.round(px[...,:3]*alpha+255*(1-alpha)).astype(np.uint8)
     return np.ascontiguousarray(px)
 
+# %% ../../nbs/50_model/80_classifier.ipynb #ee37bfb3
 @dataclass
 class _Source:
     "A photo that nobody has decoded yet"
@@ -87,6 +98,7 @@ class _Source:
     digest:str
     where:Path|None=None
 
+# %% ../../nbs/50_model/80_classifier.ipynb #b7d658d3
 def _source(photo, limits):
     "Read what was given, within limits"
     if isinstance(photo, (bytes, bytearray, memoryview)): data = bytes(photo); return _Source(data, bytes_digest(data))
@@ -94,13 +106,17 @@ def _source(photo, limits):
         where = Path(photo)
         try:
             with where.open('rb') as file: data = file.read(limits.max_bytes+1)
-        except FileNotFoundError as error: raise ImageError('no such file', code='image_not_found', where=where) from error
-        except (OSError, ValueError) as error: raise ImageError(f'cannot be read: {getattr(error, "strerror", None) or error}', code='image_not_found', where=where) from error
+        except FileNotFoundError as error:
+            raise ImageError('no such file', code='image_not_found', where=where) from error
+        except (OSError, ValueError) as error:
+            raise ImageError(f'cannot be read: {getattr(error, "strerror", None) or error}', code='image_not_found',
+                             where=where) from error
         return _Source(data, bytes_digest(data), where)
     if isinstance(photo, np.ndarray) or hasattr(photo, 'convert'):
         px = _pixels(photo, limits)
         return _Source(px, bytes_digest(repr(px.shape).encode()+px.tobytes()))
-    raise ImageError(f'a photo is a path, bytes, an array or a PIL image, not {type(photo).__name__}', code='unsupported_type', advice='Give the path or the bytes of a file')
+    raise ImageError(f'a photo is a path, bytes, an array or a PIL image, not {type(photo).__name__}',
+                     code='unsupported_type', advice='Give the path or the bytes of a file')
 
 # %% ../../nbs/50_model/80_classifier.ipynb #58f8380f
 def resident_mb() -> float: # Megabytes; the highest so far where the system tells no more
@@ -111,17 +127,24 @@ def resident_mb() -> float: # Megabytes; the highest so far where the system tel
         except ImportError: return float('nan') # Windows
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
 
+# %% ../../nbs/50_model/80_classifier.ipynb #425d8790
 def _trim():
     "Give freed memory back to the system, where its allocator can"
     gc.collect()
     try: ctypes.CDLL('libc.so.6').malloc_trim(0)
     except (OSError, AttributeError): pass
 
+# %% ../../nbs/50_model/80_classifier.ipynb #1a8228f1
 class _Stats:
     "Counts and times, safe to share"
     def __init__(self):
-        self.lock,self.started,self.hits = threading.Lock(),time.monotonic(),0
-        self.routes,self.errors,self.stages,self.times = Counter(),Counter(),Counter(),deque(maxlen=2000)
+        self.lock = threading.Lock()
+        self.started = time.monotonic()
+        self.hits = 0
+        self.routes = Counter()
+        self.errors = Counter()
+        self.stages = Counter()
+        self.times = deque(maxlen=2000)
 
     def answered(self, prediction, ms):
         with self.lock:
@@ -137,8 +160,10 @@ class _Stats:
         with self.lock:
             n,ms = sum(self.routes.values()),sorted(self.times)
             def at(share): return round(ms[min(len(ms)-1, int(share*len(ms)))], 3) if ms else None
-            return {'answers': n, 'by_route': dict(self.routes), 'cached': self.hits, 'errors': dict(self.errors), 'seconds': round(time.monotonic()-self.started, 3),
-                    'milliseconds': {'mean': round(sum(ms)/len(ms), 3) if ms else None, 'median': at(.5), 'p95': at(.95), 'p99': at(.99)},
+            return {'answers': n, 'by_route': dict(self.routes), 'cached': self.hits, 'errors': dict(self.errors),
+                    'seconds': round(time.monotonic()-self.started, 3),
+                    'milliseconds': {'mean': round(sum(ms)/len(ms), 3) if ms else None, 'median': at(.5),
+                                     'p95': at(.95), 'p99': at(.99)},
                     'stages': {k: round(v/n, 3) for k,v in self.stages.items()} if n else {}}
 
 # %% ../../nbs/50_model/80_classifier.ipynb #04be3176
@@ -146,6 +171,7 @@ def _checked(threshold):
     if not 0 <= threshold <= 1: raise ConfigError(f'`confidence_threshold` must be in 0..1, got {threshold}')
     return threshold
 
+# %% ../../nbs/50_model/80_classifier.ipynb #74fab1cb
 @dataclass
 class _Answer:
     "What a tier says of a photo, before anybody asked for a threshold"
@@ -156,16 +182,26 @@ class _Answer:
 
     def pack(self): return json.dumps(asdict(self)).encode()
 
+# %% ../../nbs/50_model/80_classifier.ipynb #68716fa8
 class _Engine:
     "Tiers, costs and the work on one photo"
     def __init__(self, bundle:Bundle, limits:ImageLimits):
-        self.bundle,self.limits,self.tiers,self.pace,self._measured,self._lock = bundle,limits,bundle.tiers,1.,dict(bundle.manifest['measured']),threading.Lock()
+        self.bundle = bundle
+        self.limits = limits
+        self.tiers = bundle.tiers
+        self.pace = 1.
+        self._measured = dict(bundle.manifest['measured'])
+        self._lock = threading.Lock()
         self.number = {t.name: k for k,t in enumerate(self.tiers)}
 
     def costs(self) -> dict:
         "Milliseconds by tier; measured here where the bundle does not say"
         with self._lock:
-            if not self._measured: self._measured = measure_tiers(self.bundle, HeldOut({}, [np.random.default_rng(0).integers(0, 256, (480,640,3), dtype=np.uint8)]*5))
+            if not self._measured:
+                self._measured = measure_tiers(self.bundle,
+                                               HeldOut({},
+                                                       [np.random.default_rng(0).integers(0, 256, (480,640,3),
+                        dtype=np.uint8)]*5))
             return self._measured
 
     def price(self, plan:tuple[int,...]) -> float: # Milliseconds, of the longest way through it
@@ -178,18 +214,22 @@ class _Engine:
         "Tiers that are worth asking, up to `last`"
         return tuple(k for k in range(last) if self.tiers[k].threshold <= 1)+(last,)
 
-    def plan(self, route:str, budget:float|None) -> tuple[tuple[int,...],str]: # Tiers to ask, and what has to be settled for
+    # Tiers to ask, and what has to be settled for
+    def plan(self, route:str, budget:float|None) -> tuple[tuple[int,...],str]:
         "The best way that fits"
         last = len(self.tiers)-1
         if route!='cascade':
-            if route not in self.number: raise ConfigError(f'this bundle has no route {route!r}', code='unknown_route', advice=f'There are: cascade, {", ".join(self.number)}')
+            if route not in self.number:
+                raise ConfigError(f'this bundle has no route {route!r}', code='unknown_route',
+                                  advice=f'There are: cascade, {", ".join(self.number)}')
             return (self.number[route],),''
         if budget is None: return self.usual(last),''
         if not budget > 0: raise ConfigError(f'`time_budget` must be more than 0 milliseconds, got {budget}')
         for k in range(last, -1, -1):
             for way in (self.usual(k), (k,)):
                 if self.price(way) <= budget:
-                    return way,'' if k==last else f'Settled for {self.tiers[k].name}: {self.tiers[k+1].name} needs about {self.price((k+1,)):.1f} ms, and {budget:g} were given.'
+                    return way,'' if k==last else (f'Settled for {self.tiers[k].name}: {self.tiers[k+1].name} needs '
+                                                   f'about {self.price((k+1,)):.1f} ms, and {budget:g} were given.')
         return (0,),f'Even {self.tiers[0].name} needs about {self.price((0,)):.1f} ms, and {budget:g} were given.'
 
     def study(self, source:_Source, plan:tuple[int,...], timings:dict[str,float]) -> _Answer:
@@ -197,11 +237,14 @@ class _Engine:
         def took(stage, start): timings[stage] = timings.get(stage, 0)+1000*(time.perf_counter()-start)
         start = time.perf_counter()
         try: photo,known = self.bundle.extractor.read(source.content, self.limits),{}
-        except ImageError as error: raise ImageError(error.message, code=error.code, where=error.where or source.where, advice=error.advice) from error
+        except ImageError as error:
+            raise ImageError(error.message, code=error.code, where=error.where or source.where,
+                             advice=error.advice) from error
         took('decode', start)
         for k in plan:
             tier = self.tiers[k]
-            known |= {b: row[None] for b,row in self.bundle.extractor.extract(photo, [b for b in tier.model.blocks if b not in known], timings).items()}
+            known |= {b: row[None] for b,row in self.bundle.extractor.extract(photo,
+                    [b for b in tier.model.blocks if b not in known], timings).items()}
             answer = self.judge(tier, known, timings)
             if answer.sure: break
         return answer
@@ -210,10 +253,13 @@ class _Engine:
         "What one tier says"
         start = time.perf_counter()
         with one_blas_thread():
-            proba,novelty,between = tier.model.predict_proba(known)[0],tier.model.novelty,time.perf_counter()
+            proba = tier.model.predict_proba(known)[0]
+            novelty = tier.model.novelty
+            between = time.perf_counter()
             strange = float(novelty.score(dict(known))[0]) if novelty is not None else None
         if not np.isfinite(proba).all(): raise FeatureError('the model gave no probabilities', code='bad_features')
-        for stage,ms in (('model', between-start), ('novelty', time.perf_counter()-between)): timings[stage] = timings.get(stage, 0)+1000*ms
+        for stage,ms in (('model', between-start), ('novelty', time.perf_counter()-between)):
+            timings[stage] = timings.get(stage, 0)+1000*ms
         sure = proba.max() >= tier.threshold and (novelty is None or strange is None or strange <= novelty.threshold_)
         return _Answer(tier.name, proba.tolist(), strange, bool(sure))
 
@@ -237,31 +283,40 @@ class _Asked:
         jobs:int=0, # Threads of `classify_batch` and `predict_directory`; 0: one a core
         public_key:str|Path|None=None # PEM file of whoever must have signed the bundle
     ):
-        self.refuse_novel,self.limits,self.memory_threshold,self.jobs = refuse_novel,limits,memory_threshold,jobs or os.cpu_count() or 1
+        self.refuse_novel = refuse_novel
+        self.limits = limits
+        self.memory_threshold = memory_threshold
+        self.jobs = jobs or os.cpu_count() or 1
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, public_key)
         self.confidence_threshold,self.route = _checked(confidence_threshold),route
         self.classes,self.model_version = self.bundle.classes,self.bundle.version
-        self.cache,self._flight,self._stats,self._engine = make_cache(enable_caching),SingleFlight(),_Stats(),_Engine(self.bundle, limits)
+        self.cache,self._flight,self._stats,self._engine = (make_cache(enable_caching),SingleFlight(),_Stats(),
+                                                            _Engine(self.bundle, limits))
         self._strict = '' if limits==LIMITS else json_digest(limits.to_dict())[:8]
         self._engine.plan(route, None)
 
     def classify(self,
-        photo:Any, # Path, bytes of a file, RGB array (height, width, 3) uint8, or PIL image; a list of them: photos of one object
+        # Path, bytes of a file, RGB array (height, width, 3) uint8, or PIL image; a list of them: photos of one object
+        photo:Any,
         confidence_threshold:float|None=None, # Instead of the classifier's own
         coverage:float|None=None, # Of the prediction set, 0..1; None: what the bundle was made for
         time_budget:float|None=None, # Milliseconds that the answer may take; None: as many as it needs
         route:str|None=None # Instead of the classifier's own
     ) -> Prediction:
         "Name one photo, or one object from several; raises `ImageError` for what is no photo"
-        start,threshold = time.perf_counter(),self.confidence_threshold if confidence_threshold is None else _checked(confidence_threshold)
+        start = time.perf_counter()
+        threshold = self.confidence_threshold if confidence_threshold is None else _checked(confidence_threshold)
         photos = list(photo) if isinstance(photo, (list, tuple)) else [photo]
         if not photos: raise ImageError('there is no photo', code='no_photos', advice='Give one or more')
-        if self.columns: raise FeatureError('this model reads rows of a table, not photos', code='needs_features', advice=f'Send features: {", ".join(self.columns[:50])}')
+        if self.columns:
+            raise FeatureError('this model reads rows of a table, not photos', code='needs_features',
+                               advice=f'Send features: {", ".join(self.columns[:50])}')
         plan,settled = self._engine.plan(route or self.route, None if time_budget is None else time_budget/len(photos))
         try:
             timings:dict[str,float] = {}
             seen = [self._see(p, plan, timings) for p in photos]
-            prediction = self._finish([a for a,_ in seen], threshold, coverage, timings, settled, all(known for _,known in seen))
+            prediction = self._finish([a for a,_ in seen], threshold, coverage, timings, settled,
+                                      all(known for _,known in seen))
         except AmuletError as error: self._stats.failed(error.code); raise
         ms = 1000*(time.perf_counter()-start)
         self._stats.answered(prediction, ms)
@@ -289,7 +344,8 @@ class _Asked:
         try:
             answer = _Answer(**parse_json(kept))
             p = np.asarray(answer.proba, float)
-            fine = p.shape==(len(self.classes),) and np.isfinite(p).all() and abs(p.sum()-1) < 1e-6 and answer.route in self._engine.number
+            fine = (p.shape==(len(self.classes),) and np.isfinite(p).all() and abs(p.sum()-1) < 1e-6
+                    and answer.route in self._engine.number)
             return answer if fine and (answer.strange is None or math.isfinite(answer.strange)) else None
         except (BundleError, TypeError, ValueError): return None
 
@@ -297,24 +353,29 @@ class _Asked:
         "Label, set and reasons, from what the tiers said of one photo or several"
         last = max(answers, key=lambda a: self._engine.number[a.route])
         tier = self._engine.tiers[self._engine.number[last.route]]
-        proba = np.exp(np.mean([np.log(np.maximum(a.proba, 1e-12)) for a in answers], axis=0)) if len(answers) > 1 else np.asarray(last.proba)
+        proba = np.exp(np.mean([np.log(np.maximum(a.proba, 1e-12)) for a in answers],
+                               axis=0)) if len(answers) > 1 else np.asarray(last.proba)
         if len(answers) > 1: proba = proba/proba.sum()
         top,(novelty,novel) = int(proba.argmax()),self._novelty(answers)
         reason = novel if self.refuse_novel else ''
-        if not reason and proba[top] < threshold: reason = f'The confidence {proba[top]:.2f} is below the threshold {threshold:.2f}.'
+        if not reason and proba[top] < threshold:
+            reason = f'The confidence {proba[top]:.2f} is below the threshold {threshold:.2f}.'
         sets,asked = self._set(tier, proba, coverage)
         note = settled if settled and not last.sure else ''
-        return Prediction(None if reason else self.classes[top], self.classes[top], float(proba[top]), dict(zip(self.classes, map(float, proba))), reason, sets, asked, novelty,
+        return Prediction(None if reason else self.classes[top], self.classes[top], float(proba[top]),
+                          dict(zip(self.classes, map(float, proba))), reason, sets, asked, novelty,
                           last.route,
                           timings, self.model_version, note, known)
 
     def _novelty(self, answers):
         "Share of known photos that are less strange, and in words if there are too many of them"
-        seen = [(a.strange, d) for a in answers if a.strange is not None and (d := self._engine.tiers[self._engine.number[a.route]].model.novelty) is not None]
+        seen = [(a.strange, d) for a in answers if a.strange is not None
+                and (d := self._engine.tiers[self._engine.number[a.route]].model.novelty) is not None]
         if not seen: return None,''
         strange,limit = np.mean([s for s,_ in seen]),np.mean([d.threshold_ for _,d in seen])
         share = float(np.mean([1-d.p_values(np.array([s]))[0] for s,d in seen]))
-        return share,f'It is stranger than {1-seen[0][1].rate:.0%} of known photos: perhaps nothing that this model knows.' if strange > limit else ''
+        return share,(f'It is stranger than {1-seen[0][1].rate:.0%} of known photos: perhaps nothing that this model '
+                      f'knows.') if strange > limit else ''
 
     def _set(self, tier, proba, coverage):
         "Prediction set and its coverage"
@@ -333,7 +394,9 @@ class _Asked:
     def _mind_memory(self):
         if resident_mb() <= self.memory_threshold: return
         freed = self.cleanup_memory()
-        if resident_mb() > self.memory_threshold: log.warning('%.0f MB are held, more than %g, after %s was let go', resident_mb(), self.memory_threshold, freed)
+        if resident_mb() > self.memory_threshold:
+            log.warning('%.0f MB are held, more than %g, after %s was let go', resident_mb(), self.memory_threshold,
+                        freed)
 
     @property
     def columns(self) -> tuple[str,...]: # () where it names photos
@@ -348,7 +411,9 @@ class _Asked:
     ) -> Prediction:
         "Name one row of a table; raises `FeatureError` for an unknown column or a value that is no number"
         threshold = self.confidence_threshold if confidence_threshold is None else _checked(confidence_threshold)
-        if not self.columns: raise FeatureError('this model names photos, not rows of a table', code='needs_photo', advice='Send a photo')
+        if not self.columns:
+            raise FeatureError('this model names photos, not rows of a table', code='needs_photo',
+                               advice='Send a photo')
         start,timings = time.perf_counter(),{}
         row:Any = self.bundle.extractor.extractors['table']
         answer = self._engine.judge(self._engine.tiers[-1], {'table': row.row(features)[None]}, timings)
@@ -361,9 +426,12 @@ def _structured(error):
     "What went wrong in the words of `classify_safe`"
     known = isinstance(error, AmuletError)
     if not known: log.error('classification failed', exc_info=error)
-    return {'success': False, 'error': {'type': error.code if known else 'internal_error', 'message': error.message if known else f'{type(error).__name__}: {str(error)[:200]}',
-                                        'advice': (error.advice if known else '') or 'Send another photo; if this one should work, report it'}}
+    return {'success': False, 'error': {'type': error.code if known else 'internal_error', 'message': error.message
+                                        if known else f'{type(error).__name__}: {str(error)[:200]}',
+                                        'advice': (error.advice if known else '')
+                                        or 'Send another photo; if this one should work, report it'}}
 
+# %% ../../nbs/50_model/80_classifier.ipynb #180ebd39
 class _Careful(_Asked):
     def classify_safe(self,
         photo:Any, # As for `classify`
@@ -386,8 +454,11 @@ class _Careful(_Asked):
                 log.warning('%s failed: %s', tier.name, error)
                 failed.append(f'{tier.name} failed ({type(error).__name__}: {str(error)[:100]})')
                 last = error
-            else: return found if not failed else replace(found, note='; '.join(failed)+f'. {tier.name.capitalize()} answered.')
-        raise FeatureError('no tier could answer: '+'; '.join(failed), code='all_failed', advice='Load the bundle anew') from last
+            else:
+                return found if not failed else replace(found,
+                                                        note='; '.join(failed)+f'. {tier.name.capitalize()} answered.')
+        raise FeatureError('no tier could answer: '+'; '.join(failed), code='all_failed',
+                           advice='Load the bundle anew') from last
 
     def validate_input(self,
         photo:Any, # As for `classify`
@@ -398,7 +469,8 @@ class _Careful(_Asked):
             source = _source(photo, self.limits)
             about = {'success': True, 'digest': source.digest}
             if isinstance(source.content, np.ndarray):
-                return {**about, 'format': 'pixels', 'width': source.content.shape[1], 'height': source.content.shape[0], 'bytes': source.content.nbytes}
+                return {**about, 'format': 'pixels', 'width': source.content.shape[1],
+                        'height': source.content.shape[0], 'bytes': source.content.nbytes}
             opened = open_photo(source.content, self.limits)
             info = opened.info
             if decode: opened.read()
@@ -411,18 +483,23 @@ def _find(source):
     source = Path(source)
     if not source.exists(): raise DatasetError('no such file or folder', code='no_such_folder', where=source)
     if source.is_file(): return [(source, source.name)]
-    found = [(p, p.relative_to(source).as_posix()) for p in sorted(source.rglob('*')) if p.is_file() and not any(part.startswith('.') for part in p.relative_to(source).parts)]
+    found = [(p, p.relative_to(source).as_posix()) for p in sorted(source.rglob('*')) if p.is_file()
+             and not any(part.startswith('.') for part in p.relative_to(source).parts)]
     if not found: raise DatasetError('the folder holds no files', code='no_photos', where=source)
     return found
 
-_COLUMNS = ('path', 'label', 'confidence', 'top', 'route', 'novelty', 'reason', 'prediction_set', 'error_code', 'error_message')
+# %% ../../nbs/50_model/80_classifier.ipynb #206c9a25
+_COLUMNS = ('path', 'label', 'confidence', 'top', 'route', 'novelty', 'reason', 'prediction_set', 'error_code',
+            'error_message')
 
 def _row(name, seen, classes):
     "An answer as a row of a table"
     if isinstance(seen, AmuletError): return {'path': name, 'error_code': seen.code, 'error_message': seen.message}
     kept = {k: getattr(seen, k) for k in ('label', 'confidence', 'top', 'route', 'novelty', 'reason')}
-    return {'path': name, **kept, 'prediction_set': ' | '.join(seen.prediction_set), **{f'p_{c}': seen.probabilities[c] for c in classes}}
+    return {'path': name, **kept, 'prediction_set': ' | '.join(seen.prediction_set),
+            **{f'p_{c}': seen.probabilities[c] for c in classes}}
 
+# %% ../../nbs/50_model/80_classifier.ipynb #2bde355f
 class _Many(_Careful):
     def _one(self, task):
         photo,options = task
@@ -453,7 +530,8 @@ class _Many(_Careful):
         confidence_threshold:float|None=None, # Instead of the classifier's own
         output:str|Path|None=None, # Write JSON lines (.jsonl) or a table (.csv) as it goes, whole or not at all
         **options # Others of `classify`
-    ) -> Any: # A DataFrame, one row a file; with `output` a dict that counts 'files', 'named', 'unsure' and 'unreadable'
+    # A DataFrame, one row a file; with `output` a dict that counts 'files', 'named', 'unsure' and 'unreadable'
+    ) -> Any:
         "Name every file; one that is no photo gets a row that says why"
         seen = self.stream_directory(source, confidence_threshold=confidence_threshold, **options)
         columns = [*_COLUMNS, *[f'p_{c}' for c in self.classes]]
@@ -461,27 +539,34 @@ class _Many(_Careful):
             import pandas as pd
             return pd.DataFrame([_row(name, p, self.classes) for name,p in seen], columns=columns)
         output,count = Path(output),Counter({'files': 0, 'named': 0, 'unsure': 0, 'unreadable': 0})
-        if output.suffix not in ('.jsonl', '.csv'): raise ConfigError(f'`output` must end on .jsonl or .csv, got {output.name!r}')
+        if output.suffix not in ('.jsonl', '.csv'):
+            raise ConfigError(f'`output` must end on .jsonl or .csv, got {output.name!r}')
         with atomic_write(output) as part, part.open('w', encoding='utf-8', newline='') as file:
             table = csv.DictWriter(file, columns)
             if output.suffix=='.csv': table.writeheader()
             for name,p in seen:
-                count.update(['files', 'unreadable' if isinstance(p, AmuletError) else 'named' if p.label is not None else 'unsure'])
+                count.update(['files', 'unreadable' if isinstance(p, AmuletError) else 'named' if p.label is not None
+                              else 'unsure'])
                 if output.suffix=='.csv': table.writerow(_row(name, p, self.classes))
-                else: file.write(json.dumps({'path': name, **(_structured(p) if isinstance(p, AmuletError) else {'success': True, **p.to_dict()})}, ensure_ascii=False)+'\n')
+                else:
+                    file.write(json.dumps({'path': name,
+                                           **(_structured(p) if isinstance(p, AmuletError) else {'success': True,
+                            **p.to_dict()})}, ensure_ascii=False)+'\n')
         return dict(count)
 
 # %% ../../nbs/50_model/80_classifier.ipynb #f2337c77
 class HybridClassifier(_Many):
     "Names photos with a bundle"
-    def get_performance_stats(self) -> dict: # answers, by_route, cached, errors, seconds, milliseconds (mean, median, p95, p99 of the last 2,000), stages (mean)
+    # answers, by_route, cached, errors, seconds, milliseconds (mean, median, p95, p99 of the last 2,000), stages (mean)
+    def get_performance_stats(self) -> dict:
         "What was answered since the start, and how fast"
         return self._stats.tell()
 
     def get_memory_usage(self) -> dict: # Megabytes, and answers that are remembered
         "What this process holds"
         size = self.cache.bytes/2**20 if self.cache is not None else 0.
-        return {'resident_mb': round(resident_mb(), 1), 'threshold_mb': self.memory_threshold or None, 'cached_answers': len(self.cache) if self.cache is not None else 0,
+        return {'resident_mb': round(resident_mb(), 1), 'threshold_mb': self.memory_threshold or None,
+                'cached_answers': len(self.cache) if self.cache is not None else 0,
                 'cache_mb': round(size, 3)}
 
     @property

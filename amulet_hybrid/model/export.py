@@ -19,8 +19,10 @@ from ..base.estimators import softmax
 # %% ../../nbs/50_model/10_export.ipynb #2b2a253a
 def _linear(a, Z): return _two(Z@a['weight'].T+a['bias'])
 
-def _two(raw): return np.hstack([-raw, raw])/2 if raw.shape[1]==1 else raw # one decision between two classes, shared by both
+# one decision between two classes, shared by both
+def _two(raw): return np.hstack([-raw, raw])/2 if raw.shape[1]==1 else raw
 
+# %% ../../nbs/50_model/10_export.ipynb #3f859cae
 def _kernel(a, Z):
     kind,gamma = str(a['kernel']),float(a['gamma'])
     inner = Z@a['rows'].T
@@ -28,6 +30,7 @@ def _kernel(a, Z):
     if kind=='rbf': return np.exp(-gamma*np.maximum((Z**2).sum(1)[:,None]-2*inner+a['squares'], 0))
     return (gamma*inner+float(a['coef0']))**int(a['degree']) if kind=='poly' else np.tanh(gamma*inner+float(a['coef0']))
 
+# %% ../../nbs/50_model/10_export.ipynb #a7260395
 def _support_vectors(a, Z):
     "One machine for each pair of classes; pairs become classes by votes, and ties by how sure the votes were (as scikit-learn's SVC)"
     pair = _kernel(a, Z)@a['weight']+a['bias']
@@ -38,7 +41,9 @@ def _support_vectors(a, Z):
     sure = pair@(first-second)
     return np.where(pair >= 0, 1., 0.)@first+np.where(pair < 0, 1., 0.)@second+sure/(3*(np.abs(sure)+1))
 
-_ACTIVATIONS:dict[str,Callable] = {'relu': lambda x: np.maximum(x, 0), 'tanh': np.tanh, 'logistic': lambda x: 1/(1+np.exp(-x)), 'identity': lambda x: x}
+# %% ../../nbs/50_model/10_export.ipynb #b0ac2787
+_ACTIVATIONS:dict[str,Callable] = {'relu': lambda x: np.maximum(x, 0), 'tanh': np.tanh, 'logistic': lambda x: 1/(1
+        +np.exp(-x)), 'identity': lambda x: x}
 
 def _perceptron(a, Z):
     n = int(a['layers'])
@@ -49,15 +54,19 @@ def _perceptron(a, Z):
     p = 1/(1+np.exp(-Z))
     return log_proba(np.hstack([1-p, p]), 1e-3)
 
+# %% ../../nbs/50_model/10_export.ipynb #0e75da04
 def _unit(X): return X/np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
 
+# %% ../../nbs/50_model/10_export.ipynb #77b75f65
 def _neighbours(a, Z):
     near,count = _unit(Z)@a['rows'].T,np.bincount(a['labels'])
     k = min(int(a['neighbours']), near.shape[1])
     floor = np.partition(near, -k, axis=1)[:,-k:-k+1] if k < near.shape[1] else near.min(1, keepdims=True)
-    votes = np.where(near >= floor, np.exp((near-near.max(1, keepdims=True))/float(a['temperature'])), 0)@(np.eye(len(count))[a['labels']]/np.sqrt(count))
+    votes = np.where(near >= floor, np.exp((near-near.max(1, keepdims=True))/float(a['temperature'])),
+                     0)@(np.eye(len(count))[a['labels']]/np.sqrt(count))
     return log_proba((votes+1e-3)/(votes+1e-3).sum(1, keepdims=True), 1e-3)
 
+# %% ../../nbs/50_model/10_export.ipynb #a2cfb82e
 def _means(a, Z): return log_proba(softmax(10*_unit(Z)@a['means'].T), 1e-3)
 
 # %% ../../nbs/50_model/10_export.ipynb #1cbd3a3f
@@ -71,19 +80,27 @@ def _walk(a, X):
         at = np.where(inner, onward, at)
     return ~at
 
+# %% ../../nbs/50_model/10_export.ipynb #2243c2d9
 def _forest(a, Z):
     X = Z.astype(np.float32) # scikit-learn's trees look at float32
-    shares = np.concatenate([a['leaves'][_walk(a, X[i:i+256])].mean(1, dtype=np.float64) for i in range(0, len(X), 256)])
+    shares = np.concatenate([a['leaves'][_walk(a, X[i:i+256])].mean(1, dtype=np.float64)
+                             for i in range(0, len(X), 256)])
     return log_proba(shares, 1e-3)
 
+# %% ../../nbs/50_model/10_export.ipynb #e2f34a5e
 def _boosting(a, Z):
     k = len(a['start'])
-    sums = np.concatenate([a['leaves'][_walk(a, Z[i:i+256])].reshape(-1, len(a['roots'])//k, k).sum(1) for i in range(0, len(Z), 256)])
+    sums = np.concatenate([a['leaves'][_walk(a, Z[i:i+256])].reshape(-1, len(a['roots'])//k, k).sum(1)
+                           for i in range(0, len(Z), 256)])
     return _two(sums+a['start'])
 
-HEADS:dict[str,Callable[[Mapping[str,Any],np.ndarray],np.ndarray]] = {'linear': _linear, 'support_vectors': _support_vectors, 'perceptron': _perceptron,
-    'neighbours': _neighbours, 'means': _means, 'forest': _forest, 'boosting': _boosting} # Family -> what answers: (arrays, rows) -> logits
+HEADS:dict[str,Callable[[Mapping[str,Any],np.ndarray],np.ndarray]] = {'linear': _linear,
+                                                                      'support_vectors': _support_vectors,
+                                                                      'perceptron': _perceptron,
+    # Family -> what answers: (arrays, rows) -> logits
+    'neighbours': _neighbours, 'means': _means, 'forest': _forest, 'boosting': _boosting}
 
+# %% ../../nbs/50_model/10_export.ipynb #15677ec0
 @dataclass
 class Head:
     "A classifier as arrays"
@@ -104,53 +121,74 @@ class Head:
 
     def to_arrays(self) -> dict[str,np.ndarray]: # For a file of arrays
         "All that it knows"
-        return {'kind': np.asarray(self.kind), 'class_indices': self.classes, **{k: np.asarray(v) for k,v in self.arrays.items() if k[0]!='_'}}
+        return {'kind': np.asarray(self.kind), 'class_indices': self.classes,
+                **{k: np.asarray(v) for k,v in self.arrays.items() if k[0]!='_'}}
 
     @classmethod
     def from_arrays(cls,
         arrays:Mapping[str,np.ndarray] # What `to_arrays` gave
     ) -> 'Head':
         "The head that a bundle holds"
-        if (kind := str(arrays['kind'])) not in HEADS: raise BundleError(f'no head is called {kind[:40]!r}', code='unknown_head', advice=f'Known: {", ".join(HEADS)}')
-        return cls(kind, arrays['class_indices'], {k: v for k,v in arrays.items() if k not in ('kind', 'class_indices')})
+        if (kind := str(arrays['kind'])) not in HEADS:
+            raise BundleError(f'no head is called {kind[:40]!r}', code='unknown_head',
+                              advice=f'Known: {", ".join(HEADS)}')
+        return cls(kind, arrays['class_indices'],
+                   {k: v for k,v in arrays.items() if k not in ('kind', 'class_indices')})
 
 # %% ../../nbs/50_model/10_export.ipynb #88db19a2
-def _from_linear(m): return 'linear', {'weight': np.atleast_2d(m.coef_).astype(float), 'bias': np.atleast_1d(m.intercept_).astype(float)}
+def _from_linear(m):
+    return 'linear', {'weight': np.atleast_2d(m.coef_).astype(float), 'bias': np.atleast_1d(m.intercept_).astype(float)}
 
+# %% ../../nbs/50_model/10_export.ipynb #c743e2d2
 def _from_svm(m):
     "Weight of each support vector in each pair of classes"
     if m.kernel not in ('linear', 'rbf', 'poly', 'sigmoid') or getattr(m, 'decision_function_shape',
-                                                            'ovr')!='ovr': raise ValueError(f'a kernel {m.kernel!r} or a shape other than ovr')
+                                                            'ovr')!='ovr':
+        raise ValueError(f'a kernel {m.kernel!r} or a shape other than ovr')
     dual = m.dual_coef_.toarray() if hasattr(m.dual_coef_, 'toarray') else np.asarray(m.dual_coef_)
     k,of = len(m.classes_),np.repeat(np.arange(len(m.classes_)), m.n_support_)
     pairs = list(zip(*np.triu_indices(k, 1)))
-    weight = dual.T.copy() if k==2 else np.stack([np.where(of==i, dual[j-1], np.where(of==j, dual[i], 0)) for i,j in pairs], axis=1)
+    weight = dual.T.copy() if k==2 else np.stack([np.where(of==i, dual[j-1], np.where(of==j, dual[i], 0))
+                                                  for i,j in pairs], axis=1)
     rows,bias = np.asarray(m.support_vectors_, float),np.asarray(m.intercept_, float)
     if m.kernel=='linear': # no need of the vectors themselves
         if k==2: return 'linear', {'weight': weight.T@rows, 'bias': bias}
-        return 'support_vectors', {'kernel': 'linear', 'gamma': 1., 'rows': weight.T@rows, 'weight': np.eye(len(pairs)), 'bias': bias, 'classes': k}
-    return 'support_vectors', {'kernel': m.kernel, 'gamma': float(m._gamma), 'coef0': float(m.coef0), 'degree': int(m.degree), 'rows': rows, 'squares': (rows**2).sum(1),
+        return 'support_vectors', {'kernel': 'linear', 'gamma': 1., 'rows': weight.T@rows,
+                                   'weight': np.eye(len(pairs)), 'bias': bias, 'classes': k}
+    return 'support_vectors', {'kernel': m.kernel, 'gamma': float(m._gamma), 'coef0': float(m.coef0),
+                               'degree': int(m.degree), 'rows': rows, 'squares': (rows**2).sum(1),
                                'weight': weight, 'bias': bias, 'classes': k}
 
+# %% ../../nbs/50_model/10_export.ipynb #db1d7bcc
 def _from_perceptron(m):
-    layers = {f'{what}_{i}': np.asarray(v, float) for what,list_ in (('weight', m.coefs_), ('bias', m.intercepts_)) for i,v in enumerate(list_)}
-    if m.out_activation_ not in ('softmax', 'logistic') or (m.out_activation_=='logistic' and len(m.classes_) > 2): raise ValueError('several labels a row')
+    layers = {f'{what}_{i}': np.asarray(v, float) for what,list_ in (('weight', m.coefs_), ('bias', m.intercepts_))
+              for i,v in enumerate(list_)}
+    if m.out_activation_ not in ('softmax', 'logistic') or (m.out_activation_=='logistic' and len(m.classes_) > 2):
+        raise ValueError('several labels a row')
     return 'perceptron', {'layers': len(m.coefs_), 'activation': m.activation, **layers}
 
-def _from_neighbours(m): return 'neighbours', {'rows': m.rows_, 'labels': np.asarray(m.y_), 'neighbours': int(m.n_neighbors), 'temperature': float(m.temperature)}
+# %% ../../nbs/50_model/10_export.ipynb #fd267b6b
+def _from_neighbours(m):
+    return 'neighbours', {'rows': m.rows_, 'labels': np.asarray(m.y_), 'neighbours': int(m.n_neighbors),
+                          'temperature': float(m.temperature)}
 
 def _from_means(m): return 'means', {'means': m.means_}
 
-def _from_trees(m): return 'forest', _table([(t.children_left, t.children_right, t.feature, t.threshold, t.value[:,0,:].astype(np.float32))
-                                             for t in (e.tree_ for e in getattr(m, 'estimators_', [m]))])
+def _from_trees(m):
+    return 'forest', _table([(t.children_left, t.children_right, t.feature, t.threshold,
+                              t.value[:,0,:].astype(np.float32))
+                             for t in (e.tree_ for e in getattr(m, 'estimators_', [m]))])
 
+# %% ../../nbs/50_model/10_export.ipynb #bb861995
 def _from_boosting(m):
     nodes = [p.nodes for stage in m._predictors for p in stage]
     if any(n['is_categorical'].any() for n in nodes): raise ValueError('columns of categories')
-    trees = [(np.where(n['is_leaf'], -1, n['left'].astype(int)), np.where(n['is_leaf'], -1, n['right'].astype(int)), n['feature_idx'], n['num_threshold'], n['value'])
+    trees = [(np.where(n['is_leaf'], -1, n['left'].astype(int)), np.where(n['is_leaf'], -1, n['right'].astype(int)),
+              n['feature_idx'], n['num_threshold'], n['value'])
              for n in nodes]
     return 'boosting', {**_table(trees), 'start': np.asarray(m._baseline_prediction, float).ravel()}
 
+# %% ../../nbs/50_model/10_export.ipynb #811bac19
 def _table(trees):
     "Inner nodes of all trees as one table, and their leaves as another"
     parts:dict[str,list] = {name: [] for name in ('roots', 'column', 'cut', 'left', 'right', 'leaves')}
@@ -158,18 +196,27 @@ def _table(trees):
     for left,right,column,cut,value in trees:
         leaf = np.asarray(left) < 0
         name = np.where(leaf, ~(leaves+np.cumsum(leaf)-1), nodes+np.cumsum(~leaf)-1) # of each node in the tables
-        found = {'roots': name[:1], 'column': np.asarray(column)[~leaf], 'cut': np.asarray(cut)[~leaf], 'left': name[np.asarray(left)[~leaf]],
+        found = {'roots': name[:1], 'column': np.asarray(column)[~leaf], 'cut': np.asarray(cut)[~leaf],
+                 'left': name[np.asarray(left)[~leaf]],
                  'right': name[np.asarray(right)[~leaf]],
                  'leaves': np.asarray(value)[leaf]}
         for k,v in found.items(): parts[k].append(v)
         nodes,leaves = nodes+int((~leaf).sum()),leaves+int(leaf.sum())
     out = {k: np.concatenate(v) for k,v in parts.items()}
-    if not nodes: out |= {'column': np.zeros(1, int), 'cut': np.zeros(1), 'left': out['roots'][:1], 'right': out['roots'][:1]} # so that there is a row to look at
+    # so that there is a row to look at
+    if not nodes:
+        out |= {'column': np.zeros(1, int), 'cut': np.zeros(1), 'left': out['roots'][:1], 'right': out['roots'][:1]}
     return {k: v.astype(np.int32) if k in ('roots', 'column', 'left', 'right') else v for k,v in out.items()}
 
-CONVERTERS:dict[str,Callable[[Any],tuple[str,dict[str,Any]]]] = {'BaseSVC': _from_svm, 'LinearDiscriminantAnalysis': _from_linear, 'LinearClassifierMixin': _from_linear,
-    'MLPClassifier': _from_perceptron, 'CosineKNN': _from_neighbours, 'ClassMeans': _from_means, 'ForestClassifier': _from_trees, 'DecisionTreeClassifier': _from_trees,
-    'HistGradientBoostingClassifier': _from_boosting} # Name of a class, or of one that it stems from -> what takes it apart
+# %% ../../nbs/50_model/10_export.ipynb #d446e8d3
+CONVERTERS:dict[str,Callable[[Any],tuple[str,dict[str,Any]]]] = {'BaseSVC': _from_svm,
+                                                                 'LinearDiscriminantAnalysis': _from_linear,
+                                                                 'LinearClassifierMixin': _from_linear,
+    'MLPClassifier': _from_perceptron, 'CosineKNN': _from_neighbours, 'ClassMeans': _from_means,
+                                                                 'ForestClassifier': _from_trees,
+                                                                 'DecisionTreeClassifier': _from_trees,
+    # Name of a class, or of one that it stems from -> what takes it apart
+    'HistGradientBoostingClassifier': _from_boosting}
 
 # %% ../../nbs/50_model/10_export.ipynb #aa16ebcc
 def _onnx_head(a, Z):
@@ -177,23 +224,31 @@ def _onnx_head(a, Z):
     if '_session' not in a:
         options = ort.SessionOptions()
         options.intra_op_num_threads,options.log_severity_level = 1,3
-        a['_session'] = ort.InferenceSession(np.asarray(a['model']).tobytes(), options, providers=['CPUExecutionProvider']) # from bytes, so that it can name no other file
+        # from bytes, so that it can name no other file
+        a['_session'] = ort.InferenceSession(np.asarray(a['model']).tobytes(), options,
+                                             providers=['CPUExecutionProvider'])
     return log_proba(np.asarray(a['_session'].run([str(a['output'])], {'rows': Z})[0], float), 1e-3)
 
 HEADS['onnx'] = _onnx_head
 
+# %% ../../nbs/50_model/10_export.ipynb #e11f56ff
 def _from_any(m):
     "Probabilities through skl2onnx, in double precision"
     convert = require('skl2onnx', 'convert').convert_sklearn
     from skl2onnx.common.data_types import DoubleTensorType
-    model = convert(m, initial_types=[('rows', DoubleTensorType([None, m.n_features_in_]))], options={id(m): {'zipmap': False}})
-    return 'onnx', {'model': np.frombuffer(model.SerializeToString(deterministic=True), np.uint8), 'output': model.graph.output[1].name}
+    model = convert(m, initial_types=[('rows', DoubleTensorType([None, m.n_features_in_]))],
+                    options={id(m): {'zipmap': False}})
+    return 'onnx', {'model': np.frombuffer(model.SerializeToString(deterministic=True), np.uint8),
+                    'output': model.graph.output[1].name}
 
+# %% ../../nbs/50_model/10_export.ipynb #d555498f
 def _said(model, Z):
     "The model's own logits"
-    if hasattr(model, 'decision_function'): raw = np.asarray(model.decision_function(Z), float); return _two(raw[:,None]) if raw.ndim==1 else raw
+    if hasattr(model, 'decision_function'):
+        raw = np.asarray(model.decision_function(Z), float); return _two(raw[:,None]) if raw.ndim==1 else raw
     return log_proba(model.predict_proba(Z), 1e-3)
 
+# %% ../../nbs/50_model/10_export.ipynb #e021154d
 def convert_model(
     model:Any, # Fitted classifier; its classes are indices
     rows:np.ndarray|None=None, # (n, n_features) like those it was trained on; None: made up
@@ -202,8 +257,10 @@ def convert_model(
     "The model as arrays, after it has been shown that they answer alike; raises `BundleError`"
     name,bases = type(model).__name__,[c.__name__ for c in type(model).__mro__]
     take = next((CONVERTERS[b] for b in bases if b in CONVERTERS), None)
-    Z = np.random.default_rng(0).normal(0, np.sqrt(1000/model.n_features_in_), (64, model.n_features_in_)) if rows is None else np.asarray(rows, float)
-    advice = f'Leave {name} out of the models, or add a function to `heads.CONVERTERS` that takes it apart; with skl2onnx installed many more models are known'
+    Z = np.random.default_rng(0).normal(0, np.sqrt(1000/model.n_features_in_),
+                                        (64, model.n_features_in_)) if rows is None else np.asarray(rows, float)
+    advice = (f'Leave {name} out of the models, or add a function to `heads.CONVERTERS` that takes it apart; with '
+              f'skl2onnx installed many more models are known')
     why = 'its class is not known'
     for attempt in (take, None if take and take is not _from_any else _from_any):
         if attempt is None: continue
@@ -213,4 +270,5 @@ def convert_model(
         gap = np.abs(softmax(head.logits(Z, int(head.classes.max())+1)[:,head.classes])-want).max()
         if gap <= tolerance: return head
         why = f'its arrays answer otherwise (difference {gap:.1e})'
-    raise BundleError(f'the model {name} cannot be written without pickle: {why}', code='not_convertible', where=name, advice=advice)
+    raise BundleError(f'the model {name} cannot be written without pickle: {why}', code='not_convertible', where=name,
+                      advice=advice)

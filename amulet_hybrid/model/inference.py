@@ -43,7 +43,8 @@ class Projection:
         exact:bool=True # Keep axes in double precision: a tree jumps where a number passes a cut
     ) -> 'Projection':
         "The arrays of a scaler"
-        return cls(scaler.mean_, scaler.scale_, scaler.components_.astype(float if exact else np.float32), float(scaler.power))
+        return cls(scaler.mean_, scaler.scale_, scaler.components_.astype(float if exact else np.float32),
+                   float(scaler.power))
 
     def fold(self,
         head:Head # A linear one, behind this projection
@@ -63,9 +64,10 @@ class Voice:
     head:Head
     direct:bool=False # It looks at the numbers of the blocks themselves, not at their axes
 
-
+# %% ../../nbs/50_model/20_inference.ipynb #fffc1aca
 def _flat(prefix, parts): return {f'{prefix}|{name}|{k}': v for name,arrays in parts.items() for k,v in arrays.items()}
 
+# %% ../../nbs/50_model/20_inference.ipynb #141be602
 def _nested(arrays, prefix):
     "Name -> its arrays, of what `_flat` wrote"
     out:dict[str,dict[str,np.ndarray]] = {}
@@ -75,6 +77,7 @@ def _nested(arrays, prefix):
             out.setdefault(name, {})[k] = value
     return out
 
+# %% ../../nbs/50_model/20_inference.ipynb #7ab1fb9e
 @dataclass
 class ServedModel:
     "A vote of calibrated voices that needs numpy only"
@@ -97,11 +100,13 @@ class ServedModel:
         blocks:Mapping[str,np.ndarray] # Block name -> (n, n_features); more than needed is fine
     ) -> np.ndarray: # (n, n_classes), rows sum to 1
         "Calibrated probabilities"
-        seen = {b: self.encoders[b].transform(blocks[b]) if b in self.encoders else blocks[b] for b in dict.fromkeys(b for v in self.voices for b in v.blocks) if b in blocks}
+        seen = {b: self.encoders[b].transform(blocks[b]) if b in self.encoders else blocks[b]
+                for b in dict.fromkeys(b for v in self.voices for b in v.blocks) if b in blocks}
         joined:dict[Any,np.ndarray] = {}
         def rows(join, direct):
             if (join, direct) not in joined:
-                joined[join, direct] = join_blocks(seen, join).astype(float) if direct else self.projections[join].transform(rows(join, True))
+                joined[join, direct] = join_blocks(seen,
+                                                   join).astype(float) if direct else self.projections[join].transform(rows(join, True))
             return joined[join, direct]
         said = [softmax(v.head.logits(rows(v.blocks, v.direct), len(self.classes))/v.temperature) for v in self.voices]
         vote = np.sum([v.weight*(log_proba(p) if self.geometric else p) for v,p in zip(self.voices, said)], axis=0)
@@ -113,7 +118,8 @@ class ServedModel:
 
     def describe(self) -> list[dict]: # A row a voice: model, blocks, weight, temperature
         "The voices as a table"
-        return [{'model': v.title, 'blocks': ' + '.join(v.blocks), 'weight': round(v.weight, 3), 'temperature': round(v.temperature, 3)} for v in self.voices]
+        return [{'model': v.title, 'blocks': ' + '.join(v.blocks), 'weight': round(v.weight, 3),
+                 'temperature': round(v.temperature, 3)} for v in self.voices]
 
     @classmethod
     def of(cls,
@@ -126,27 +132,35 @@ class ServedModel:
         joins:dict[tuple,list] = {}
         for m in model.members: joins.setdefault(m.candidate.blocks, []).append(m)
         for join,members in joins.items():
-            rows = model.scalers[join].transform(join_blocks(seen, join)[:200]) if all(b in seen for b in join) else None
+            rows = model.scalers[join].transform(join_blocks(seen, join)[:200]) if all(b in seen
+                    for b in join) else None
             heads = [convert_model(m.model, rows) for m in members]
             exact = Projection.of(model.scalers[join])
             fold = [h.kind=='linear' and exact.power==1 for h in heads]
-            voices += [Voice(join, m.candidate.title, m.weight, m.temperature, exact.fold(h) if f else h, f) for m,h,f in zip(members, heads, fold)]
-            if not all(fold): projections[join] = Projection.of(model.scalers[join], any(h.kind in ('forest', 'boosting') for h in heads))
+            voices += [Voice(join, m.candidate.title, m.weight, m.temperature, exact.fold(h) if f else h, f)
+                       for m,h,f in zip(members, heads, fold)]
+            if not all(fold):
+                projections[join] = Projection.of(model.scalers[join],
+                                                  any(h.kind in ('forest', 'boosting') for h in heads))
         order = {id(m): i for i,m in enumerate(model.members)}
         ranked = sorted(zip([order[id(m)] for ms in joins.values() for m in ms], voices), key=lambda pair: pair[0])
-        return cls(list(model.classes), [v for _,v in ranked], projections, model.calibrator, dict(model.encoders), model.conformal, model.novelty, model.geometric)
+        return cls(list(model.classes), [v for _,v in ranked], projections, model.calibrator, dict(model.encoders),
+                   model.conformal, model.novelty, model.geometric)
 
     def to_dict(self) -> dict: # What JSON can hold
         "All that is no array"
-        voices = [{'blocks': list(v.blocks), 'title': v.title, 'weight': v.weight, 'temperature': v.temperature, 'direct': v.direct} for v in self.voices]
+        voices = [{'blocks': list(v.blocks), 'title': v.title, 'weight': v.weight, 'temperature': v.temperature,
+                   'direct': v.direct} for v in self.voices]
         return {'voices': voices, 'geometric': self.geometric, 'projections': [list(join) for join in self.projections],
                 'parts': [k for k in ('conformal', 'novelty') if getattr(self, k) is not None]}
 
     def to_arrays(self) -> dict[str,np.ndarray]: # For a file of arrays
         "All that is numbers"
         learned = {'calibrator': self.calibrator, 'conformal': self.conformal, 'novelty': self.novelty}
-        return {**_flat('voice', {str(i): v.head.to_arrays() for i,v in enumerate(self.voices)}), **_flat('encoder', {b: e.to_arrays() for b,e in self.encoders.items()}),
-                **_flat('projection', {str(i): {k: np.asarray(x) for k,x in vars(p).items()} for i,p in enumerate(self.projections.values())}),
+        return {**_flat('voice', {str(i): v.head.to_arrays() for i,v in enumerate(self.voices)}),
+                **_flat('encoder', {b: e.to_arrays() for b,e in self.encoders.items()}),
+                **_flat('projection', {str(i): {k: np.asarray(x) for k,x in vars(p).items()}
+                                       for i,p in enumerate(self.projections.values())}),
                 **_flat('part', {k: v.to_arrays() for k,v in learned.items() if v is not None})}
 
     @classmethod
@@ -159,23 +173,29 @@ class ServedModel:
         "A vote as it was written; raises `BundleError` where the two do not fit"
         try:
             heads,parts = _nested(arrays, 'voice'),_nested(arrays, 'part')
-            voices = [Voice(tuple(map(str, v['blocks'])), str(v['title']), float(v['weight']), float(v['temperature']), Head.from_arrays(heads[str(i)]), bool(v['direct']))
+            voices = [Voice(tuple(map(str, v['blocks'])), str(v['title']), float(v['weight']), float(v['temperature']),
+                            Head.from_arrays(heads[str(i)]), bool(v['direct']))
                       for i,v in enumerate(about['voices'])]
             found = _nested(arrays, 'projection')
-            projections = {tuple(join): Projection(**(found[str(i)] | {'power': float(found[str(i)]['power'])})) for i,join in enumerate(about['projections'])}
+            projections = {tuple(join): Projection(**(found[str(i)] | {'power': float(found[str(i)]['power'])}))
+                           for i,join in enumerate(about['projections'])}
             encoders = {b: extractors[b].encoder().from_arrays(a) for b,a in _nested(arrays, 'encoder').items()}
             def part(name, build): return build(_deep(arrays, name)) if name in about['parts'] else None
-            return cls(list(classes), voices, projections, scaler_from_arrays(parts['calibrator']), encoders, part('conformal', ConformalPredictor.from_arrays),
+            return cls(list(classes), voices, projections, scaler_from_arrays(parts['calibrator']), encoders,
+                       part('conformal', ConformalPredictor.from_arrays),
                        part('novelty', NoveltyDetector.from_arrays), bool(about['geometric']))
         except BundleError: raise
         except Exception as error: # whatever does not fit raises something
-            raise BundleError(f'the arrays are not those that the description speaks of ({type(error).__name__}: {str(error)[:150]})', code='bad_model') from error
+            raise BundleError(f'the arrays are not those that the description speaks of ({type(error).__name__}: '
+                              f'{str(error)[:150]})', code='bad_model') from error
 
+# %% ../../nbs/50_model/20_inference.ipynb #95004dc3
 def _deep(arrays, name): return {k[len(f'part|{name}|'):]: v for k,v in arrays.items() if k.startswith(f'part|{name}|')}
 
 # %% ../../nbs/50_model/20_inference.ipynb #073590a2
 TIERS = ('rules', 'neural', 'ensemble') # From cheap to dear
-THRESHOLDS = {'rules': .85, 'neural': .65, 'ensemble': .45} # What is usual where nothing was fitted; the last says from where on a label is given at all
+# What is usual where nothing was fitted; the last says from where on a label is given at all
+THRESHOLDS = {'rules': .85, 'neural': .65, 'ensemble': .45}
 
 @dataclass
 class Tier:
@@ -183,7 +203,8 @@ class Tier:
     name:str # One of `TIERS`
     model:ServedModel
     threshold:float # Confidence from which it answers, 0..1; above 1: never, it is there as a fallback
-    milliseconds:dict[str,float] = field(default_factory=dict) # Measured where the bundle was made: 'alone' and 'added' to the tier before
+    # Measured where the bundle was made: 'alone' and 'added' to the tier before
+    milliseconds:dict[str,float] = field(default_factory=dict)
     rules:str='' # The tree in words, for tier 'rules'
 
     def to_dict(self) -> dict: # What JSON can hold
@@ -193,13 +214,17 @@ class Tier:
     def about(self) -> dict: # For the card
         "What is known of it"
         sets,strange = self.model.conformal,self.model.novelty
-        told = None if strange is None or strange.table is None else float(strange.table.loc[[strange.candidate.name]].to_numpy().mean())
-        return {**self.to_dict(), 'coverage': sets and float(sets.coverage), 'false_alarm_rate': strange and float(strange.rate), 'novelty_auroc': told}
+        told = (None if strange is None or strange.table is None
+                else float(strange.table.loc[[strange.candidate.name]].to_numpy().mean()))
+        return {**self.to_dict(), 'coverage': sets and float(sets.coverage),
+                'false_alarm_rate': strange and float(strange.rate), 'novelty_auroc': told}
 
+# %% ../../nbs/50_model/20_inference.ipynb #959811e8
 @dataclass
 class Cascade:
     "The tiers below the ensemble, and what all of them did on photos that they were not trained on"
     tiers:list[Tier] # From cheap to dear, without the ensemble
     threshold:float=THRESHOLDS['ensemble'] # Confidence from which the ensemble's word is called sure
-    table:list[dict] = field(default_factory=list) # A row a tier, and one for the whole: tier, accuracy, share, loss, ...
+    # A row a tier, and one for the whole: tier, accuracy, share, loss, ...
+    table:list[dict] = field(default_factory=list)
     notes:list[str] = field(default_factory=list) # What was found, in words

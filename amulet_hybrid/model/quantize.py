@@ -33,11 +33,14 @@ class Int8Report:
     kept:bool
     why:str
 
+# %% ../../nbs/50_model/60_quantize.ipynb #f551ddd1
 class _Photos:
     "What onnxruntime calibrates activations with"
-    def __init__(self, photos, sides): self._batches = iter([{'photos': p.view('rgb', side)[None]} for p in photos for side in sides])
+    def __init__(self, photos, sides):
+        self._batches = iter([{'photos': p.view('rgb', side)[None]} for p in photos for side in sides])
     def get_next(self): return next(self._batches, None)
 
+# %% ../../nbs/50_model/60_quantize.ipynb #4431f07c
 def _quantize(path, photos, sides, out):
     "Static quantisation: signed bytes, weights by channel, ranges from photos"
     require('onnx', 'cnn')
@@ -45,15 +48,21 @@ def _quantize(path, photos, sides, out):
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder)/'ready.onnx'
         q.quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
-        q.quantize_static(str(ready), str(out), _Photos(photos, sides), quant_format=q.QuantFormat.QDQ, per_channel=True, activation_type=q.QuantType.QUInt8,
+        q.quantize_static(str(ready), str(out), _Photos(photos, sides), quant_format=q.QuantFormat.QDQ,
+                          per_channel=True, activation_type=q.QuantType.QUInt8,
                           weight_type=q.QuantType.QInt8,
                           op_types_to_quantize=['Conv', 'MatMul', 'Gemm', 'Add'])
 
+# %% ../../nbs/50_model/60_quantize.ipynb #6ff3587d
 def _with_net(bundle, swap):
     "The bundle's extractor with other net files"
-    def other(e): return type(e)(**{**e.get_params(), 'onnx': swap[Path(e.onnx).name]}) if getattr(e, 'onnx', None) is not None and Path(e.onnx).name in swap else e
-    return type(bundle.extractor)(bundle.extractor.config, extractors={n: other(e) for n,e in bundle.extractor.extractors.items()})
+    def other(e):
+        return type(e)(**{**e.get_params(), 'onnx': swap[Path(e.onnx).name]}) if getattr(e, 'onnx',
+                None) is not None and Path(e.onnx).name in swap else e
+    return type(bundle.extractor)(bundle.extractor.config,
+                                  extractors={n: other(e) for n,e in bundle.extractor.extractors.items()})
 
+# %% ../../nbs/50_model/60_quantize.ipynb #0ec7c1a4
 def _net_ms(extractors, nets, photos):
     "Processor milliseconds a photo of the nets of each extractor, measured in turns"
     taken:list[list[float]] = [[] for _ in extractors]
@@ -66,6 +75,7 @@ def _net_ms(extractors, nets, photos):
             ms.append(1000*(time.process_time()-start))
     return [statistics.median(ms[2:] or ms) for ms in taken]
 
+# %% ../../nbs/50_model/60_quantize.ipynb #5c6ca7ba
 def try_int8(
     folder:str|Path, # A bundle; it is changed only if the bytes are kept, and then needs to be signed again
     photos:Sequence[Any], # (n,) paths, bytes or arrays, with labels, that had no part in training
@@ -78,26 +88,34 @@ def try_int8(
     bundle:Bundle = load_bundle(folder)
     nets = [n for n,e in bundle.extractor.extractors.items() if getattr(e, 'onnx', None) is not None]
     if not nets: raise BundleError('it has no net that could be quantised', code='no_net', where=folder)
-    if not len(photos) or len(photos)!=len(labels): raise BundleError(f'{len(photos)} photos and {len(labels)} labels: a label for each of one photo or more is needed',
-                                                            code='bad_labels', where=folder)
-    if bundle.manifest['data'].get('int8'): raise BundleError('its nets are of bytes already', code='already_int8', where=folder, advice='Save the bundle anew to try again')
+    if not len(photos) or len(photos)!=len(labels):
+        raise BundleError(f'{len(photos)} photos and {len(labels)} labels: a label for each of one photo or more is '
+                          f'needed',
+                code='bad_labels', where=folder)
+    if bundle.manifest['data'].get('int8'):
+        raise BundleError('its nets are of bytes already', code='already_int8', where=folder,
+                          advice='Save the bundle anew to try again')
     y = np.array([bundle.classes.index(label) for label in labels])
     with tempfile.TemporaryDirectory() as place:
         swap = {}
         for file in sorted({Path(bundle.extractor.extractors[n].onnx).name for n in nets}):
-            users = [bundle.extractor.extractors[n] for n in nets if Path(bundle.extractor.extractors[n].onnx).name==file]
+            users = [bundle.extractor.extractors[n]
+                     for n in nets if Path(bundle.extractor.extractors[n].onnx).name==file]
             sides = sorted({s for e in users for s in e._net()[2]})
             swap[file] = Path(place)/file
-            _quantize(Path(folder)/file, [bundle.extractor.read(p) for p in list(photos)[:calibration]], sides, swap[file])
+            _quantize(Path(folder)/file, [bundle.extractor.read(p) for p in list(photos)[:calibration]], sides,
+                      swap[file])
         small = _with_net(bundle, swap)
         before,after = _net_ms([bundle.extractor, small], nets, list(photos)[:12])
-        right = [float((bundle.model.predict_proba(e.extract_batch(list(photos))).argmax(1)==y).mean()) for e in (bundle.extractor, small)]
+        right = [float((bundle.model.predict_proba(e.extract_batch(list(photos))).argmax(1)==y).mean())
+                 for e in (bundle.extractor, small)]
         gain,lost = before/max(after, 1e-6),right[0]-right[1]
         why = f'{gain:.2f} times as fast, and {100*lost:+.1f} points of accuracy lost'
         report = Int8Report(round(gain, 2), right[0], right[1], len(y), gain >= least_gain and lost <= most_lost, why)
         if report.kept: _keep(Path(folder), bundle, small, swap, report)
     return report
 
+# %% ../../nbs/50_model/60_quantize.ipynb #9e89951b
 def _keep(folder, bundle, small, swap, report):
     "Put the new nets into a copy, and the copy in the place of the bundle"
     manifest = parse_json((folder/MANIFEST).read_bytes())
@@ -106,7 +124,8 @@ def _keep(folder, bundle, small, swap, report):
         part = Path(place)/'bundle'
         shutil.copytree(folder, part, ignore=shutil.ignore_patterns(SIGNATURE))
         for file,path in swap.items(): shutil.copyfile(path, part/file); manifest['files'][file] = _entry(part/file)
-        manifest['data'] = {**manifest['data'], 'int8': {k: v for k,v in dataclasses.asdict(report).items() if k!='speedup'}}
+        manifest['data'] = {**manifest['data'],
+                            'int8': {k: v for k,v in dataclasses.asdict(report).items() if k!='speedup'}}
         _write_manifest(part, manifest)
         load_bundle(part)
         folder.rename(Path(place)/'old')

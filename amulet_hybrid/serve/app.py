@@ -18,8 +18,10 @@ from typing import Any
 from .. import __version__
 from .auth import Keys
 from .service import Answers, aside, digest_of
-from .schemas import (ANY, BODY, PHOTO, REFUSALS, ROW, BatchRequest, BatchResponse, Classifier, FeedbackRequest, FeedbackResponse, Health, Info, Options,
-                               PredictRequest, PredictResponse, Probe, Recorder, Reloaded, failure, read_options, reply, responses, say)
+from .schemas import (ANY, BODY, PHOTO, REFUSALS, ROW, BatchRequest, BatchResponse, Classifier,
+                                         FeedbackRequest, FeedbackResponse, Health, Info, Options,
+                               PredictRequest, PredictResponse, Probe, Recorder, Reloaded, failure, read_options,
+                                         reply, responses, say)
 from ..core import AmuletError
 from .middleware import Door
 from .request_body import Form, check_depth, decode_image_data
@@ -41,10 +43,13 @@ from starlette.exceptions import HTTPException
 # %% ../../nbs/70_serve/80_app.ipynb #165373dd
 def _kind(request): return request.headers.get('content-type', '').partition(';')[0].strip().lower()
 
+# %% ../../nbs/70_serve/80_app.ipynb #6d2fc670
 async def read_json(request:Request, model:Any, limit:int, settings:Settings) -> Any: # A `model`
     "The body as a checked object"
-    if (kind := _kind(request))!='application/json' and not (kind.startswith('application/') and kind.endswith('+json')):
-        raise AmuletError('the body is to be JSON', code='wrong_content_type', advice='Send the header Content-Type: application/json')
+    if (kind := _kind(request))!='application/json' and not (kind.startswith('application/')
+                                                             and kind.endswith('+json')):
+        raise AmuletError('the body is to be JSON', code='wrong_content_type',
+                          advice='Send the header Content-Type: application/json')
     data = await request.scope['visit'].body.whole(limit, settings.body_seconds)
     def parse(data):
         check_depth(data, settings.json_depth)
@@ -52,16 +57,19 @@ async def read_json(request:Request, model:Any, limit:int, settings:Settings) ->
         except ValidationError as error: raise say(error) from None
     return await aside(parse, data, len(data))
 
+# %% ../../nbs/70_serve/80_app.ipynb #c1db1595
 async def read_form(request:Request, settings:Settings) -> tuple[list[bytes],Options]:
     "Photos and options of a form; what the form says counts more than the address"
     form = Form(request.headers.get('content-type', '').encode('latin-1'), settings.max_bytes, settings.max_photos)
     query = request.query_params.multi_items()
-    if len(query)!=len(dict(query)): raise AmuletError('an option is there twice', code='bad_request', advice='See /docs for the fields')
+    if len(query)!=len(dict(query)):
+        raise AmuletError('an option is there twice', code='bad_request', advice='See /docs for the fields')
     await request.scope['visit'].body.feed(form.write, settings.max_batch_bytes+2**16, settings.body_seconds)
     form.close()
     if query and form.fields: read_options(dict(query)) # what is overruled has to be right, too
     return form.files,read_options({**dict(query), **form.fields})
 
+# %% ../../nbs/70_serve/80_app.ipynb #fbcb637e
 def _in_base64(n): return 4*(n//3+1)
 
 # %% ../../nbs/70_serve/80_app.ipynb #964f1a68
@@ -71,9 +79,11 @@ def _add_predictions(app, service, settings):
         visit,start = request.scope['visit'],time.perf_counter()
         digest = await aside(digest_of, asked, sum(map(len, asked))) if isinstance(asked, list) else ''
         if known := service.known(visit, digest, options, start): return reply(known)
-        return reply(await unless_gone(visit.body.receive, service.find_out(visit, asked, digest, options, start), settings.timeout_seconds))
+        return reply(await unless_gone(visit.body.receive, service.find_out(visit, asked, digest, options, start),
+                                       settings.timeout_seconds))
 
-    @app.post('/predict', responses=responses('bad_base64', *ANY, *BODY, *PHOTO, *ROW), response_model=PredictResponse, openapi_extra=_json_body('PredictRequest'))
+    @app.post('/predict', responses=responses('bad_base64', *ANY, *BODY, *PHOTO, *ROW), response_model=PredictResponse,
+              openapi_extra=_json_body('PredictRequest'))
     async def predict(request:Request) -> Response:
         "Name a photo sent as base64 inside JSON, or a row of a table sent as `features`"
         service.line.check()
@@ -91,7 +101,8 @@ def _add_predictions(app, service, settings):
         return await one(request, photos, options)
 
     @app.post('/predict-batch', responses=responses(*ANY, *BODY, 'too_many_photos'), response_model=BatchResponse,
-              openapi_extra=_either_body(_json_body('BatchRequest'), _form_body('Photos, each of another object', settings)))
+              openapi_extra=_either_body(_json_body('BatchRequest'),
+                                         _form_body('Photos, each of another object', settings)))
     async def predict_batch(request:Request) -> Response:
         "Name many objects, a photo each, as base64 in JSON or as a form's `files`. Each is answered by itself: a bad photo has its own refusal among the answers"
         visit = request.scope['visit']
@@ -100,17 +111,23 @@ def _add_predictions(app, service, settings):
             asked = await read_json(request, BatchRequest, _in_base64(settings.max_batch_bytes)+2**16, settings)
             photos,options = asked.images,asked
         if len(photos) > settings.max_photos:
-            raise AmuletError(f'{len(photos)} photos; at most {settings.max_photos}', code='too_many_photos', advice='Send them in several requests')
+            raise AmuletError(f'{len(photos)} photos; at most {settings.max_photos}', code='too_many_photos',
+                              advice='Send them in several requests')
         if len(photos) > 1: service.limit.take(visit.caller, len(photos)-1, owed=True)
-        return reply(await unless_gone(visit.body.receive, service.batch(visit, photos, options), settings.timeout_seconds+1))
+        return reply(await unless_gone(visit.body.receive, service.batch(visit, photos, options),
+                                       settings.timeout_seconds+1))
 
-    @app.post('/feedback', responses=responses(*ANY, *BODY, 'unknown_prediction', 'database_down'), response_model=FeedbackResponse, openapi_extra=_json_body('FeedbackRequest'))
+    @app.post('/feedback', responses=responses(*ANY, *BODY, 'unknown_prediction', 'database_down'),
+              response_model=FeedbackResponse, openapi_extra=_json_body('FeedbackRequest'))
     async def feedback(request:Request) -> Response:
         "Say what the photo of an earlier answer really showed"
-        return reply(await service.feedback(request.scope['visit'], await read_json(request, FeedbackRequest, 2**16, settings)))
+        return reply(await service.feedback(request.scope['visit'],
+                                            await read_json(request, FeedbackRequest, 2**16, settings)))
 
+# %% ../../nbs/70_serve/80_app.ipynb #a18c45ce
 def _small(photo, settings):
-    if len(photo) > settings.max_bytes: raise AmuletError(f'larger than {settings.max_bytes:,} bytes', code='image_too_large', advice='Save it smaller')
+    if len(photo) > settings.max_bytes:
+        raise AmuletError(f'larger than {settings.max_bytes:,} bytes', code='image_too_large', advice='Save it smaller')
     return photo
 
 # %% ../../nbs/70_serve/80_app.ipynb #cde0dff2
@@ -119,9 +136,13 @@ def _add_state(app, service, settings):
     @app.get('/health', responses=responses('internal_error'), response_model=Health)
     async def health(request:Request) -> Response:
         "Whether the service is well, and how it has been"
-        return reply({'status': 'degraded' if service.failing else 'ok', 'model_loaded': True, 'version': __version__, 'model_version': service.model.version,
-                      'uptime_seconds': round(time.monotonic()-service.started, 3), 'memory_usage_mb': service.metrics.memory_mb(), 'cpu_usage_percent': service.usage.percent(),
-                      'predictions_count': service.count, 'average_response_time_ms': round(service.total_ms/max(service.count, 1), 3), 'queue_depth': len(service.line),
+        return reply({'status': 'degraded' if service.failing else 'ok', 'model_loaded': True, 'version': __version__,
+                      'model_version': service.model.version,
+                      'uptime_seconds': round(time.monotonic()-service.started, 3),
+                      'memory_usage_mb': service.metrics.memory_mb(), 'cpu_usage_percent': service.usage.percent(),
+                      'predictions_count': service.count,
+                      'average_response_time_ms': round(service.total_ms/max(service.count, 1), 3),
+                      'queue_depth': len(service.line),
                       'records': service.records()})
 
     @app.get('/health/live', responses=responses('internal_error'), response_model=Probe)
@@ -139,40 +160,56 @@ def _add_state(app, service, settings):
     async def info(request:Request) -> Response:
         "What the model is, what it knows, how well it does, and what it must not be asked"
         model = service.model
-        return reply({'model_version': model.version, 'version': __version__, 'classes': list(model.classifier.classes), 'columns': list(getattr(model.classifier, 'columns', ())),
-                      'figures': model.figures, 'card': model.card, 'limits': {n: int(getattr(settings, n)) for n in ('max_bytes', 'max_photos', 'max_batch_bytes')}})
+        return reply({'model_version': model.version, 'version': __version__,
+                      'classes': list(model.classifier.classes),
+                      'columns': list(getattr(model.classifier, 'columns', ())),
+                      'figures': model.figures, 'card': model.card,
+                      'limits': {n: int(getattr(settings, n)) for n in ('max_bytes', 'max_photos', 'max_batch_bytes')}})
 
     @app.get('/metrics', responses=responses('no_key', 'internal_error'), response_class=Response,
-             openapi_extra={'responses': {'200': {'description': 'In the text format of Prometheus', 'content': {'text/plain': {'schema': {'type': 'string'}}}}}})
+             openapi_extra={'responses': {'200': {'description': 'In the text format of Prometheus',
+                                                  'content': {'text/plain': {'schema': {'type': 'string'}}}}}})
     async def metrics(request:Request) -> Response:
         "Numbers for Prometheus"
         return Response(service.metrics.page(), media_type='text/plain; version=0.0.4; charset=utf-8')
 
-    @app.post('/admin/reload', responses=responses('no_key', 'not_allowed', 'reload_failed', 'internal_error'), response_model=Reloaded)
+    @app.post('/admin/reload', responses=responses('no_key', 'not_allowed', 'reload_failed', 'internal_error'),
+              response_model=Reloaded)
     async def reload(request:Request) -> Response:
         "Read the bundle anew from the folder with which the service was started. If it cannot be used, the old one goes on"
         return reply({'success': True, 'request_id': request.scope['visit'].request_id, **await service.reload()})
 
 # %% ../../nbs/70_serve/80_app.ipynb #ef3ae07c
-def _json_body(name): return {'requestBody': {'required': True, 'content': {'application/json': {'schema': {'$ref': f'#/components/schemas/{name}'}}}}}
+def _json_body(name):
+    return {'requestBody': {'required': True,
+                            'content': {'application/json': {'schema': {'$ref': f'#/components/schemas/{name}'}}}}}
 
+# %% ../../nbs/70_serve/80_app.ipynb #4ef69c60
 def _plain(schema):
     "A field that may be null, as the field of a form or of an address, which may be left out"
-    kind = next((s for s in schema.get('anyOf', ()) if s.get('type')!='null'), {k: v for k,v in schema.items() if k in ('type', 'minimum', 'maximum', 'exclusiveMinimum')})
+    kind = next((s for s in schema.get('anyOf', ()) if s.get('type')!='null'),
+                {k: v for k,v in schema.items() if k in ('type', 'minimum', 'maximum', 'exclusiveMinimum')})
     return {**kind, 'description': schema['description']}
 
+# %% ../../nbs/70_serve/80_app.ipynb #3b3d4da8
 def _form_body(about, settings):
     "A form with photos and options, and the options as parameters of the address"
     options = {k: _plain(v) for k,v in Options.model_json_schema()['properties'].items()}
-    photos = {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}, 'minItems': 1, 'maxItems': settings.max_photos, 'description': about}
-    schema = {'type': 'object', 'required': ['files'], 'additionalProperties': False, 'properties': {'files': photos, **options}}
-    query = [{'name': k, 'in': 'query', 'required': False, 'description': v['description'], 'schema': {i: j for i,j in v.items() if i!='description'}} for k,v in options.items()]
-    return {'requestBody': {'required': True, 'content': {'multipart/form-data': {'schema': schema}}}, 'parameters': query}
+    photos = {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}, 'minItems': 1,
+              'maxItems': settings.max_photos, 'description': about}
+    schema = {'type': 'object', 'required': ['files'], 'additionalProperties': False,
+              'properties': {'files': photos, **options}}
+    query = [{'name': k, 'in': 'query', 'required': False, 'description': v['description'],
+              'schema': {i: j for i,j in v.items() if i!='description'}} for k,v in options.items()]
+    return {'requestBody': {'required': True, 'content': {'multipart/form-data': {'schema': schema}}},
+            'parameters': query}
 
+# %% ../../nbs/70_serve/80_app.ipynb #35d540fb
 def _either_body(one, other):
     content = {**one['requestBody']['content'], **other['requestBody']['content']}
     return {'requestBody': {'required': True, 'content': content}}
 
+# %% ../../nbs/70_serve/80_app.ipynb #d77c250e
 def _what_it_reads(schema, columns):
     "Photos, or rows of a table with these columns: the model that answers reads one of the two"
     del schema['oneOf'],schema['properties']['image_data' if columns else 'features']
@@ -180,17 +217,21 @@ def _what_it_reads(schema, columns):
     schema['properties'][schema['required'][0]].pop('default')
     if not columns: return schema['properties']['image_data'].update(minLength=4)
     value = schema['properties']['features'].pop('additionalProperties')
-    schema['properties']['features'] |= {'properties': {c: value for c in columns}, 'additionalProperties': False, 'minProperties': 1}
+    schema['properties']['features'] |= {'properties': {c: value for c in columns}, 'additionalProperties': False,
+                                         'minProperties': 1}
     schema['examples'] = [{'features': {columns[0]: 1}}]
 
+# %% ../../nbs/70_serve/80_app.ipynb #b3c77fcb
 def _describe(app, service):
     "The OpenAPI document"
     spec = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    _,found = models_json_schema([(m, 'validation') for m in (PredictRequest, BatchRequest, FeedbackRequest)], ref_template='#/components/schemas/{model}')
+    _,found = models_json_schema([(m, 'validation') for m in (PredictRequest, BatchRequest, FeedbackRequest)],
+                                 ref_template='#/components/schemas/{model}')
     spec['components']['schemas'] |= found['$defs']
     spec['components']['schemas']['BatchRequest']['properties']['images']['maxItems'] = service.settings.max_photos
     _what_it_reads(spec['components']['schemas']['PredictRequest'], getattr(service.model.classifier, 'columns', ()))
-    spec['components']['securitySchemes'] = {'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'The key may also come in the header X-API-Key'}}
+    spec['components']['securitySchemes'] = {'bearer': {'type': 'http', 'scheme': 'bearer',
+                                                        'description': 'The key may also come in the header X-API-Key'}}
     for path,methods in spec['paths'].items():
         for operation in methods.values():
             if path in service.guarded or path in _ADMIN: operation['security'] = [{'bearer': []}]
@@ -203,7 +244,8 @@ _CSP = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame
 def _add_pages(app):
     "`/`, `/docs`, `/openapi.json`"
     @app.get('/docs', include_in_schema=False)
-    async def docs(request:Request) -> Response: return HTMLResponse(docs_page(app.openapi(), str(request.base_url)), headers={'Content-Security-Policy': _CSP})
+    async def docs(request:Request) -> Response:
+        return HTMLResponse(docs_page(app.openapi(), str(request.base_url)), headers={'Content-Security-Policy': _CSP})
 
     @app.get('/openapi.json', include_in_schema=False)
     async def document(request:Request) -> Response: return reply(app.openapi())
@@ -211,7 +253,8 @@ def _add_pages(app):
     @app.get('/', include_in_schema=False)
     async def home(request:Request) -> Response:
         nonce = secrets.token_urlsafe(16)
-        return HTMLResponse(try_page('amulet_hybrid').replace('{nonce}', nonce), headers={'Content-Security-Policy': page_policy(nonce)})
+        return HTMLResponse(try_page('amulet_hybrid').replace('{nonce}', nonce),
+                            headers={'Content-Security-Policy': page_policy(nonce)})
 
 # %% ../../nbs/70_serve/80_app.ipynb #f0b8d7be
 _GUARDED = ('/predict', '/predict/file', '/predict-batch', '/feedback', '/info', '/metrics')
@@ -221,13 +264,15 @@ async def _on_signal(service):
     try: await service.reload()
     except AmuletError: pass # it is in the log
 
+# %% ../../nbs/70_serve/80_app.ipynb #eac03685
 def _life(service):
     "What the app does at its beginning and at its end"
     @asynccontextmanager
     async def life(app):
         if hasattr(signal, 'SIGHUP') and threading.current_thread() is threading.main_thread():
             tasks,loop = set(),asyncio.get_running_loop()
-            def hangup(): task = loop.create_task(_on_signal(service)); tasks.add(task); task.add_done_callback(tasks.discard)
+            def hangup():
+                task = loop.create_task(_on_signal(service)); tasks.add(task); task.add_done_callback(tasks.discard)
             loop.add_signal_handler(signal.SIGHUP, hangup)
         try: yield
         finally:
@@ -236,6 +281,7 @@ def _life(service):
             if service.recorder is not None: await asyncio.to_thread(service.recorder.close)
     return life
 
+# %% ../../nbs/70_serve/80_app.ipynb #19d4fa9a
 def create_app(
     classifier:Classifier, # Loaded once, shared by all requests
     settings:Settings|None=None, # None: the defaults, and what the environment says
@@ -246,12 +292,15 @@ def create_app(
     settings = settings or Settings()
     service,keys = Answers(classifier, settings, load, recorder),Keys.load(settings.api_keys, settings.api_keys_file)
     if keys: service.guarded = frozenset(_GUARDED)-({'/metrics'} if settings.metrics_open else set())
-    app = FastAPI(title='amulet_hybrid', version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=_life(service),
-                  description='Names a photo, and says so when it is unsure. Every failure has `success: false`, a code, a message, an advice and the id of the request. '
+    app = FastAPI(title='amulet_hybrid', version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
+                  redirect_slashes=False, lifespan=_life(service),
+                  description='Names a photo, and says so when it is unsure. Every failure has `success: false`, a '
+                              'code, a message, an advice and the id of the request. '
                               'Every address is there under /v1, too.')
     direct:dict[tuple[str,str],Callable] = {}
     app.state.service,app.state.settings = service,settings
-    app.add_middleware(Door, settings=settings, keys=keys, limit=service.limit, metrics=service.metrics, held=service.held, guarded=service.guarded,
+    app.add_middleware(Door, settings=settings, keys=keys, limit=service.limit, metrics=service.metrics,
+                       held=service.held, guarded=service.guarded,
                        counted=_COUNTED, admin=_ADMIN, direct=direct)
     _add_predictions(app, service, settings)
     _add_state(app, service, settings)
@@ -263,7 +312,8 @@ def create_app(
         code = {404: 'not_found', 405: 'method_not_allowed'}.get(error.status_code, 'bad_request')
         visit = request.scope['visit']
         visit.refused = code
-        return reply(failure(AmuletError(REFUSALS[code][1], code=code, advice='See /docs'), visit.request_id), error.status_code, error.headers)
+        return reply(failure(AmuletError(REFUSALS[code][1], code=code, advice='See /docs'), visit.request_id),
+                     error.status_code, error.headers)
 
     documents:dict[Any,dict] = {}
     def openapi():

@@ -28,15 +28,18 @@ def make_key(
     key = 'amk_'+secrets.token_urlsafe(32)
     return key,f'{name}:{bytes_digest(key.encode())}'
 
+# %% ../../nbs/70_serve/10_auth.ipynb #89003022
 def check_digest(
     text:str, # 64 hex digits
     what:str # For the message, which does not repeat the text
 ) -> str: # In lower case
     "The digest of a key, or an error that does not show it"
     if not _DIGEST.fullmatch(text.strip().lower()):
-        raise ConfigError(f'{what} is no sha256 (64 hex digits)', where='keys', advice='Only the digest of a key is kept: amulet key NAME makes both')
+        raise ConfigError(f'{what} is no sha256 (64 hex digits)', where='keys',
+                          advice='Only the digest of a key is kept: amulet key NAME makes both')
     return text.strip().lower()
 
+# %% ../../nbs/70_serve/10_auth.ipynb #706627e5
 class Keys:
     "Whose key it is"
     def __init__(self,
@@ -46,7 +49,9 @@ class Keys:
         for line in (l.strip() for l in lines):
             if not line or line.startswith('#'): continue
             name,_,digest = line.rpartition(':')
-            if not _NAME.fullmatch(name): raise ConfigError('an API key is given as NAME:SHA256', where='api_keys', advice='amulet key NAME makes such a line')
+            if not _NAME.fullmatch(name):
+                raise ConfigError('an API key is given as NAME:SHA256', where='api_keys',
+                                  advice='amulet key NAME makes such a line')
             if name in self._digests: raise ConfigError(f'two API keys are named {name!r}', where='api_keys')
             self._digests[name] = check_digest(digest, f'the API key of {name!r}').encode()
 
@@ -57,7 +62,8 @@ class Keys:
     ):
         "Keys from the settings"
         try: lines = Path(file).read_text(encoding='utf-8').splitlines() if file else []
-        except (OSError, UnicodeDecodeError) as error: raise ConfigError('the file of API keys cannot be read', where=file) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError('the file of API keys cannot be read', where=file) from error
         found = cls([*re.split(r'[,\s]+', text), *lines])
         if (text or file) and not found: raise ConfigError('there is no API key in it', where=file or 'api_keys')
         return found
@@ -82,7 +88,10 @@ class RateLimit:
         burst:int=0, # At once; 0: ten seconds of it
         most:int=10_000 # Callers that are remembered
     ):
-        self.rate,self.burst,self.most,self._buckets = rate,burst or max(1., 10*rate),most,OrderedDict()
+        self.rate = rate
+        self.burst = burst or max(1., 10*rate)
+        self.most = most
+        self._buckets = OrderedDict()
 
     def take(self,
         who:str, # Key or address
@@ -100,6 +109,7 @@ class RateLimit:
         while len(self._buckets) > self.most: self._buckets.popitem(last=False)
         if not fine: raise RateLimited((1-left)/self.rate)
 
+# %% ../../nbs/70_serve/10_auth.ipynb #60ec62e9
 class RateLimited(AmuletError):
     "Too often"
     code = 'rate_limited'
@@ -116,6 +126,7 @@ def request_id(
     "The name of a request: the one it has, or a new one"
     return given.decode() if _REQUEST_ID.fullmatch(given) else uuid4().hex
 
+# %% ../../nbs/70_serve/10_auth.ipynb #e0e87083
 def sent_key(
     headers:dict[bytes,bytes] # Names in lower case
 ) -> str: # '' where none was sent
@@ -131,7 +142,8 @@ class Cors:
     ):
         self.origins = {o.strip().rstrip('/').encode() for o in origins.split(',') if o.strip()}
         if wrong := [o for o in self.origins if not o.startswith((b'https://', b'http://')) or o.count(b'/')!=2]:
-            raise ConfigError(f'{wrong[0].decode()[:60]!r} is no web site', where='cors_origins', advice='https://shop.example, without a path; * is not taken')
+            raise ConfigError(f'{wrong[0].decode()[:60]!r} is no web site', where='cors_origins',
+                              advice='https://shop.example, without a path; * is not taken')
 
     def headers(self,
         given:dict[bytes,bytes], # Of the request
@@ -139,6 +151,8 @@ class Cors:
     ) -> list[tuple[bytes,bytes]]: # [] for a site that may not
         "What the browser wants to hear"
         if not self.origins or (origin := given.get(b'origin', b'')) not in self.origins: return []
-        more = [(b'access-control-allow-methods', b'GET, POST'), (b'access-control-allow-headers', b'authorization, content-type, x-api-key, x-request-id'),
-                (b'access-control-max-age', b'600')] if preflight else [(b'access-control-expose-headers', b'x-request-id, retry-after')]
+        more = [(b'access-control-allow-methods', b'GET, POST'),
+                (b'access-control-allow-headers', b'authorization, content-type, x-api-key, x-request-id'),
+                (b'access-control-max-age', b'600')] if preflight else [(b'access-control-expose-headers',
+                b'x-request-id, retry-after')]
         return [(b'access-control-allow-origin', origin), (b'vary', b'origin'), *more]

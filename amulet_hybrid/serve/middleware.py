@@ -21,8 +21,10 @@ from .settings import Settings
 from starlette.requests import Request
 
 # %% ../../nbs/70_serve/60_middleware.ipynb #b56f09d3
-SAFE = ((b'x-content-type-options', b'nosniff'), (b'x-frame-options', b'DENY'), (b'referrer-policy', b'no-referrer'), (b'cross-origin-resource-policy', b'same-origin'))
-_ELSE = ((b'cache-control', b'no-store'), (b'content-security-policy', b"default-src 'none'; frame-ancestors 'none'")) # Where the answer says nothing of its own
+SAFE = ((b'x-content-type-options', b'nosniff'), (b'x-frame-options', b'DENY'), (b'referrer-policy', b'no-referrer'),
+        (b'cross-origin-resource-policy', b'same-origin'))
+# Where the answer says nothing of its own
+_ELSE = ((b'cache-control', b'no-store'), (b'content-security-policy', b"default-src 'none'; frame-ancestors 'none'"))
 
 # %% ../../nbs/70_serve/60_middleware.ipynb #d23742c0
 class Door:
@@ -33,17 +35,31 @@ class Door:
         admin:Collection[str], # Paths for the administrator
         direct:Mapping[tuple[str,str],Callable]|None=None # (method, path) -> what answers; others go to the app
     ):
-        self.app,self.settings,self.keys,self.limit,self.metrics,self.held = app,settings,keys,limit,metrics,held
-        self.guarded,self.counted,self.admin,self.cors,self.inside = frozenset(guarded),frozenset(counted),frozenset(admin),Cors(settings.cors_origins),0
+        self.app = app
+        self.settings = settings
+        self.keys = keys
+        self.limit = limit
+        self.metrics = metrics
+        self.held = held
+        self.guarded = frozenset(guarded)
+        self.counted = frozenset(counted)
+        self.admin = frozenset(admin)
+        self.cors = Cors(settings.cors_origins)
+        self.inside = 0
         self.direct = {} if direct is None else direct
 
     async def __call__(self, scope, receive, send):
         if scope['type']!='http': return await self.app(scope, receive, send)
-        headers,path,root = dict(scope['headers']),scope['path'],scope.get('root_path', '')
+        headers = dict(scope['headers'])
+        path = scope['path']
+        root = scope.get('root_path', '')
         path = path.removeprefix(root)
         if path.startswith('/v1/') or path=='/v1': path = path[3:] or '/'
-        visit = Visit(request_id(headers.get(b'x-request-id', b'')), scope['method'], path, Body(headers, receive, self.held))
-        try: await self.app_or_refusal({**scope, 'path': root+path, 'visit': visit}, headers, self._out(visit, headers, send))
+        visit = Visit(request_id(headers.get(b'x-request-id', b'')), scope['method'], path,
+                      Body(headers, receive, self.held))
+        try:
+            await self.app_or_refusal({**scope, 'path': root+path, 'visit': visit}, headers,
+                                      self._out(visit, headers, send))
         finally:
             visit.body.let_go()
             self._note(visit, scope)
@@ -52,13 +68,16 @@ class Door:
         "Let it in, or say why not"
         visit,counts = scope['visit'],False
         try:
-            if visit.method=='OPTIONS' and b'access-control-request-method' in headers and (allowed := self.cors.headers(headers, True)):
-                return await send({'type': 'http.response.start', 'status': 204, 'headers': allowed}) or await send({'type': 'http.response.body', 'body': b''})
+            if (visit.method=='OPTIONS' and b'access-control-request-method' in headers
+                and (allowed := self.cors.headers(headers, True))):
+                return await send({'type': 'http.response.start', 'status': 204,
+                                   'headers': allowed}) or await send({'type': 'http.response.body', 'body': b''})
             self._let_in(visit, headers, scope)
             if counts := visit.path in self.counted:
                 if self.inside >= self.settings.max_requests: counts = False; raise Busy(1)
                 self.inside += 1
-            if answers := self.direct.get((visit.method, visit.path)): await (await answers(Request(scope, visit.body.receive)))(scope, visit.body.receive, send)
+            if answers := self.direct.get((visit.method, visit.path)):
+                await (await answers(Request(scope, visit.body.receive)))(scope, visit.body.receive, send)
             else: await self.app(scope, visit.body.receive, send)
         except ClientGone: visit.status,visit.refused = 499,'client_gone'
         except Exception as error:
@@ -74,15 +93,20 @@ class Door:
         if visit.path not in self.guarded: return
         if self.keys:
             name = self.keys.who(sent_key(headers))
-            if name is None: raise AmuletError(REFUSALS['no_key'][1], code='no_key', advice='Send Authorization: Bearer KEY, or X-API-Key: KEY')
+            if name is None:
+                raise AmuletError(REFUSALS['no_key'][1], code='no_key',
+                                  advice='Send Authorization: Bearer KEY, or X-API-Key: KEY')
             visit.key = visit.caller = name
         if visit.path in self.counted: self.limit.take(visit.caller)
 
     def _is_admin(self, headers):
         key = sent_key(headers)
-        if not key: raise AmuletError('this needs the key of the administrator', code='no_key', advice='Send Authorization: Bearer KEY')
+        if not key:
+            raise AmuletError('this needs the key of the administrator', code='no_key',
+                              advice='Send Authorization: Bearer KEY')
         if not self.settings.admin_key or Keys([f'admin:{self.settings.admin_key}']).who(key) is None:
-            raise AmuletError(REFUSALS['not_allowed'][1], code='not_allowed', advice='The settings name the key: AMULET_ADMIN_KEY')
+            raise AmuletError(REFUSALS['not_allowed'][1], code='not_allowed',
+                              advice='The settings name the key: AMULET_ADMIN_KEY')
 
     def _out(self, visit, given, send):
         "`send` with our headers, that ends an unread body in peace"
@@ -91,7 +115,8 @@ class Door:
                 visit.status = message['status']
                 own = list(message.get('headers', ()))
                 names = {n.lower() for n,_ in own}
-                own += [(b'x-request-id', visit.request_id.encode()), *SAFE, *((n, v) for n,v in _ELSE if n not in names)]
+                own += [(b'x-request-id', visit.request_id.encode()), *SAFE,
+                        *((n, v) for n,v in _ELSE if n not in names)]
                 if self.cors.origins: own += [h for h in self.cors.headers(given) if h[0] not in names]
                 if not visit.body.ended: own.append((b'connection', b'close'))
                 message = {**message, 'headers': own}
@@ -107,5 +132,6 @@ class Door:
         seconds = time.perf_counter()-visit.started
         self.metrics.requested(visit.path, visit.status, seconds, visit.refused)
         quiet = visit.path in ('/metrics', '/health', '/health/live', '/health/ready')
-        access_log.log(10 if quiet else 20, 'request', extra={'request_id': visit.request_id, 'method': visit.method, 'path': visit.path, 'status': visit.status,
+        access_log.log(10 if quiet else 20, 'request', extra={'request_id': visit.request_id, 'method': visit.method,
+                                                              'path': visit.path, 'status': visit.status,
                        'code': visit.refused, 'ms': round(1000*seconds, 2), 'caller': visit.caller})

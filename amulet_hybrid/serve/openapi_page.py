@@ -37,26 +37,37 @@ def _resolve(node, schemas):
     if '$ref' in node: return _resolve(schemas[node['$ref'].split('/')[-1]], schemas)
     return {k: _resolve(v, schemas) for k,v in node.items()}
 
+# %% ../../nbs/70_serve/40_openapi_page.ipynb #7ab5421a
 def _kind(schema):
     "Type in words"
     if 'anyOf' in schema: return ' or '.join(_kind(s) for s in schema['anyOf'])
     if 'contentMediaType' in schema or schema.get('format')=='binary': return 'file'
     return schema.get('type', '') + (f' {schema["minimum"]:g}..{schema["maximum"]:g}' if 'minimum' in schema else '')
 
-def _row(name, schema, required, about): return {'name': name, 'type': _kind(schema) + (', required' if required else ''), 'about': about}
+# %% ../../nbs/70_serve/40_openapi_page.ipynb #7d917a99
+def _row(name, schema, required, about):
+    return {'name': name, 'type': _kind(schema) + (', required' if required else ''), 'about': about}
 
+# %% ../../nbs/70_serve/40_openapi_page.ipynb #39a596b7
 def _part(title, schema):
     "Fields and examples of one object"
-    rows = [_row(n, s, n in schema.get('required', ()), s.get('description', '')) for n,s in schema.get('properties', {}).items()]
+    rows = [_row(n, s, n in schema.get('required', ()), s.get('description', ''))
+            for n,s in schema.get('properties', {}).items()]
     return title,rows,[json.dumps(e, indent=2) for e in schema.get('examples', [])]
 
+# %% ../../nbs/70_serve/40_openapi_page.ipynb #8b3179c4
 def _operation(op):
     "What the page shows of one OpenAPI operation"
-    parts = [_part(f'Body: {kind}', body['schema']) for kind,body in op.get('requestBody', {}).get('content', {}).items()]
-    query = [_row(p['name'], p['schema'], p.get('required'), p.get('description', '')) for p in op.get('parameters', [])]
-    good = [_part(f'Answer: {kind}', body['schema']) for kind,body in op['responses'].get('200', {}).get('content', {}).items()]
-    return {'description': op.get('description', ''), 'parts': parts + ([('Query', query, [])] if query else []) + good, 'responses': op['responses']}
+    parts = [_part(f'Body: {kind}', body['schema'])
+             for kind,body in op.get('requestBody', {}).get('content', {}).items()]
+    query = [_row(p['name'], p['schema'], p.get('required'), p.get('description', ''))
+             for p in op.get('parameters', [])]
+    good = [_part(f'Answer: {kind}', body['schema'])
+            for kind,body in op['responses'].get('200', {}).get('content', {}).items()]
+    return {'description': op.get('description', ''),
+            'parts': parts + ([('Query', query, [])] if query else []) + good, 'responses': op['responses']}
 
+# %% ../../nbs/70_serve/40_openapi_page.ipynb #7fce8519
 def _ticks(text):
     "Escaped, with `code` marked"
     from markupsafe import Markup, escape

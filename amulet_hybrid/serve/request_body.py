@@ -27,6 +27,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 # %% ../../nbs/70_serve/15_request_body.ipynb #a1d454ae
 class ClientGone(Exception): "Who asked has hung up; there is nobody to answer"
 
+# %% ../../nbs/70_serve/15_request_body.ipynb #550e9913
 class Held:
     "Bytes of all bodies that are held at this moment"
     def __init__(self,
@@ -36,10 +37,15 @@ class Held:
 
     def take(self, n:int):
         "Hold `n` more bytes, or say that there is no room"
-        if self.now+n > self.most: raise AmuletError('too many photos are on their way in at this moment', code='busy', advice='Try again in a second')
+        if self.now+n > self.most:
+            raise AmuletError('too many photos are on their way in at this moment', code='busy',
+                              advice='Try again in a second')
         self.now += n
 
-def too_large(limit:int) -> ImageError: return ImageError(f'the request is larger than {limit:,} bytes', code='image_too_large', advice='Send a smaller photo')
+# %% ../../nbs/70_serve/15_request_body.ipynb #8167c2ef
+def too_large(limit:int) -> ImageError:
+    return ImageError(f'the request is larger than {limit:,} bytes', code='image_too_large',
+                      advice='Send a smaller photo')
 
 # %% ../../nbs/70_serve/15_request_body.ipynb #2173cce7
 class Body:
@@ -49,16 +55,21 @@ class Body:
         receive:Callable[[],Awaitable[Any]], # Of ASGI
         held:Held # Shared by all requests
     ):
-        self.headers,self.receive,self.held,self.bytes = headers,receive,held,0
+        self.headers = headers
+        self.receive = receive
+        self.held = held
+        self.bytes = 0
         self.ended = headers.get(b'content-length', b'0')==b'0' and b'transfer-encoding' not in headers
 
     def declared(self, limit:int):
         "Refuse what says of itself that it is too long, or that we would not understand"
         length = self.headers.get(b'content-length', b'')
-        if length and not (length.isdigit() and len(length) < 20): raise AmuletError('Content-Length is no number', code='bad_request')
+        if length and not (length.isdigit() and len(length) < 20):
+            raise AmuletError('Content-Length is no number', code='bad_request')
         if length and int(length) > limit: raise too_large(limit)
         if self.headers.get(b'content-encoding', b'identity').lower()!=b'identity':
-            raise AmuletError('a compressed body is not unpacked', code='wrong_content_type', advice='Send it as it is: photos are compressed already')
+            raise AmuletError('a compressed body is not unpacked', code='wrong_content_type',
+                              advice='Send it as it is: photos are compressed already')
 
     async def feed(self,
         take:Callable[[bytes],Any], # Called with each piece
@@ -78,7 +89,8 @@ class Body:
                     self.bytes += len(piece)
                     if piece: take(piece)
         except TimeoutError:
-            raise AmuletError(f'the body did not arrive within {seconds:g} seconds', code='too_slow', advice='Send a smaller photo, or use a faster line') from None
+            raise AmuletError(f'the body did not arrive within {seconds:g} seconds', code='too_slow',
+                              advice='Send a smaller photo, or use a faster line') from None
 
     async def whole(self, limit:int, seconds:float) -> bytes:
         "All of it"
@@ -120,7 +132,9 @@ def check_depth(
         first = data[token.start()]
         now += first in b'[{'
         now -= first in b']}'
-        if now > depth: raise AmuletError(f'JSON is nested more than {depth} deep', code='bad_request', advice='See /docs for the fields')
+        if now > depth:
+            raise AmuletError(f'JSON is nested more than {depth} deep', code='bad_request',
+                              advice='See /docs for the fields')
 
 # %% ../../nbs/70_serve/15_request_body.ipynb #f51178f3
 def decode_image_data(
@@ -130,17 +144,21 @@ def decode_image_data(
     if text[:5].lower()=='data:':
         head,comma,text = text.partition(',')
         if not comma or not head.lower().endswith(';base64'):
-            raise ImageError('a data: URL must read data:TYPE;base64,DATA', code='bad_base64', advice='Send the base64 alone')
+            raise ImageError('a data: URL must read data:TYPE;base64,DATA', code='bad_base64',
+                             advice='Send the base64 alone')
     try:
         photo = binascii.a2b_base64(text.encode('ascii'), strict_mode=True)
-        if binascii.b2a_base64(photo[-(len(photo)%3 or 3):], newline=False).decode()!=text[-4:]: raise ValueError('its end is wrong')
+        if binascii.b2a_base64(photo[-(len(photo)%3 or 3):], newline=False).decode()!=text[-4:]:
+            raise ValueError('its end is wrong')
         return photo
     except ValueError as error: # binascii.Error is one
         raise ImageError(f'`image_data` is not base64: {str(error)[:80]}', code='bad_base64',
-                         advice='Encode the whole file with the standard alphabet, padding and no line breaks (`base64 -w0 photo.jpg`)') from error
+                         advice='Encode the whole file with the standard alphabet, padding and no line breaks (`base64 '
+                                '-w0 photo.jpg`)') from error
 
 # %% ../../nbs/70_serve/15_request_body.ipynb #9c96c8a1
-_PAGE = re.compile(rb'<(?:script|\?php|html|!doctype)', re.I) # begins with one byte, so that most of a photo is leapt over
+# begins with one byte, so that most of a photo is leapt over
+_PAGE = re.compile(rb'<(?:script|\?php|html|!doctype)', re.I)
 _ARCHIVES = (b'Rar!\x1a\x07', b"7z\xbc\xaf'\x1c")
 _ZIP_TAIL = 22+2**16-1 # Bytes at the end among which an archive's list of contents is named
 
@@ -150,8 +168,10 @@ def _refuse_polyglot(photo):
     elif _PAGE.search(photo): what = 'a web page or script'
     elif b'%PDF-' in photo[:1024]: what = 'a PDF'
     else: return
-    raise ImageError(f'it is a photo and {what} in one', code='polyglot', advice='Open the photo in an editor and save it anew')
+    raise ImageError(f'it is a photo and {what} in one', code='polyglot',
+                     advice='Open the photo in an editor and save it anew')
 
+# %% ../../nbs/70_serve/15_request_body.ipynb #21c307d0
 def _refuse_bad_exif(photo):
     at = photo.find(b'Exif\0\0', 0, 2**17) if photo[:2]==b'\xff\xd8' else -1
     if at < 4: return
@@ -163,13 +183,21 @@ def _refuse_bad_exif(photo):
     wrong = count < 0 or first+2+12*count > len(block)
     for i in range(first+2, first+2+12*count, 12) if not wrong else ():
         tag,value = number(i, 2),number(i+8, 4)
-        wrong |= tag==0x112 and number(i+8, 2) > 8 or tag in (0x8769, 0x8825) and (value==first or not 8 <= value < len(block)) # orientation; further tables
-    if wrong: raise ImageError('its EXIF data is broken, so nobody knows which way it is up', code='bad_exif', advice='Open the photo in an editor and save it anew')
+        # orientation; further tables
+        wrong |= tag==0x112 and number(i+8, 2) > 8 or tag in (0x8769, 0x8825) and (value==first
+                or not 8 <= value < len(block))
+    if wrong:
+        raise ImageError('its EXIF data is broken, so nobody knows which way it is up', code='bad_exif',
+                         advice='Open the photo in an editor and save it anew')
 
+# %% ../../nbs/70_serve/15_request_body.ipynb #bc6cd4e3
 def _refuse_surplus(photo):
     if photo[:8]!=b'\x89PNG\r\n\x1a\n': return
     width,height,bits,kind = struct.unpack('>IIBB', photo[16:26])
-    left,at,unpack = 2*height*(1+(width*bits*_CHANNELS.get(kind, 4)+7)//8)+2**16,8,zlib.decompressobj() # twice the rows: an interlaced one has some more
+    # twice the rows: an interlaced one has some more
+    left = 2*height*(1+(width*bits*_CHANNELS.get(kind, 4)+7)//8)+2**16
+    at = 8
+    unpack = zlib.decompressobj()
     while at+8 <= len(photo):
         size,name = struct.unpack('>I4s', photo[at:at+8])
         data = photo[at+8:at+8+size] if name==b'IDAT' else b''
@@ -177,8 +205,11 @@ def _refuse_surplus(photo):
             try: left,data = left-len(unpack.decompress(data, 2**20)),unpack.unconsumed_tail
             except zlib.error: return
         at += 12+size
-    if left <= 0: raise ImageError('it holds far more than its rows', code='decompression_bomb', advice='Open the photo in an editor and save it anew')
+    if left <= 0:
+        raise ImageError('it holds far more than its rows', code='decompression_bomb',
+                         advice='Open the photo in an editor and save it anew')
 
+# %% ../../nbs/70_serve/15_request_body.ipynb #de38ce79
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4} # By PNG's kind of colour
 
 def refuse_tricks(
@@ -199,16 +230,32 @@ class Form:
         names:tuple[str,...]=('file', 'files') # Of parts that are photos; all others are short texts
     ):
         kind,options = parse_options_header(content_type)
-        if kind!=b'multipart/form-data': raise AmuletError('photos are sent as multipart/form-data', code='wrong_content_type', advice='curl -F files=@photo.jpg')
-        if not options.get(b'boundary'): raise AmuletError('Content-Type names no boundary', code='bad_request', advice='Let your HTTP library set this header')
-        self.max_file,self.max_files,self.names,self.files,self.fields,self.over = max_file,max_files,names,[],{},False
-        self._field,self._value,self._head = b'',b'',{}
-        steps = {'on_part_begin': self._begin, 'on_part_data': self._data, 'on_part_end': self._end, 'on_end': self._over, 'on_header_field': self._name,
+        if kind!=b'multipart/form-data':
+            raise AmuletError('photos are sent as multipart/form-data', code='wrong_content_type',
+                              advice='curl -F files=@photo.jpg')
+        if not options.get(b'boundary'):
+            raise AmuletError('Content-Type names no boundary', code='bad_request',
+                              advice='Let your HTTP library set this header')
+        self.max_file = max_file
+        self.max_files = max_files
+        self.names = names
+        self.files = []
+        self.fields = {}
+        self.over = False
+        self._field = b''
+        self._value = b''
+        self._head = {}
+        steps = {'on_part_begin': self._begin, 'on_part_data': self._data, 'on_part_end': self._end,
+                 'on_end': self._over, 'on_header_field': self._name,
                  'on_header_value': self._said, 'on_header_end': self._line, 'on_headers_finished': self._open}
-        try: self._parser = MultipartParser(options[b'boundary'], steps, max_header_count=8, max_header_size=4096) # type: ignore[arg-type]
+        try:
+            self._parser = MultipartParser(options[b'boundary'], steps, max_header_count=8,
+                                           max_header_size=4096) # type: ignore[arg-type]
         except FormParserError as error: raise self._wrong(error) from error
 
-    def _wrong(self, why): return AmuletError(f'the form cannot be read: {str(why)[:100]}', code='bad_request', advice='curl -F files=@photo.jpg')
+    def _wrong(self, why):
+        return AmuletError(f'the form cannot be read: {str(why)[:100]}', code='bad_request',
+                           advice='curl -F files=@photo.jpg')
 
     def _begin(self): self._head,self._pieces,self._size = {},[],0
 
@@ -226,8 +273,10 @@ class Form:
         if self._is_file and b'filename' not in options: raise self._wrong(f'{self._part!r} is a text and no file')
         self._empty = options.get(b'filename')==b'' # a browser's form with nothing chosen
         if self._is_file and len(self.files)==self.max_files:
-            raise AmuletError(f'more than {self.max_files} photos', code='too_many_photos', advice='Send them in several requests')
-        if not self._is_file and (self._part in self.fields or len(self.fields)==16): raise self._wrong(f'field {self._part[:40]!r} is there twice, or there are too many')
+            raise AmuletError(f'more than {self.max_files} photos', code='too_many_photos',
+                              advice='Send them in several requests')
+        if not self._is_file and (self._part in self.fields or len(self.fields)==16):
+            raise self._wrong(f'field {self._part[:40]!r} is there twice, or there are too many')
 
     def _data(self, data, start, end):
         self._size += end-start
@@ -252,5 +301,7 @@ class Form:
     def close(self) -> 'Form':
         "Nothing more comes"
         if not self.over: raise self._wrong('it ends too early')
-        if not self.files: raise AmuletError('the form holds no photo', code='bad_request', advice=f'Name the part {" or ".join(map(repr, self.names))}: curl -F files=@photo.jpg')
+        if not self.files:
+            raise AmuletError('the form holds no photo', code='bad_request',
+                              advice=f'Name the part {" or ".join(map(repr, self.names))}: curl -F files=@photo.jpg')
         return self

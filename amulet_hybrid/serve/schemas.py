@@ -48,6 +48,7 @@ class Seen(Protocol):
     @property
     def timings(self) -> Mapping[str,float]: "Stage -> milliseconds"
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #417d134f
 class Classifier(Protocol):
     "Whatever can be served; `classify` is called from several threads. It may take `coverage` and `time_budget`, too, and a list of photos of one object"
     @property
@@ -59,50 +60,65 @@ class Classifier(Protocol):
         confidence_threshold:float|None=None # 0..1, below it `label` is None; None: the classifier's own
     ) -> Seen: "Name one photo; raises `ImageError` for what is no photo"
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #12b5756a
 class Recorder(Protocol):
     "Whoever writes down what was answered"
-    def record(self, kind:str, row:Mapping[str,Any]) -> None: "Keep a 'prediction' or a 'feedback': it is safe when this returns, and it does not wait for a database"
+    def record(self, kind:str, row:Mapping[str,Any]) -> None:
+        "Keep a 'prediction' or a 'feedback': it is safe when this returns, and it does not wait for a database"
     def find(self, prediction_id:str) -> Mapping[str,Any]|None: "An earlier prediction"
     def stats(self) -> Mapping[str,Any]: "'spooled', 'written', 'database' ('up' or 'down'), 'lag_seconds'"
     def close(self) -> None: "Write what is left, within a deadline"
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #36ca506e
-_EXAMPLE = 'data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAEUlEQVR42mN8xoAKmBhGtAAABZkBBvR8/uEAAAAASUVORK5CYII='
+_EXAMPLE = (((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((('data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAEUlEQVR42mN8xoAKmBhGtAAABZkBBvR8/uEAAAAASUVORK5CYII='))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
 _SHARE = 'Share of photos whose `prediction_set` shall hold the truth; left out: what the model was made for'
 Photo = Annotated[str, Field(json_schema_extra={'format': 'byte'})]
 
 class Options(BaseModel):
     "What may be asked beside the photo"
     model_config = ConfigDict(extra='forbid', strict=True)
-    confidence_threshold:float|None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="Below it `predicted_class` is null; left out: the model's own")
+    confidence_threshold:float|None = Field(default=None, ge=0, le=1, allow_inf_nan=False,
+                                            description="Below it `predicted_class` is null; left out: the model's own")
     return_probabilities:bool = Field(default=True, description='Whether to list the probability of every class')
-    time_budget_ms:float|None = Field(default=None, ge=.1, le=60_000, allow_inf_nan=False, description='Milliseconds the model may take; it then asks only the parts that fit')
+    time_budget_ms:float|None = Field(default=None, ge=.1, le=60_000, allow_inf_nan=False,
+                                      description='Milliseconds the model may take; it then asks only the parts that '
+                                                  'fit')
     coverage:float|None = Field(default=None, ge=.5, le=.999, allow_inf_nan=False, description=_SHARE)
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #4cb1d518
 class PredictRequest(Options):
     "A photo inside JSON, or a row of a table"
     model_config = ConfigDict(json_schema_extra={'examples': [{'image_data': _EXAMPLE, 'confidence_threshold': 0.7}],
                                                  'oneOf': [{'required': ['image_data']}, {'required': ['features']}]})
-    image_data:Photo = Field(default='', description='PNG, JPEG, BMP, GIF or WEBP as base64 (RFC 4648, no line breaks), with or without `data:image/png;base64,` before it')
+    image_data:Photo = Field(default='',
+                             description='PNG, JPEG, BMP, GIF or WEBP as base64 (RFC 4648, no line breaks), with or '
+                                         'without `data:image/png;base64,` before it')
     features:dict[str,float|str|bool|None] = Field(default={}, max_length=10_000,
         description='Instead of a photo, for a model of a table: column and value; null or left out: missing')
 
     @model_validator(mode='after')
     def _one_of_both(self):
-        if len(self.model_fields_set & {'image_data', 'features'})!=1: raise ValueError('send either `image_data` or `features`')
+        if len(self.model_fields_set & {'image_data', 'features'})!=1:
+            raise ValueError('send either `image_data` or `features`')
         return self
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #be8e1889
 class BatchRequest(Options):
     "Several photos inside JSON, each of another object"
-    model_config = ConfigDict(json_schema_extra={'examples': [{'images': [_EXAMPLE, _EXAMPLE], 'return_probabilities': False}]})
+    model_config = ConfigDict(json_schema_extra={'examples': [{'images': [_EXAMPLE, _EXAMPLE],
+                                                               'return_probabilities': False}]})
     images:list[Photo] = Field(min_length=1, description='Photos as `image_data` of /predict')
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #9090c998
 class FeedbackRequest(BaseModel):
     "What a photo really showed"
-    model_config = ConfigDict(extra='forbid', strict=True, json_schema_extra={'examples': [{'prediction_id': '0'*32, 'true_label': 'gold'}]})
+    model_config = ConfigDict(extra='forbid', strict=True,
+                              json_schema_extra={'examples': [{'prediction_id': '0'*32, 'true_label': 'gold'}]})
     prediction_id:str = Field(pattern=r'^[0-9a-f]{32}$', description='As the answer named it')
-    true_label:str = Field(min_length=1, max_length=200, pattern=r'^[^\x00-\x1f\x7f]+$', description='The true class; it need not be one that the model knows')
-    comment:str = Field(default='', max_length=2000, pattern=r'^[^\x00]*$', description='Anything that helps whoever trains the next model')
+    true_label:str = Field(min_length=1, max_length=200, pattern=r'^[^\x00-\x1f\x7f]+$',
+                           description='The true class; it need not be one that the model knows')
+    comment:str = Field(default='', max_length=2000, pattern=r'^[^\x00]*$',
+                        description='Anything that helps whoever trains the next model')
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #08a08593
 _NUMBER = re.compile(r'-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?')
@@ -112,9 +128,12 @@ def say(
 ) -> AmuletError: # Which never repeats what was sent
     "Which field, and what is wrong with it"
     faults = error.errors(include_input=False, include_url=False)[:5]
-    told = '; '.join(f'{".".join(str(part)[:40] for part in e["loc"])}: {e["msg"][:150]}'.removeprefix(': ') for e in faults)
-    return AmuletError(told if len(told)<=300 else told[:300]+'...', code='bad_request', advice='See /docs for the fields')
+    told = '; '.join(f'{".".join(str(part)[:40] for part in e["loc"])}: {e["msg"][:150]}'.removeprefix(': ')
+                     for e in faults)
+    return AmuletError(told if len(told)<=300 else told[:300]+'...', code='bad_request',
+                       advice='See /docs for the fields')
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #acf1f728
 def read_options(
     texts:Mapping[str,str] # Name -> text
 ) -> Options:
@@ -125,9 +144,12 @@ def read_options(
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #9895dea7
 _ID = 'Of this request; also in the header X-Request-ID and in our log'
-_ANSWER:Any = dict(success=True, prediction_id='5f0c'*8, request_id='9e1b'*8, predicted_class='gold', top_class='gold', confidence=0.9,
-               probabilities={'clay': 0.1, 'gold': 0.9}, reason='', prediction_set=['gold'], coverage=0.9, novelty=0.31, route='ensemble', note='',
-               cached=False, model_version='bright-1', processing_time_ms=4.2, timings_ms={'decode': 1.7, 'features': 2.1})
+_ANSWER:Any = dict(success=True, prediction_id='5f0c'*8, request_id='9e1b'*8, predicted_class='gold', top_class='gold',
+                   confidence=0.9,
+               probabilities={'clay': 0.1, 'gold': 0.9}, reason='', prediction_set=['gold'], coverage=0.9,
+                   novelty=0.31, route='ensemble', note='',
+               cached=False, model_version='bright-1', processing_time_ms=4.2,
+                   timings_ms={'decode': 1.7, 'features': 2.1})
 
 class PredictResponse(BaseModel):
     "What was seen"
@@ -140,9 +162,11 @@ class PredictResponse(BaseModel):
     confidence:float = Field(description='Probability of `top_class`')
     probabilities:dict[str,float]|None = Field(description='Class and its probability; null if not asked for')
     reason:str = Field(description='Why `predicted_class` is null, else empty')
-    prediction_set:list[str] = Field(description='Classes among which the true one is, as often as `coverage` says; most probable first; empty where the model gives none')
+    prediction_set:list[str] = Field(description='Classes among which the true one is, as often as `coverage` says; '
+                                                 'most probable first; empty where the model gives none')
     coverage:float|None = Field(description='Share of photos whose set holds the truth')
-    novelty:float|None = Field(description='0..1: share of known photos that are less strange than this one; null where the model has no detector')
+    novelty:float|None = Field(description='0..1: share of known photos that are less strange than this one; null '
+                                           'where the model has no detector')
     route:str = Field(description='Which part of the model answered')
     note:str = Field(description='What the answer had to settle for, else empty')
     cached:bool = Field(description='Whether the answer was known already')
@@ -150,6 +174,7 @@ class PredictResponse(BaseModel):
     processing_time_ms:float = Field(description='From the bytes of the photo to this answer')
     timings_ms:dict[str,float] = Field(description='Where that time went')
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #30376def
 class Failure(BaseModel):
     "Every refusal has this shape"
     success:bool = False
@@ -158,10 +183,13 @@ class Failure(BaseModel):
     advice:str = Field(default='', description='What to do about it')
     request_id:str = Field(default='', description=_ID)
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #f44c3349
 class BatchResponse(BaseModel):
     "An answer or a refusal for each photo, in order"
-    model_config = ConfigDict(json_schema_extra={'examples': [dict(success=True, request_id='9e1b'*8, answered=1, failed=1, processing_time_ms=9.1, results=[
-        _ANSWER, dict(success=False, error_code='corrupt_image', error_message='The photo cannot be decoded', advice='', request_id='9e1b'*8)])]})
+    model_config = ConfigDict(json_schema_extra={'examples': [dict(success=True, request_id='9e1b'*8, answered=1,
+                                                                   failed=1, processing_time_ms=9.1, results=[
+        _ANSWER, dict(success=False, error_code='corrupt_image', error_message='The photo cannot be decoded',
+                      advice='', request_id='9e1b'*8)])]})
     success:bool = Field(default=True, description='The batch was looked at; see each result')
     request_id:str = Field(description=_ID)
     answered:int = Field(description='Photos that have an answer')
@@ -169,6 +197,7 @@ class BatchResponse(BaseModel):
     processing_time_ms:float
     results:list[PredictResponse|Failure]
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #a8523fec
 class FeedbackResponse(BaseModel):
     "It is written down"
     success:bool = True
@@ -177,6 +206,7 @@ class FeedbackResponse(BaseModel):
     request_id:str = Field(description=_ID)
     right:bool|None = Field(description='Whether the model had named it so; null where it had not been sure')
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #9860fa91
 class Health(BaseModel):
     "Whether the service is well"
     model_config = ConfigDict(protected_namespaces=())
@@ -190,12 +220,15 @@ class Health(BaseModel):
     predictions_count:int = Field(description='Photos answered since the start, refusals not counted')
     average_response_time_ms:float = Field(description='Mean over these, waiting included; 0 before the first')
     queue_depth:int = Field(description='Photos that wait for a worker')
-    records:dict[str,float|str] = Field(description='What is recorded: `database` is up, down or off; `spooled` rows wait for it')
+    records:dict[str,float|str] = Field(description='What is recorded: `database` is up, down or off; `spooled` rows '
+                                                    'wait for it')
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #3bd1ccdd
 class Probe(BaseModel):
     "For whoever decides about restarts and traffic"
     status:str
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #98a63c92
 class Info(BaseModel):
     "What the model is and how well it does"
     model_config = ConfigDict(protected_namespaces=())
@@ -207,6 +240,7 @@ class Info(BaseModel):
     card:str = Field(description='The model card (Markdown)')
     limits:dict[str,int] = Field(description='max_bytes, max_photos, max_batch_bytes')
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #0f8b4d75
 class Reloaded(BaseModel):
     "Which model answers now"
     model_config = ConfigDict(protected_namespaces=())
@@ -253,7 +287,8 @@ REFUSALS:dict[str,tuple[int,str]] = {
 }
 ANY = ('no_key', 'rate_limited', 'internal_error', 'busy')
 BODY = ('too_slow', 'image_too_large', 'wrong_content_type', 'bad_request')
-PHOTO = ('unsupported_format', 'empty_file', 'corrupt_image', 'truncated', 'too_small', 'too_large', 'decompression_bomb', 'bad_exif', 'polyglot', 'too_many_photos',
+PHOTO = ('unsupported_format', 'empty_file', 'corrupt_image', 'truncated', 'too_small', 'too_large',
+         'decompression_bomb', 'bad_exif', 'polyglot', 'too_many_photos',
          'unsupported_option', 'needs_features', 'timed_out')
 ROW = ('needs_photo', 'unknown_feature', 'bad_feature', 'no_features')
 
@@ -262,18 +297,23 @@ def failure(
     request_id:str=''
 ) -> dict:
     "A refusal as plain values"
-    return {'success': False, 'error_code': error.code, 'error_message': error.message[:500], 'advice': error.advice[:300], 'request_id': request_id}
+    return {'success': False, 'error_code': error.code, 'error_message': error.message[:500],
+            'advice': error.advice[:300], 'request_id': request_id}
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #e88061b7
 def responses(
     *codes:str # Of `REFUSALS`
 ) -> dict[int|str,dict[str,Any]]: # For FastAPI
     "The OpenAPI part that says how a request can fail"
     out:dict[int|str,dict[str,Any]] = {}
     for code,(status,meaning) in ((c, REFUSALS[c]) for c in dict.fromkeys(codes)):
-        entry = out.setdefault(status, {'model': Failure, 'description': '', 'content': {'application/json': {'examples': {}}}})
+        entry = out.setdefault(status,
+                               {'model': Failure, 'description': '', 'content': {'application/json': {'examples': {}}}})
         entry['description'] += f'{"; " if entry["description"] else ""}{code}: {meaning}'
-        entry['content']['application/json']['examples'][code] = {'value': failure(AmuletError(meaning, code=code), '9e1b'*8)}
-        if status in (429, 503): entry['headers'] = {'Retry-After': {'description': 'Seconds', 'schema': {'type': 'integer'}}}
+        entry['content']['application/json']['examples'][code] = {'value': failure(AmuletError(meaning, code=code),
+                '9e1b'*8)}
+        if status in (429, 503):
+            entry['headers'] = {'Retry-After': {'description': 'Seconds', 'schema': {'type': 'integer'}}}
     return out
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #75d59b4a
@@ -283,25 +323,31 @@ def reply(
     headers:dict[str,str]|None=None
 ) -> Response:
     "Plain values as JSON"
-    return Response(json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode('utf-8', 'replace'), status, headers, 'application/json')
+    return Response(json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode('utf-8',
+            'replace'), status, headers, 'application/json')
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #155de1a1
 def refuse(
     error:Exception, # Whatever was raised
     name:str='', # Of the request
     about:str='' # What was asked, for the log
 ) -> tuple[Response,str]: # The answer, and its code
     "What the caller gets to know of an error"
-    if isinstance(error, ConfigError): error = AmuletError(error.message, code='bad_request', advice=error.advice) # an option that this model does not have
-    status = REFUSALS.get(error.code, (422 if isinstance(error, ImageError) else 500,))[0] if isinstance(error, AmuletError) else 500
+    # an option that this model does not have
+    if isinstance(error, ConfigError): error = AmuletError(error.message, code='bad_request', advice=error.advice)
+    status = REFUSALS.get(error.code, (422 if isinstance(error, ImageError) else 500,))[0] if isinstance(error,
+            AmuletError) else 500
     if status==500:
         log.error('%s failed', about, exc_info=error, extra={'request_id': name})
         error = AmuletError(REFUSALS['internal_error'][1], code='internal_error', advice='Try again later')
     assert isinstance(error, AmuletError)
-    headers = {'Retry-After': str(getattr(error, 'seconds', 1))} if status in (429, 503) else {'WWW-Authenticate': 'Bearer'} if status==401 else None
+    headers = {'Retry-After': str(getattr(error, 'seconds', 1))} if status in (429,
+            503) else {'WWW-Authenticate': 'Bearer'} if status==401 else None
     return reply(failure(error, name), status, headers),error.code
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #6b362f67
-PATHS = ('/predict', '/predict/file', '/predict-batch', '/feedback', '/health', '/health/live', '/health/ready', '/info', '/metrics', '/admin/reload', '/', '/docs',
+PATHS = ('/predict', '/predict/file', '/predict-batch', '/feedback', '/health', '/health/live', '/health/ready',
+         '/info', '/metrics', '/admin/reload', '/', '/docs',
          '/openapi.json')
 
 @dataclass(slots=True)

@@ -28,12 +28,16 @@ require('uvicorn', 'serve');
 def _named(host, port):
     "Errors of a socket with a way out"
     try: yield
-    except OverflowError as error: raise AmuletError(f'`port` must be in 0..65535, got {port}', code='bad_port') from error
+    except OverflowError as error:
+        raise AmuletError(f'`port` must be in 0..65535, got {port}', code='bad_port') from error
     except OSError as error:
         if error.errno==errno.EADDRINUSE:
-            raise AmuletError(f'port {port} on {host} is taken', code='port_in_use', advice='Stop what runs there, or choose another port') from error
-        raise AmuletError(f'cannot listen on {host}:{port}: {error.strerror or error}', code='cannot_listen', advice='Choose another host or port') from error
+            raise AmuletError(f'port {port} on {host} is taken', code='port_in_use',
+                              advice='Stop what runs there, or choose another port') from error
+        raise AmuletError(f'cannot listen on {host}:{port}: {error.strerror or error}', code='cannot_listen',
+                          advice='Choose another host or port') from error
 
+# %% ../../nbs/70_serve/70_server.ipynb #bde06203
 def take_port(
     host:str, # Name or address
     port:int # 0: any free one
@@ -47,6 +51,7 @@ def take_port(
     except AmuletError: sock.close(); raise
     return sock
 
+# %% ../../nbs/70_serve/70_server.ipynb #492b78b5
 def open_port(
     sock:socket.socket # Of `take_port`
 ):
@@ -74,7 +79,8 @@ def _guarded(seconds):
             if self._late is not None: self._late.cancel(); self._late = None
 
         def _too_late(self):
-            if not self.transport.is_closing(): self._turn_away(408, 'too_slow', f'the head of the request did not arrive within {seconds:g} seconds')
+            if not self.transport.is_closing():
+                self._turn_away(408, 'too_slow', f'the head of the request did not arrive within {seconds:g} seconds')
 
         def on_message_begin(self):
             super().on_message_begin()
@@ -89,19 +95,23 @@ def _guarded(seconds):
             super().data_received(data)
             if not self._in_head or self.transport.is_closing(): return
             self._head += len(data)
-            if self._head > _HEAD: self._turn_away(431, 'bad_request', f'the head of the request is longer than {_HEAD:,} bytes')
+            if self._head > _HEAD:
+                self._turn_away(431, 'bad_request', f'the head of the request is longer than {_HEAD:,} bytes')
             elif self._late is None: self._late = self.loop.call_later(seconds, self._too_late)
 
         def connection_lost(self, exc):
             self._relax()
             super().connection_lost(exc)
 
-        def send_400_response(self, msg): self._turn_away(400, 'bad_request', 'this is no HTTP/1.1 request that can be read')
+        def send_400_response(self, msg):
+            self._turn_away(400, 'bad_request', 'this is no HTTP/1.1 request that can be read')
 
         def _turn_away(self, status, code, message):
             name = uuid4().hex
-            body = json.dumps({'success': False, 'error_code': code, 'error_message': message, 'advice': '', 'request_id': name}).encode()
-            head = b'content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n\r\n' % (len(body), name.encode())
+            body = json.dumps({'success': False, 'error_code': code, 'error_message': message, 'advice': '',
+                               'request_id': name}).encode()
+            head = (b'content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: '
+                    b'close\r\n\r\n') % (len(body), name.encode())
             self.transport.write(STATUS_LINE[status]+head+body)
             self.transport.close()
 
@@ -118,11 +128,14 @@ def run_server(
     host = settings.host
     with sock or take_port(host, settings.port) as sock:
         http:Any = _guarded(settings.header_seconds) or 'auto'
-        config = uvicorn.Config(app, http=http, ws='none', lifespan='on', log_config=None, access_log=False, server_header=False, backlog=2048,
-                                root_path=settings.root_path, timeout_keep_alive=settings.keep_alive_seconds, timeout_graceful_shutdown=settings.grace_seconds)
+        config = uvicorn.Config(app, http=http, ws='none', lifespan='on', log_config=None, access_log=False,
+                                server_header=False, backlog=2048,
+                                root_path=settings.root_path, timeout_keep_alive=settings.keep_alive_seconds,
+                                timeout_graceful_shutdown=settings.grace_seconds)
         settle_objects(True)
         open_port(sock)
-        logging.getLogger('uvicorn.error').info('Serving on http://%s:%d (Ctrl-C stops it)', f'[{host}]' if ':' in host else host, sock.getsockname()[1])
+        logging.getLogger('uvicorn.error').info('Serving on http://%s:%d (Ctrl-C stops it)',
+                                                f'[{host}]' if ':' in host else host, sock.getsockname()[1])
         try:
             with suppress(KeyboardInterrupt): uvicorn.Server(config).run(sockets=[sock])
         finally: gc.unfreeze()

@@ -62,14 +62,16 @@ class Model:
         options:Options
     ) -> Any: # A `Seen`
         "Ask the classifier; called in a thread"
-        wanted = {'confidence_threshold': options.confidence_threshold, 'coverage': options.coverage, 'time_budget': options.time_budget_ms}
+        wanted = {'confidence_threshold': options.confidence_threshold, 'coverage': options.coverage,
+                  'time_budget': options.time_budget_ms}
         given = {k: v for k,v in wanted.items() if v is not None}
         if isinstance(asked, Mapping):
             if (ask := getattr(self.classifier, 'classify_features', None)) is None:
                 raise FeatureError('this model names photos', code='needs_photo', advice='Send `image_data`')
             given.pop('time_budget', None)
             return ask(asked, **given)
-        if odd := sorted(set(given)-self._takes): raise AmuletError(f'this model takes no {odd[0]}', code='unsupported_option', advice='Leave it out')
+        if odd := sorted(set(given)-self._takes):
+            raise AmuletError(f'this model takes no {odd[0]}', code='unsupported_option', advice='Leave it out')
         return self.classifier.classify(asked[0] if len(asked)==1 else asked, **given)
 
 # %% ../../nbs/70_serve/50_service.ipynb #72d478a7
@@ -82,6 +84,7 @@ def try_out(classifier:Classifier):
     Image.linear_gradient('L').convert('RGB').save(out, 'PNG')
     classifier.classify(out.getvalue())
 
+# %% ../../nbs/70_serve/50_service.ipynb #b38a70a8
 _REMEMBERED = 20_000 # Predictions whose truth can be told without asking the recorder
 
 class Service:
@@ -92,10 +95,19 @@ class Service:
         load:Callable[[],Classifier]|None=None, # Reads the bundle anew
         recorder:Recorder|None=None # Writes down what was answered
     ):
-        self.settings,self.load,self.recorder,self.started = settings,load,recorder,time.monotonic()
-        self.line,self.held,self.usage = Line(settings.workers, settings.queue_size, settings.queue_seconds),Held(settings.max_held_bytes),Load()
+        self.settings = settings
+        self.load = load
+        self.recorder = recorder
+        self.started = time.monotonic()
+        self.line = Line(settings.workers, settings.queue_size, settings.queue_seconds)
+        self.held = Held(settings.max_held_bytes)
+        self.usage = Load()
         self.limit,self.guarded = RateLimit(settings.rate_limit, settings.rate_burst),frozenset[str]()
-        self.count,self.total_ms,self.stopping,self.failing,self._reloading = 0,0.,False,False,asyncio.Lock()
+        self.count = 0
+        self.total_ms = 0.
+        self.stopping = False
+        self.failing = False
+        self._reloading = asyncio.Lock()
         self._recent:OrderedDict[str,str|None] = OrderedDict()
         self.metrics = Metrics(PATHS, list(REFUSALS))
         watch = self.metrics.watch
@@ -117,21 +129,27 @@ class Service:
 
     async def reload(self) -> dict: # Versions, and seconds that it took
         "Another bundle, without a request lost; raises `AmuletError` where it cannot be used"
-        if self.load is None: raise AmuletError('this service was started without a folder to read from', code='reload_failed', advice='Start it with --model-dir')
-        if self._reloading.locked(): raise AmuletError('a reload is under way already', code='reload_failed', advice='Wait for it')
+        if self.load is None:
+            raise AmuletError('this service was started without a folder to read from', code='reload_failed',
+                              advice='Start it with --model-dir')
+        if self._reloading.locked():
+            raise AmuletError('a reload is under way already', code='reload_failed', advice='Wait for it')
         async with self._reloading:
             start,before = time.monotonic(),self.model.version
             def fresh(): found = self.load(); try_out(found); return found # type: ignore[misc]
             try: self._install(await asyncio.to_thread(fresh))
             except Exception as error:
                 self.metrics.reloads.labels('failed').inc()
-                log.error('the new bundle cannot be used, %s goes on: %s', before, error, exc_info=not isinstance(error, AmuletError))
+                log.error('the new bundle cannot be used, %s goes on: %s', before, error,
+                          exc_info=not isinstance(error, AmuletError))
                 why = str(error) if isinstance(error, AmuletError) else type(error).__name__
-                raise AmuletError(f'the old bundle {before} goes on. {why}', code='reload_failed', advice='Put a whole bundle there and reload again') from error
+                raise AmuletError(f'the old bundle {before} goes on. {why}', code='reload_failed',
+                                  advice='Put a whole bundle there and reload again') from error
             await asyncio.to_thread(settle_objects)
             self.metrics.reloads.labels('done').inc()
             log.info('bundle %s answers instead of %s', self.model.version, before)
-            return {'model_version': self.model.version, 'previous_version': before, 'seconds': round(time.monotonic()-start, 3)}
+            return {'model_version': self.model.version, 'previous_version': before,
+                    'seconds': round(time.monotonic()-start, 3)}
 
 # %% ../../nbs/70_serve/50_service.ipynb #56173ea0
 _INLINE = 2**20 # Bytes up to which the event loop does it itself
@@ -140,15 +158,18 @@ async def aside(work:Callable[[Any],Any], arg:Any, size:int) -> Any:
     "Do it here if it is small, else in a thread"
     return work(arg) if size <= _INLINE else await asyncio.to_thread(work, arg)
 
+# %% ../../nbs/70_serve/50_service.ipynb #b763de59
 def digest_of(photos:Sequence[bytes]) -> str: # 64 hex digits
     "sha256 of a photo, or of the digests of several"
     digests = [bytes_digest(p) for p in photos]
     return digests[0] if len(digests)==1 else bytes_digest(''.join(digests).encode())
 
+# %% ../../nbs/70_serve/50_service.ipynb #3e01cb90
 def _question(digest, options): return digest,options.confidence_threshold,options.coverage,options.time_budget_ms
 
 def _now(): return datetime.now(UTC).isoformat(timespec='microseconds')
 
+# %% ../../nbs/70_serve/50_service.ipynb #b43148b9
 class Answers(Service):
     "From photos to answers"
     async def answer(self,
@@ -160,7 +181,8 @@ class Answers(Service):
         "Name one object"
         start = time.perf_counter()
         digest = await aside(digest_of, asked, sum(map(len, asked))) if isinstance(asked, list) else ''
-        return self.known(visit, digest, options, start) or await self.find_out(visit, asked, digest, options, start, admitted)
+        return self.known(visit, digest, options, start) or await self.find_out(visit, asked, digest, options, start,
+                admitted)
 
     def known(self, visit:Visit, digest:str, options:Options, start:float) -> dict|None:
         "The answer if it is remembered: at once, with no thread and nobody to wait for"
@@ -170,7 +192,8 @@ class Answers(Service):
         self._count(body, time.perf_counter()-start)
         return body
 
-    async def find_out(self, visit:Visit, asked:Any, digest:str, options:Options, start:float, admitted:bool=False) -> dict:
+    async def find_out(self, visit:Visit, asked:Any, digest:str, options:Options, start:float,
+                       admitted:bool=False) -> dict:
         "The answer from the classifier, in a thread"
         model = self.model
         def work():
@@ -186,15 +209,21 @@ class Answers(Service):
     def _tell(self, visit, model, seen, options, digest, start, cached):
         "The answer as plain values, written down"
         ms = round(1000*(time.perf_counter()-start), 3)
-        body = {'success': True, 'prediction_id': uuid4().hex, 'request_id': visit.request_id, 'predicted_class': seen.label, 'top_class': seen.top, 'confidence': seen.confidence,
-                'probabilities': dict(seen.probabilities), 'reason': seen.reason, 'prediction_set': list(seen.prediction_set), 'coverage': seen.coverage, 'novelty': seen.novelty,
-                'route': getattr(seen, 'route', 'ensemble'), 'note': getattr(seen, 'note', ''), 'cached': cached, 'model_version': model.version, 'processing_time_ms': ms,
+        body = {'success': True, 'prediction_id': uuid4().hex, 'request_id': visit.request_id,
+                'predicted_class': seen.label, 'top_class': seen.top, 'confidence': seen.confidence,
+                'probabilities': dict(seen.probabilities), 'reason': seen.reason,
+                'prediction_set': list(seen.prediction_set), 'coverage': seen.coverage, 'novelty': seen.novelty,
+                'route': getattr(seen, 'route', 'ensemble'), 'note': getattr(seen, 'note', ''), 'cached': cached,
+                'model_version': model.version, 'processing_time_ms': ms,
                 'timings_ms': {'cache': ms} if cached else {k: round(v, 3) for k,v in seen.timings.items()}}
-        if self.recorder is not None: self._record('prediction', {
-            'prediction_id': body['prediction_id'], 'created_at': _now(), 'request_id': visit.request_id, 'endpoint': visit.path, 'api_key': visit.key,
-            'model_version': model.version, 'sha256': digest, 'label': seen.label, 'top': seen.top, 'confidence': seen.confidence,
-            'probabilities': body['probabilities'], 'prediction_set': body['prediction_set'],
-            'coverage': seen.coverage, 'novelty': seen.novelty, 'reason': seen.reason, 'route': body['route'], 'duration_ms': ms, 'cached': cached})
+        if self.recorder is not None:
+            self._record('prediction', {
+'prediction_id': body['prediction_id'], 'created_at': _now(), 'request_id': visit.request_id, 'endpoint': visit.path,
+                'api_key': visit.key,
+'model_version': model.version, 'sha256': digest, 'label': seen.label, 'top': seen.top, 'confidence': seen.confidence,
+'probabilities': body['probabilities'], 'prediction_set': body['prediction_set'],
+'coverage': seen.coverage, 'novelty': seen.novelty, 'reason': seen.reason, 'route': body['route'], 'duration_ms': ms,
+                'cached': cached})
         return body if options.return_probabilities else {**body, 'probabilities': None}
 
     def _record(self, kind, row):
@@ -218,7 +247,10 @@ class Answers(Service):
         start,turns = time.perf_counter(),asyncio.Semaphore(2*self.line.workers)
         async def one(photo):
             async with turns:
-                try: return await self.answer(visit, [photo if isinstance(photo, bytes) else await aside(decode_image_data, photo, len(photo))], options, True)
+                try:
+                    return await self.answer(visit,
+                                             [photo if isinstance(photo, bytes) else await aside(decode_image_data,
+                            photo, len(photo))], options, True)
                 except Exception as error:
                     response,code = refuse(error, visit.request_id, 'a photo of a batch')
                     self.metrics.refused(code)
@@ -226,7 +258,9 @@ class Answers(Service):
         async def timed(photo):
             try:
                 async with asyncio.timeout_at(deadline): return await one(photo)
-            except TimeoutError: return refuse(AmuletError(REFUSALS['timed_out'][1], code='timed_out', advice='Send fewer photos at once'), visit.request_id)[0]
+            except TimeoutError:
+                return refuse(AmuletError(REFUSALS['timed_out'][1], code='timed_out',
+                                          advice='Send fewer photos at once'), visit.request_id)[0]
         deadline = asyncio.get_running_loop().time()+self.settings.timeout_seconds
         results = await asyncio.gather(*map(timed, photos))
         found = [json.loads(bytes(r.body)) if isinstance(r, Response) else r for r in results]
@@ -239,10 +273,14 @@ class Answers(Service):
         def find(): return self.recorder.find(told.prediction_id) if self.recorder is not None else None
         if told.prediction_id in self._recent: label = self._recent[told.prediction_id]
         elif (row := await asyncio.to_thread(find)) is not None: label = row['label']
-        else: raise AmuletError(REFUSALS['unknown_prediction'][1], code='unknown_prediction', advice='Send the `prediction_id` of an answer')
+        else:
+            raise AmuletError(REFUSALS['unknown_prediction'][1], code='unknown_prediction',
+                              advice='Send the `prediction_id` of an answer')
         right = None if label is None else label==told.true_label
-        row = {'feedback_id': uuid4().hex, 'prediction_id': told.prediction_id, 'created_at': _now(), 'request_id': visit.request_id, 'true_label': told.true_label,
+        row = {'feedback_id': uuid4().hex, 'prediction_id': told.prediction_id, 'created_at': _now(),
+               'request_id': visit.request_id, 'true_label': told.true_label,
                'comment': told.comment, 'api_key': visit.key}
         if self.recorder is not None: await asyncio.to_thread(self._record, 'feedback', row)
         self.metrics.told(right)
-        return {'success': True, 'feedback_id': row['feedback_id'], 'prediction_id': told.prediction_id, 'request_id': visit.request_id, 'right': right}
+        return {'success': True, 'feedback_id': row['feedback_id'], 'prediction_id': told.prediction_id,
+                'request_id': visit.request_id, 'right': right}

@@ -32,53 +32,83 @@ _SECRET:Any = {'secret': True} # Never shown
 
 class Settings(BaseSettings):
     "The service, from where it listens to what it remembers"
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra='forbid', frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra='forbid', frozen=True,
+                                      protected_namespaces=())
     model_dir:Path|None = Field(default=None, description='Folder of the bundle; a reload reads it anew')
     public_key:Path|None = Field(default=None, description='Public key (.pub) of whoever must have signed the bundle')
-    confidence_threshold:float = Field(default=0., ge=0, le=1, description='Below it no label is given, where the caller names no other')
-    host:str = Field(default='127.0.0.1', min_length=1, description='Address to listen on; with the default only this machine can call')
+    confidence_threshold:float = Field(default=0., ge=0, le=1,
+                                       description='Below it no label is given, where the caller names no other')
+    host:str = Field(default='127.0.0.1', min_length=1,
+                     description='Address to listen on; with the default only this machine can call')
     port:int = Field(default=8000, ge=0, le=65535, description='Port; 0 takes any free one')
-    root_path:str = Field(default='', pattern=r'^(/[A-Za-z0-9._~-]+)*$', description='Path under which a proxy shows the service, e.g. /amulets')
+    root_path:str = Field(default='', pattern=r'^(/[A-Za-z0-9._~-]+)*$',
+                          description='Path under which a proxy shows the service, e.g. /amulets')
     max_bytes:ByteSize = Field(default=ByteSize(50*2**20), ge=1000, description='Largest photo, in bytes or as 50MiB')
-    max_batch_bytes:ByteSize = Field(default=ByteSize(200*2**20), ge=1000, description='All photos of one request together')
+    max_batch_bytes:ByteSize = Field(default=ByteSize(200*2**20), ge=1000,
+                                     description='All photos of one request together')
     max_photos:int = Field(default=32, ge=1, le=1000, description='Photos in one request')
-    max_held_bytes:ByteSize = Field(default=ByteSize(512*2**20), ge=1000, description='Bodies of all requests that are held at one time; what comes on top is told to come back')
-    max_requests:int = Field(default=512, ge=1, description='Requests inside at one time; what comes on top is told to come back')
+    max_held_bytes:ByteSize = Field(default=ByteSize(512*2**20), ge=1000,
+                                    description='Bodies of all requests that are held at one time; what comes on top '
+                                                'is told to come back')
+    max_requests:int = Field(default=512, ge=1,
+                             description='Requests inside at one time; what comes on top is told to come back')
     json_depth:int = Field(default=8, ge=2, le=100, description='Brackets within brackets that JSON may have')
     workers:int = Field(default=0, ge=0, le=256, description='Photos looked at in the same moment; 0: one a core')
-    queue_size:int = Field(default=64, ge=0, le=100_000, description='Photos that may wait for a worker; what comes on top is told to come back')
-    queue_seconds:float = Field(default=10., gt=0, le=3600, description='Longest wait; who would wait longer is told at once')
+    queue_size:int = Field(default=64, ge=0, le=100_000,
+                           description='Photos that may wait for a worker; what comes on top is told to come back')
+    queue_seconds:float = Field(default=10., gt=0, le=3600,
+                                description='Longest wait; who would wait longer is told at once')
     timeout_seconds:float = Field(default=30., gt=0, le=3600, description='Time for one request once its body is there')
     body_seconds:float = Field(default=30., gt=0, le=3600, description='Time for a body to arrive')
     header_seconds:float = Field(default=10., gt=0, le=3600, description='Time for the head of a request to arrive')
-    keep_alive_seconds:int = Field(default=75, ge=1, le=3600, description='A connection that is silent for so long is closed')
-    grace_seconds:int = Field(default=30, ge=1, le=3600, description='At the end, time for what was accepted to be finished')
-    api_keys:str = Field(default='', repr=False, description='Who may call: NAME:SHA256 of each key, separated by commas (amulet key NAME makes one)', json_schema_extra=_SECRET)
+    keep_alive_seconds:int = Field(default=75, ge=1, le=3600,
+                                   description='A connection that is silent for so long is closed')
+    grace_seconds:int = Field(default=30, ge=1, le=3600,
+                              description='At the end, time for what was accepted to be finished')
+    api_keys:str = Field(default='', repr=False,
+                         description='Who may call: NAME:SHA256 of each key, separated by commas (amulet key NAME '
+                                     'makes one)', json_schema_extra=_SECRET)
     api_keys_file:Path|None = Field(default=None, description='The same in a file, one a line')
-    admin_key:str = Field(default='', repr=False, description='SHA256 of the key for /admin/reload; without one nobody may', json_schema_extra=_SECRET)
-    no_auth:bool = Field(default=False, description='Let anybody call although other machines can: say so only behind a proxy that asks who they are')
+    admin_key:str = Field(default='', repr=False,
+                          description='SHA256 of the key for /admin/reload; without one nobody may',
+                          json_schema_extra=_SECRET)
+    no_auth:bool = Field(default=False,
+                         description='Let anybody call although other machines can: say so only behind a proxy that '
+                                     'asks who they are')
     metrics_open:bool = Field(default=False, description='Show /metrics without a key, where keys are asked for')
-    rate_limit:float = Field(default=0., ge=0, description='Photos a second for each key (for each address where there are no keys); 0: no limit')
-    rate_burst:int = Field(default=0, ge=0, description='Photos that may come at once before the limit counts; 0: ten seconds of it')
-    cors_origins:str = Field(default='', description='Web sites whose pages may call, e.g. https://shop.example, separated by commas; empty: none')
+    rate_limit:float = Field(default=0., ge=0,
+                             description='Photos a second for each key (for each address where there are no keys); 0: '
+                                         'no limit')
+    rate_burst:int = Field(default=0, ge=0,
+                           description='Photos that may come at once before the limit counts; 0: ten seconds of it')
+    cors_origins:str = Field(default='',
+                             description='Web sites whose pages may call, e.g. https://shop.example, separated by '
+                                         'commas; empty: none')
     database_url:str = Field(default='', repr=False, json_schema_extra=_SECRET,
-                             description='Where predictions are recorded: postgresql+psycopg://..., sqlite:///...; empty: amulet.db beside the spool; off: nowhere')
-    spool_dir:Path = Field(default=Path('amulet_spool'), description='Folder in which predictions wait for the database')
-    cache:str = Field(default='memory', repr=False, pattern=r'^(memory|off|rediss?://\S+)$', description='Where answers are remembered: memory, off, or redis://HOST:6379/0',
+                             description='Where predictions are recorded: postgresql+psycopg://..., sqlite:///...; '
+                                         'empty: amulet.db beside the spool; off: nowhere')
+    spool_dir:Path = Field(default=Path('amulet_spool'),
+                           description='Folder in which predictions wait for the database')
+    cache:str = Field(default='memory', repr=False, pattern=r'^(memory|off|rediss?://\S+)$',
+                      description='Where answers are remembered: memory, off, or redis://HOST:6379/0',
                       json_schema_extra=_SECRET)
-    memory_threshold:float = Field(default=0., ge=0, description='Megabytes beyond which remembered answers are let go; 0: none')
+    memory_threshold:float = Field(default=0., ge=0,
+                                   description='Megabytes beyond which remembered answers are let go; 0: none')
     log_format:Literal['json','text'] = Field(default='json', description='One JSON object a line, or lines for people')
-    log_level:Literal['debug','info','warning','error'] = Field(default='info', description='Least level that is logged')
+    log_level:Literal['debug','info','warning',
+                      'error'] = Field(default='info', description='Least level that is logged')
 
     @model_validator(mode='after')
     def _guarded(self):
         if not (self.no_auth or self.api_keys or self.api_keys_file or is_loopback(self.host)):
-            raise ValueError(f'other machines can reach {self.host}, and no keys are set: set api_keys or api_keys_file (amulet key NAME makes one), or waive it with no_auth')
+            raise ValueError(f'other machines can reach {self.host}, and no keys are set: set api_keys or '
+                             f'api_keys_file (amulet key NAME makes one), or waive it with no_auth')
         Keys.load(self.api_keys, self.api_keys_file)
         if self.admin_key: check_digest(self.admin_key, '`admin_key`')
         Cors(self.cors_origins)
         return self
 
+# %% ../../nbs/70_serve/25_settings.ipynb #255e939d
 def is_loopback(
     host:str # Name or address
 ) -> bool:
@@ -97,17 +127,23 @@ def read_settings_file(
         elif path.suffix=='.json': found = json.loads(path.read_text(encoding='utf-8'))
         else:
             from dotenv import dotenv_values
-            with path.open(encoding='utf-8') as file: found = {k: v for k,v in dotenv_values(stream=file, interpolate=False).items() if k.upper().startswith(PREFIX) and v}
-    except (OSError, ValueError) as error: raise ConfigError(f'cannot be read: {getattr(error, "strerror", None) or error}', where=path) from error
+            with path.open(encoding='utf-8') as file:
+                found = {k: v for k,v in dotenv_values(stream=file, interpolate=False).items()
+                         if k.upper().startswith(PREFIX) and v}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'cannot be read: {getattr(error, "strerror", None) or error}', where=path) from error
     if not isinstance(found, dict): raise ConfigError('settings are NAME: VALUE', where=path)
-    return {k.lower().removeprefix(PREFIX.lower()): v for k,v in found.items() if not (path.suffix not in ('.toml', '.json') and k.upper()==PREFIX+'SETTINGS')}
+    return {k.lower().removeprefix(PREFIX.lower()): v
+            for k,v in found.items() if not (path.suffix not in ('.toml', '.json') and k.upper()==PREFIX+'SETTINGS')}
 
+# %% ../../nbs/70_serve/25_settings.ipynb #41ab4438
 def _unknown(names, where, always):
     "Refuse names that nobody knows; from the environment only near misses, since it is not ours alone"
     for name in sorted(set(names)-set(Settings.model_fields)):
         near = next(iter(difflib.get_close_matches(name, Settings.model_fields, 1, .6 if always else .8)), '')
         if near or always:
-            raise ConfigError(f'there is no setting {name[:60]!r}', code='unknown_setting', where=where, advice=f'Did you mean {near!r}?' if near else 'See: amulet serve --help')
+            raise ConfigError(f'there is no setting {name[:60]!r}', code='unknown_setting', where=where,
+                              advice=f'Did you mean {near!r}?' if near else 'See: amulet serve --help')
 
 # %% ../../nbs/70_serve/25_settings.ipynb #6f076474
 _SHOW = 60 # Characters of a wrong value
@@ -120,8 +156,10 @@ def _told(error):
     field = Settings.model_fields[name]
     secret = isinstance(field.json_schema_extra, Mapping) and field.json_schema_extra.get('secret')
     value = 'a value that is not shown' if secret else repr(first['input'])[:_SHOW]
-    return f'{PREFIX}{name.upper()} (--{name.replace("_", "-")}) is set to {value}. {first["msg"]}. It is: {field.description}'
+    return (f'{PREFIX}{name.upper()} (--{name.replace("_", "-")}) is set to {value}. {first["msg"]}. It is: '
+            f'{field.description}')
 
+# %% ../../nbs/70_serve/25_settings.ipynb #e97a9508
 def load_settings(
     path:str|Path|None=None, # File; None: what AMULET_SETTINGS names, if anything
     **given # What the command line says; None counts as not said
@@ -131,28 +169,36 @@ def load_settings(
     said = read_settings_file(path) if path else {}
     _unknown(said, path, always=True)
     set_here = {k.upper() for k,v in os.environ.items() if v}
-    _unknown([k.removeprefix(PREFIX).lower() for k in set_here if k.startswith(PREFIX) and k!=PREFIX+'SETTINGS'], 'environment', always=False)
+    _unknown([k.removeprefix(PREFIX).lower() for k in set_here if k.startswith(PREFIX) and k!=PREFIX+'SETTINGS'],
+             'environment', always=False)
     said = {k: v for k,v in said.items() if PREFIX+k.upper() not in set_here}
     try: return Settings(**said | {k: v for k,v in given.items() if v is not None})
-    except ValidationError as error: raise ConfigError(_told(error), advice='All settings: amulet serve --help') from None
+    except ValidationError as error:
+        raise ConfigError(_told(error), advice='All settings: amulet serve --help') from None
 
 # %% ../../nbs/70_serve/25_settings.ipynb #ac0356db
 def _option(name, field):
     "A setting as a parameter of a typer command"
     import typer
     flag = f'--{name.replace("_", "-")}'
-    default = '' if field.default in (None, '', False) else f' [{int(field.default) if isinstance(field.default, ByteSize) else field.default}]'
-    about = typer.Option(flag, help=f'{field.description}{default}', show_default=False, metavar='' if field.annotation is bool else PREFIX+name.upper())
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[(bool if field.annotation is bool else str)|None, about])
+    default = '' if field.default in (None, '',
+                                      False) else f' [{int(field.default) if isinstance(field.default, ByteSize) else field.default}]'
+    about = typer.Option(flag, help=f'{field.description}{default}', show_default=False,
+                         metavar='' if field.annotation is bool else PREFIX+name.upper())
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                             annotation=Annotated[(bool if field.annotation is bool else str)|None, about])
 
+# %% ../../nbs/70_serve/25_settings.ipynb #04e87ab1
 def settings_command(
     work:Callable[[Settings],Any] # Called with the settings
 ) -> Callable: # For `typer.Typer().command()`
     "A command with one option a setting, and `--settings` for a file"
     import typer
     def command(settings=None, **given): return work(load_settings(settings, **given))
-    where = Annotated[str|None, typer.Option('--settings', help='File (.env, .toml or .json) that holds settings', show_default=False, metavar=PREFIX+'SETTINGS')]
-    parameters = [inspect.Parameter('settings', inspect.Parameter.KEYWORD_ONLY, default=None, annotation=where), *[_option(n, f) for n,f in Settings.model_fields.items()]]
+    where = Annotated[str|None, typer.Option('--settings', help='File (.env, .toml or .json) that holds settings',
+                                             show_default=False, metavar=PREFIX+'SETTINGS')]
+    parameters = [inspect.Parameter('settings', inspect.Parameter.KEYWORD_ONLY, default=None, annotation=where),
+                  *[_option(n, f) for n,f in Settings.model_fields.items()]]
     command.__signature__ = inspect.Signature(parameters) # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command

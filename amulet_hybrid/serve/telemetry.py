@@ -37,19 +37,29 @@ class Metrics:
         most:int=200 # Classes that have a label of their own; the rest is counted together
     ):
         r = self.registry = CollectorRegistry()
-        self.endpoints,self.reasons,self.most,self.classes = frozenset(endpoints),frozenset(reasons),most,set()
+        self.endpoints = frozenset(endpoints)
+        self.reasons = frozenset(reasons)
+        self.most = most
+        self.classes = set()
         self._process = ProcessCollector(registry=r)
         PlatformCollector(registry=r)
-        self.predictions = Counter('predictions', 'Answers by class and by the part of the model that gave them', ['class', 'route'], registry=r)
-        self.latency = Histogram('prediction_latency_seconds', 'From the bytes of a photo to its answer, waiting included', buckets=_SECONDS, registry=r)
+        self.predictions = Counter('predictions', 'Answers by class and by the part of the model that gave them',
+                                   ['class', 'route'], registry=r)
+        self.latency = Histogram('prediction_latency_seconds',
+                                 'From the bytes of a photo to its answer, waiting included', buckets=_SECONDS,
+                                 registry=r)
         self.requests = Counter('requests', 'Requests by address and status', ['endpoint', 'code'], registry=r)
-        self.duration = Histogram('request_duration_seconds', 'From the head of a request to the end of its answer', buckets=_SECONDS, registry=r)
+        self.duration = Histogram('request_duration_seconds', 'From the head of a request to the end of its answer',
+                                  buckets=_SECONDS, registry=r)
         self.rejects = Counter('rejects', 'Requests and photos that were refused', ['reason'], registry=r)
         self.cache_hits = Counter('cache_hits', 'Answers that were known already', registry=r)
-        self.accuracy = Gauge('model_accuracy', 'Of the bundle, on photos that were held out; NaN where it was not judged', registry=r)
+        self.accuracy = Gauge('model_accuracy',
+                              'Of the bundle, on photos that were held out; NaN where it was not judged', registry=r)
         self.model = Gauge('model_info', 'The model that answers', ['version'], registry=r)
         self.feedback = Counter('feedback', 'Answers whose truth was told later', ['verdict'], registry=r)
-        self.agreement = Gauge('feedback_accuracy', 'Share of right answers among those whose truth was told; NaN before the first', registry=r)
+        self.agreement = Gauge('feedback_accuracy',
+                               'Share of right answers among those whose truth was told; NaN before the first',
+                               registry=r)
         self.reloads = Counter('reloads', 'Bundles read anew', ['outcome'], registry=r)
         self.unrecorded = Counter('record_failures', 'Predictions and feedback that could not be recorded', registry=r)
         self.agreement.set(float('nan'))
@@ -88,7 +98,8 @@ class Metrics:
 
     def memory_mb(self) -> float: # 0 where the system does not tell
         "What this process holds"
-        return next((round(m.samples[0].value/2**20, 1) for m in self._process.collect() if m.name=='process_resident_memory_bytes'), 0.)
+        return next((round(m.samples[0].value/2**20, 1)
+                     for m in self._process.collect() if m.name=='process_resident_memory_bytes'), 0.)
 
     def page(self) -> bytes: # Prometheus' text format
         "All of it"
@@ -112,20 +123,26 @@ class JsonLines(logging.Formatter):
     "Log records as JSON, what was given as `extra` included"
     def format(self, record:logging.LogRecord) -> str:
         "One line"
-        out:dict[str,Any] = {'time': datetime.fromtimestamp(record.created, UTC).isoformat(timespec='milliseconds'), 'level': record.levelname.lower(),
+        out:dict[str,Any] = {'time': datetime.fromtimestamp(record.created, UTC).isoformat(timespec='milliseconds'),
+                             'level': record.levelname.lower(),
                              'logger': record.name, 'message': record.getMessage()[:2000]}
-        out |= {k: v[:300] if isinstance(v, str) else v for k,v in vars(record).items() if k not in _PLAIN and not k.startswith('_')}
+        out |= {k: v[:300] if isinstance(v, str) else v
+                for k,v in vars(record).items() if k not in _PLAIN and not k.startswith('_')}
         if record.exc_info: out['error'] = self.formatException(record.exc_info)[-4000:]
         return json.dumps(out, default=str)
 
+# %% ../../nbs/70_serve/35_telemetry.ipynb #10cf3a71
 class TextLines(logging.Formatter):
     "The same for people"
     def format(self, record:logging.LogRecord) -> str:
         "One line, and a traceback where there is one"
-        more = ' '.join(f'{k}={v}' for k,v in vars(record).items() if k not in _PLAIN and not k.startswith('_') and v not in ('', None))
-        text = f'{self.formatTime(record, "%H:%M:%S")} {record.levelname.lower():7s} {ascii(record.getMessage())[1:-1]} {ascii(more)[1:-1]}'.rstrip()
+        more = ' '.join(f'{k}={v}' for k,v in vars(record).items() if k not in _PLAIN and not k.startswith('_')
+                        and v not in ('', None))
+        text = (f'{self.formatTime(record, "%H:%M:%S")} {record.levelname.lower():7s} '
+                f'{ascii(record.getMessage())[1:-1]} {ascii(more)[1:-1]}').rstrip()
         return text+('\n'+self.formatException(record.exc_info) if record.exc_info else '')
 
+# %% ../../nbs/70_serve/35_telemetry.ipynb #696dce99
 def start_logging(
     format:str='json', # 'json' or 'text'
     level:str='info', # 'debug', 'info', 'warning' or 'error'
@@ -136,4 +153,5 @@ def start_logging(
     handler.setFormatter(JsonLines() if format=='json' else TextLines())
     logging.basicConfig(level=getattr(logging, level.upper()), handlers=[handler], force=True)
 
+# %% ../../nbs/70_serve/35_telemetry.ipynb #48b8eede
 access_log = logging.getLogger(f'{log.name}.access')

@@ -15,8 +15,10 @@ def page_policy(
     nonce:str # As it was put into the page; new for every answer
 ) -> str: # Value of the header Content-Security-Policy
     "What a browser may do with the page: run its own script, talk to its own service, show photos it was given"
-    if not re.fullmatch(r'[A-Za-z0-9+/_-]{16,}={0,2}', nonce): raise ValueError(f'`nonce` must be 16 or more letters of base64, got {nonce!r}')
-    return (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' blob: data:; connect-src 'self'; form-action 'self'; "
+    if not re.fullmatch(r'[A-Za-z0-9+/_-]{16,}={0,2}', nonce):
+        raise ValueError(f'`nonce` must be 16 or more letters of base64, got {nonce!r}')
+    return (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' blob: data:; "
+            f"connect-src 'self'; form-action 'self'; "
             "base-uri 'none'; frame-ancestors 'none'")
 
 # %% ../../nbs/70_serve/45_web_page.ipynb #b3231bb8
@@ -446,5 +448,6 @@ def try_page(
     if base and not base.endswith('/'): raise ValueError(f'`base` must end with /, got {base!r}')
     address = json.dumps(base).replace('<', '\\u003c')
     script = '\n'.join(part.strip() for part in (_WORDS, _SERVICE, _PHOTOS, _CAMERA, _ASK, _ANSWER, _AFTER, _MODEL))
-    parts = {'title': html.escape(title), 'base': html.escape(base), 'style': (_FRAME+_PARTS).strip(), 'icons': _ICONS.strip(), 'script': script, 'address': address}
+    parts = {'title': html.escape(title), 'base': html.escape(base), 'style': (_FRAME+_PARTS).strip(),
+             'icons': _ICONS.strip(), 'script': script, 'address': address}
     return re.sub(r'\{(title|base|style|icons|script|address)\}', lambda found: parts[found[1]], _BODY.strip())

@@ -30,6 +30,7 @@ class Busy(AmuletError):
         self.seconds = max(1, int(-(-seconds//1)))
         super().__init__('too many requests at once', advice=f'Try again in {self.seconds} s')
 
+# %% ../../nbs/70_serve/20_worker_pool.ipynb #855f4272
 _EARLY = 8 # Measurements before a wait is foretold: the first ones of a process are slow
 
 def _yield_to_loop():
@@ -37,6 +38,7 @@ def _yield_to_loop():
     if sys.platform=='linux':
         with suppress(OSError): os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
+# %% ../../nbs/70_serve/20_worker_pool.ipynb #de6ccb1b
 class Line:
     "A bounded line before a pool of threads"
     def __init__(self,
@@ -44,8 +46,13 @@ class Line:
         places:int=64, # That may wait
         seconds:float=10. # Longest wait
     ):
-        self.workers,self.places,self.seconds = workers or os.cpu_count() or 1,places,seconds
-        self.present,self.mean,self._early = 0,0.,[] # `present`: who waits or is at work
+        self.workers = workers or os.cpu_count() or 1
+        self.places = places
+        self.seconds = seconds
+        # `present`: who waits or is at work
+        self.present = 0
+        self.mean = 0.
+        self._early = []
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix='amulet-predict', initializer=_yield_to_loop)
 
     @property
@@ -80,7 +87,8 @@ class Line:
             await asyncio.wait({future}, timeout=None if admitted else self.seconds)
             if not future.done() and task.cancel(): raise Busy(self.wait_seconds())
             return await asyncio.shield(future)
-        except asyncio.CancelledError: # whoever waits leaves the line; a thread that is at work goes on, and its place is free when it ends
+        # whoever waits leaves the line; a thread that is at work goes on, and its place is free when it ends
+        except asyncio.CancelledError:
             task.cancel()
             raise
 
@@ -107,10 +115,12 @@ async def unless_gone(
         await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task.done(): return task.result()
         if gone.done(): raise ClientGone
-        raise AmuletError(f'there was no answer within {seconds:g} seconds', code='timed_out', advice='Try again later, or with a smaller photo')
+        raise AmuletError(f'there was no answer within {seconds:g} seconds', code='timed_out',
+                          advice='Try again later, or with a smaller photo')
     finally:
         for t in (task, gone): t.cancel()
 
+# %% ../../nbs/70_serve/20_worker_pool.ipynb #c42ef69b
 async def _hung_up(receive):
     while (await receive())['type']!='http.disconnect': pass
 

@@ -33,11 +33,13 @@ def _types():
             aware = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
             return aware.replace(tzinfo=None) if dialect.name=='sqlite' else aware
         def process_result_value(self, value, dialect):
-            return value if value is None else value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+            return (value if value is None else value.replace(tzinfo=UTC) if value.tzinfo is None
+                    else value.astimezone(UTC))
 
     return sa,Moment(),sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), 'postgresql')
 
-NAMES = {'ix': 'ix_%(table_name)s_%(column_0_N_name)s', 'uq': 'uq_%(table_name)s_%(column_0_N_name)s', 'pk': 'pk_%(table_name)s',
+NAMES = {'ix': 'ix_%(table_name)s_%(column_0_N_name)s', 'uq': 'uq_%(table_name)s_%(column_0_N_name)s',
+         'pk': 'pk_%(table_name)s',
          'fk': 'fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s'}
 
 # %% ../../nbs/65_store/10_database.ipynb #e0dcff08
@@ -47,25 +49,36 @@ def metadata() -> Any: # `sqlalchemy.MetaData`
     sa,TIME,JSON = _types()
     tables = sa.MetaData(naming_convention=NAMES)
     def table(name, *columns): return sa.Table(name, tables, *columns)
-    def column(name, kind=None, *more, **options): return sa.Column(name, sa.Text() if kind is None else kind, *more, **options)
+    def column(name, kind=None, *more, **options):
+        return sa.Column(name, sa.Text() if kind is None else kind, *more, **options)
     must = {'nullable': False}
-    table('datasets', column('dataset_id', primary_key=True), column('name', **must), column('version', sa.Integer(), **must), column('fingerprint', **must),
-          column('created_at', TIME, **must), column('kind', **must), column('source', **must), column('target', **must), column('group', **must),
-          column('columns', JSON, **must), column('rows', sa.Integer(), **must), sa.UniqueConstraint('name', 'version'), sa.UniqueConstraint('name', 'fingerprint'))
-    table('training_data', column('dataset_id', None, sa.ForeignKey('datasets.dataset_id', ondelete='CASCADE'), primary_key=True),
-          column('row', sa.Integer(), primary_key=True, autoincrement=False), column('label', index=True), column('group'), column('path'), column('sha256'),
+    table('datasets', column('dataset_id', primary_key=True), column('name', **must),
+          column('version', sa.Integer(), **must), column('fingerprint', **must),
+          column('created_at', TIME, **must), column('kind', **must), column('source', **must),
+          column('target', **must), column('group', **must),
+          column('columns', JSON, **must), column('rows', sa.Integer(), **must),
+          sa.UniqueConstraint('name', 'version'), sa.UniqueConstraint('name', 'fingerprint'))
+    table('training_data', column('dataset_id', None, sa.ForeignKey('datasets.dataset_id', ondelete='CASCADE'),
+                                  primary_key=True),
+          column('row', sa.Integer(), primary_key=True, autoincrement=False), column('label', index=True),
+          column('group'), column('path'), column('sha256'),
           column('features', JSON, **must))
-    predictions = table('predictions', column('prediction_id', primary_key=True), column('created_at', TIME, index=True, **must), column('request_id'), column('endpoint'),
-          column('api_key'), column('model_version'), column('sha256'), column('label'), column('top'), column('confidence', sa.Double()), column('probabilities', JSON),
-          column('prediction_set', JSON), column('coverage', sa.Double()), column('novelty', sa.Double()), column('reason'), column('route'), column('duration_ms', sa.Double()),
+    predictions = table('predictions', column('prediction_id', primary_key=True),
+                        column('created_at', TIME, index=True, **must), column('request_id'), column('endpoint'),
+          column('api_key'), column('model_version'), column('sha256'), column('label'), column('top'),
+                        column('confidence', sa.Double()), column('probabilities', JSON),
+          column('prediction_set', JSON), column('coverage', sa.Double()), column('novelty', sa.Double()),
+                        column('reason'), column('route'), column('duration_ms', sa.Double()),
           column('cached', sa.Boolean()))
     sa.Index(None, predictions.c.model_version, predictions.c.created_at)
-    table('feedback', column('feedback_id', primary_key=True), column('prediction_id', index=True, **must), column('created_at', TIME, index=True, **must),
+    table('feedback', column('feedback_id', primary_key=True), column('prediction_id', index=True, **must),
+          column('created_at', TIME, index=True, **must),
           column('request_id'), column('true_label', **must), column('comment'), column('api_key'))
     return tables
 
 HEAD = '0001' # The last step in `migrations/versions`
-KEYS = {'predictions': 'prediction_id', 'feedback': 'feedback_id', 'datasets': 'dataset_id'} # What makes a row of them the same row
+# What makes a row of them the same row
+KEYS = {'predictions': 'prediction_id', 'feedback': 'feedback_id', 'datasets': 'dataset_id'}
 
 # %% ../../nbs/65_store/10_database.ipynb #c2437cc7
 def parse_time(
@@ -74,9 +87,11 @@ def parse_time(
     "A moment"
     try: moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
     except (TypeError, ValueError) as error:
-        raise StoreError(f'{str(value)[:40]!r} is no time', code='bad_row', advice='Write it as 2026-01-31 or 2026-01-31T12:00:00+00:00') from error
+        raise StoreError(f'{str(value)[:40]!r} is no time', code='bad_row',
+                         advice='Write it as 2026-01-31 or 2026-01-31T12:00:00+00:00') from error
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
+# %% ../../nbs/65_store/10_database.ipynb #a5c9ef65
 def shape_row(
     table:str, # Name of a table
     values:Mapping[str,Any] # Column -> value; what is left out is NULL
@@ -84,30 +99,36 @@ def shape_row(
     "A row as the table takes it; raises `StoreError`"
     shapes = _shapes(table)
     if unknown := [k for k in values if k not in shapes]:
-        raise StoreError(f'{table} has no column {unknown[0]!r}', code='bad_row', advice=f'There are: {", ".join(shapes)}')
+        raise StoreError(f'{table} has no column {unknown[0]!r}', code='bad_row',
+                         advice=f'There are: {", ".join(shapes)}')
     row = {}
     for name,(shape,may_lack) in shapes.items():
         if (value := values.get(name)) is None:
             if not may_lack: raise StoreError(f'{table}.{name} is missing', code='bad_row')
             row[name] = None; continue
         try: row[name] = shape(value)
-        except (TypeError, ValueError, OverflowError) as error: raise StoreError(f'{table}.{name} cannot be {str(value)[:40]!r}', code='bad_row') from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise StoreError(f'{table}.{name} cannot be {str(value)[:40]!r}', code='bad_row') from error
     return row
 
+# %% ../../nbs/65_store/10_database.ipynb #0b52e74d
 @cache
 def _shapes(table):
     "Column -> how a value gets its type, and whether it may be left out"
     kinds = {'Text': _text, 'Integer': int, 'Double': float, 'Boolean': _truth, 'Moment': parse_time, 'JSON': _json}
     return {c.name: (kinds[type(c.type).__name__], c.nullable) for c in metadata().tables[table].columns}
 
+# %% ../../nbs/65_store/10_database.ipynb #bc60cdf0
 def _text(value):
     if not isinstance(value, (str, int, float)): raise TypeError
     return str(value)
 
+# %% ../../nbs/65_store/10_database.ipynb #2874e6ff
 def _truth(value):
     if value not in (True, False): raise TypeError
     return bool(value)
 
+# %% ../../nbs/65_store/10_database.ipynb #c2857ec6
 def _json(value):
     if not isinstance(value, (dict, list)): raise TypeError
     return value
@@ -121,31 +142,42 @@ def database_url(
     url = re.sub(r'^postgres(ql)?://', 'postgresql+psycopg://', url.strip() or f'sqlite:///{default}')
     if '://' not in url: url = f'sqlite:///{url}'
     if not re.match(r'(postgresql\+psycopg|sqlite(\+pysqlite)?)://', url):
-        raise StoreError('this is neither SQLite nor PostgreSQL', code='bad_url', where=hide_password(url), advice='sqlite:///amulet.db or postgresql://user:password@host:5432/name')
+        raise StoreError('this is neither SQLite nor PostgreSQL', code='bad_url', where=hide_password(url),
+                         advice='sqlite:///amulet.db or postgresql://user:password@host:5432/name')
     return url
 
+# %% ../../nbs/65_store/10_database.ipynb #6b23ec44
 def _engine(url, timeout):
     "SQLAlchemy's engine, with our settings where the URL has none"
     sa = require('sqlalchemy', 'store')
     try: parsed = sa.engine.make_url(url)
-    except (sa.exc.ArgumentError, ValueError) as error: raise StoreError('this is no address of a database', code='bad_url', where=hide_password(url)) from error
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise StoreError('this is no address of a database', code='bad_url', where=hide_password(url)) from error
     if parsed.get_backend_name()=='sqlite':
         if parsed.database and parsed.database!=':memory:': _folder(parsed.database)
         engine = sa.create_engine(parsed, connect_args={'timeout': timeout*3})
         sa.event.listen(engine, 'connect', _sqlite_settings)
-        sa.event.listen(engine, 'begin', lambda db: db.exec_driver_sql('BEGIN IMMEDIATE' if db.get_execution_options().get('amulet_write') else 'BEGIN'))
+        sa.event.listen(engine, 'begin',
+                        lambda db: db.exec_driver_sql('BEGIN IMMEDIATE'
+                                                      if db.get_execution_options().get('amulet_write') else 'BEGIN'))
         return engine
     require('psycopg', 'postgres')
-    settings = {'connect_timeout': timeout, 'tcp_user_timeout': 10_000, 'keepalives_idle': 10, 'keepalives_interval': 5, 'keepalives_count': 2, 'application_name': 'amulet'}
+    settings = {'connect_timeout': timeout, 'tcp_user_timeout': 10_000, 'keepalives_idle': 10,
+                'keepalives_interval': 5, 'keepalives_count': 2, 'application_name': 'amulet'}
     settings = {k: v for k,v in settings.items() if k not in parsed.query}
-    try: return sa.create_engine(parsed, pool_size=2, max_overflow=8, pool_timeout=timeout, pool_pre_ping=True, connect_args=settings)
-    except Exception as error: raise StoreError(driver_message(error, url), code='bad_url', where=hide_password(url)) from error
+    try:
+        return sa.create_engine(parsed, pool_size=2, max_overflow=8, pool_timeout=timeout, pool_pre_ping=True,
+                                connect_args=settings)
+    except Exception as error:
+        raise StoreError(driver_message(error, url), code='bad_url', where=hide_password(url)) from error
 
+# %% ../../nbs/65_store/10_database.ipynb #fb48bf3f
 def _folder(path):
     "Where an SQLite file will be"
     try: Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError: pass # opening it will tell
 
+# %% ../../nbs/65_store/10_database.ipynb #b118f4db
 def _sqlite_settings(connection, _):
     connection.isolation_level = None # transactions begin where we say
     cursor = connection.cursor()
@@ -163,20 +195,26 @@ def _told(url):
     try: yield
     except (sa.exc.SQLAlchemyError, OverflowError, UnicodeError) as error:
         if not _of_the_row(error): raise _away(error, url) from error
-        raise StoreError(f'the database does not take this: {driver_message(error, url)}', code='bad_row', where=where) from error
+        raise StoreError(f'the database does not take this: {driver_message(error, url)}', code='bad_row',
+                         where=where) from error
 
+# %% ../../nbs/65_store/10_database.ipynb #ddb3400f
 def _of_the_row(error):
     "PostgreSQL has numbers for it: 22 is data, 23 a constraint, 54 a limit"
     sa = require('sqlalchemy', 'store')
     if not isinstance(error, sa.exc.SQLAlchemyError): return True
     if state := getattr(getattr(error, 'orig', None), 'sqlstate', None): return state[:2] in ('22', '23', '54')
     if isinstance(error, sa.exc.DBAPIError): return isinstance(error, (sa.exc.DataError, sa.exc.IntegrityError))
-    return isinstance(error, sa.exc.StatementError) and not isinstance(error.orig, sa.exc.SQLAlchemyError) # it was not sent at all
+    # it was not sent at all
+    return isinstance(error, sa.exc.StatementError) and not isinstance(error.orig, sa.exc.SQLAlchemyError)
 
+# %% ../../nbs/65_store/10_database.ipynb #4c3957ff
 def _away(error, url):
-    return StoreError(f'the database does not answer: {driver_message(error, url)}', code='database_down', where=hide_password(url),
+    return StoreError(f'the database does not answer: {driver_message(error, url)}', code='database_down',
+                      where=hide_password(url),
                       advice='Start it, or correct its address (AMULET_DATABASE_URL)')
 
+# %% ../../nbs/65_store/10_database.ipynb #ca1b4b64
 class Database:
     "A database by its URL; may be away when this is made"
     def __init__(self,
@@ -228,6 +266,7 @@ def _alembic(db):
     config.attributes['connection'] = db
     return config
 
+# %% ../../nbs/65_store/10_database.ipynb #37d48efa
 def revision(
     database:Database
 ) -> str: # '' where there are no tables yet
@@ -237,6 +276,7 @@ def revision(
         if not sa.inspect(db).has_table('alembic_version'): return ''
         return db.execute(sa.text('SELECT version_num FROM alembic_version')).scalar() or ''
 
+# %% ../../nbs/65_store/10_database.ipynb #795bbbb2
 def migrate(
     database:Database,
     to:str='head' # Step, 'head', or 'base' for no tables at all; backwards loses what is in the tables that go
@@ -246,16 +286,21 @@ def migrate(
     command,script,scripts = (require(f'alembic.{name}', 'store') for name in ('command', 'migration', 'script'))
     with _STEPPING, database.write(alone=True) as db:
         config = _alembic(db)
-        steps = ['base', *(s.revision for s in reversed(list(scripts.ScriptDirectory.from_config(config).walk_revisions())))]
-        before,wanted = script.MigrationContext.configure(db).get_current_revision() or 'base',steps[-1] if to=='head' else to
-        if wanted not in steps: raise StoreError(f'there is no step {to!r}', code='bad_step', advice=f'There are: {", ".join(steps)}, head')
+        steps = (['base', *(s.revision
+                            for s in reversed(list(scripts.ScriptDirectory.from_config(config).walk_revisions())))])
+        before = script.MigrationContext.configure(db).get_current_revision() or 'base'
+        wanted = steps[-1] if to=='head' else to
+        if wanted not in steps:
+            raise StoreError(f'there is no step {to!r}', code='bad_step', advice=f'There are: {", ".join(steps)}, head')
         if before not in steps:
-            raise StoreError(f'the tables are at step {before!r}, which this version of the software does not know', code='database_too_new', where=database.url,
+            raise StoreError(f'the tables are at step {before!r}, which this version of the software does not know',
+                             code='database_too_new', where=database.url,
                              advice='Update amulet_hybrid')
         (command.upgrade if steps.index(wanted) >= steps.index(before) else command.downgrade)(config, wanted)
     if before!=wanted: log.info('tables went from step %s to %s', before, wanted)
     return before.replace('base', ''),wanted.replace('base', '')
 
+# %% ../../nbs/65_store/10_database.ipynb #b42b645d
 _STEPPING = threading.Lock() # Alembic's context is one for the process
 
 def open_database(

@@ -31,6 +31,7 @@ def pack_line(
     body = as_json(record).encode()
     return b'%08x %s\n' % (zlib.crc32(body), body)
 
+# %% ../../nbs/65_store/20_journal.ipynb #e77622c0
 def unpack_line(
     line:bytes # With its end
 ) -> dict|None: # None: torn or damaged
@@ -48,9 +49,11 @@ def as_json(
     "JSON that every database takes; raises `StoreError` for what is no data"
     try: text = json.dumps(record, separators=(',', ':'), allow_nan=False, default=_plain)
     except ValueError: text = json.dumps(_mended(record), separators=(',', ':'), default=_plain)
-    except (TypeError, RecursionError) as error: raise StoreError(f'this is no data: {error}', code='bad_row') from error
+    except (TypeError, RecursionError) as error:
+        raise StoreError(f'this is no data: {error}', code='bad_row') from error
     return json.dumps(_mended(json.loads(text)), separators=(',', ':')) if '\\u0000' in text or '\\ud' in text else text
 
+# %% ../../nbs/65_store/20_journal.ipynb #aa8f51e3
 def _plain(value):
     "Numbers and arrays of numpy as Python's own, times as text"
     if hasattr(value, 'isoformat'): return value.isoformat()
@@ -58,9 +61,11 @@ def _plain(value):
     if isinstance(value, (set, frozenset)): return sorted(value)
     raise TypeError(f'{type(value).__name__} is neither text, number, time, list nor dict')
 
+# %% ../../nbs/65_store/20_journal.ipynb #8c78ff2e
 def _mended(value):
     "The same without zero bytes, halves of characters and numbers that are none"
-    if isinstance(value, str): return value.replace('\0', '\ufffd').encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    if isinstance(value, str):
+        return value.replace('\0', '\ufffd').encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     if isinstance(value, float): return value if value-value==0 else None
     if isinstance(value, Mapping): return {_mended(k): _mended(v) for k,v in value.items()}
     return [_mended(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -77,12 +82,14 @@ def _lock(home, wait=False):
     os.close(held)
     return None
 
+# %% ../../nbs/65_store/20_journal.ipynb #ab381019
 def _leave(home, held):
     "Let go of a folder; with nothing in it, it goes too"
     if not any(home.glob('*.jsonl')):
         with suppress(OSError): (home/'lock').unlink(); home.rmdir()
     os.close(held)
 
+# %% ../../nbs/65_store/20_journal.ipynb #73e93da1
 def _segments(home): return sorted(home.glob('*.jsonl'))
 
 # %% ../../nbs/65_store/20_journal.ipynb #a1dac4a5
@@ -92,7 +99,11 @@ class Segment:
         path:Path, # Must not be there
         sync:bool=False # Wait for the disk with each line
     ):
-        self.path,self.sync_each,self.size,self.rows,self.synced = path,sync,0,0,0
+        self.path = path
+        self.sync_each = sync
+        self.size = 0
+        self.rows = 0
+        self.synced = 0
         self._file = os.open(path, os.O_WRONLY|os.O_CREAT|os.O_EXCL|os.O_APPEND|os.O_CLOEXEC, 0o600)
 
     def put(self, line:bytes):
@@ -119,6 +130,7 @@ class Line:
     record:dict|None # None: torn or damaged
     end:int # Where the next one begins
 
+# %% ../../nbs/65_store/20_journal.ipynb #58e4d93b
 def read_segment(
     path:Path, # Of a segment
     start:int=0 # Where to begin, a `Line.end`
@@ -128,6 +140,7 @@ def read_segment(
         file.seek(start)
         for raw in file: yield Line(raw, unpack_line(raw), start := start+len(raw))
 
+# %% ../../nbs/65_store/20_journal.ipynb #49e5534b
 def find_line(
     path:Path, # Of a segment
     part:bytes # What the line holds
@@ -141,7 +154,8 @@ def find_line(
     return None
 
 # %% ../../nbs/65_store/20_journal.ipynb #0afeaf62
-FSYNC = ('always', 'second', 'never') # The disk itself has a row before `append` returns; about a second later; when the kernel likes
+# The disk itself has a row before `append` returns; about a second later; when the kernel likes
+FSYNC = ('always', 'second', 'never')
 
 class Spool:
     "Records of one process, in segments below `folder`; those of processes that died can be taken over"
@@ -149,12 +163,22 @@ class Spool:
         folder:str|Path, # Shared by all processes of a service; on a local disk
         max_bytes:int=2**30, # That may wait here; beyond it `append` is refused
         segment_bytes:int=4*2**20, # After which a new segment is begun
-        fsync:str='second' # One of `FSYNC`. A process that dies loses nothing either way, a machine that loses its power what its disk had not yet
+        # One of `FSYNC`. A process that dies loses nothing either way, a machine that loses its power what its disk had
+        # not yet
+        fsync:str='second'
     ):
         if fsync not in FSYNC: raise ConfigError(f'`fsync` must be one of {", ".join(FSYNC)}, got {fsync!r}')
-        if not 0 < segment_bytes <= max_bytes: raise ConfigError(f'`segment_bytes` must be from 1 to `max_bytes`, got {segment_bytes} and {max_bytes}')
-        self.folder,self.max_bytes,self.segment_bytes,self.fsync = Path(folder),max_bytes,segment_bytes,fsync
-        self.rejected,self._bytes,self._count,self._pid,self._writing = 0,0,0,os.getpid(),threading.Lock()
+        if not 0 < segment_bytes <= max_bytes:
+            raise ConfigError(f'`segment_bytes` must be from 1 to `max_bytes`, got {segment_bytes} and {max_bytes}')
+        self.folder = Path(folder)
+        self.max_bytes = max_bytes
+        self.segment_bytes = segment_bytes
+        self.fsync = fsync
+        self.rejected = 0
+        self._bytes = 0
+        self._count = 0
+        self._pid = os.getpid()
+        self._writing = threading.Lock()
         self._open:Segment|None = None
         self._closed:dict[Path,tuple[int,int]] = {} # rows and bytes of each
         self.home,held = self._settle()
@@ -172,8 +196,10 @@ class Spool:
 
     def _refused(self, error):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return StoreError(f'cannot be written to: {error.strerror or error}', code='spool_full' if full else 'bad_spool', where=self.folder,
-                          advice='Make room on that disk' if full else 'Name a folder on a local disk that this user may write to')
+        return StoreError(f'cannot be written to: {error.strerror or error}',
+                          code='spool_full' if full else 'bad_spool', where=self.folder,
+                          advice='Make room on that disk' if full
+                          else 'Name a folder on a local disk that this user may write to')
 
     @property
     def rows(self) -> int:
@@ -190,11 +216,14 @@ class Spool:
     ):
         "Put a record where no end of this process can take it; raises `StoreError`"
         line = pack_line(record)
-        if os.getpid()!=self._pid: raise StoreError('this spool belongs to the process that made it', code='forked', advice='Make one in each worker, after the fork')
+        if os.getpid()!=self._pid:
+            raise StoreError('this spool belongs to the process that made it', code='forked',
+                             advice='Make one in each worker, after the fork')
         with self._writing:
             if self._held is None: raise StoreError('the spool is closed', code='closed')
             if self._bytes+len(line) > self.max_bytes:
-                raise StoreError(f'{self._bytes:,} bytes wait here, and {self.max_bytes:,} may', code='spool_full', where=self.folder,
+                raise StoreError(f'{self._bytes:,} bytes wait here, and {self.max_bytes:,} may', code='spool_full',
+                                 where=self.folder,
                                  advice='See why the database does not take them (amulet store status), or allow more')
             try:
                 if self._open is None: self._open = Segment(self._name(), self.fsync=='always')
@@ -240,7 +269,8 @@ class Spool:
         "Set a line aside in `folder`/rejected.jsonl, where a person can look at it; the first 64 MB of them"
         self.rejected += 1
         log.error('a row was set aside in %s: %s', self.folder/REJECTED, reason)
-        told = as_json({'reason': reason, 'line': line.raw.decode('utf-8', 'replace')} if line.record is None else {'reason': reason, **line.record})
+        told = as_json({'reason': reason, 'line': line.raw.decode('utf-8', 'replace')} if line.record is None
+                       else {'reason': reason, **line.record})
         with suppress(OSError), open(self.folder/REJECTED, 'a', encoding='utf-8', opener=_private) as file:
             if file.tell() < 2**26: file.write(told+'\n')
 
@@ -268,7 +298,8 @@ class Spool:
 
     def sync(self):
         "Wait until the disk has all lines that are there now"
-        with self._writing: handle = self._open.handle() if self._open is not None and self._open.synced < self._open.size else None
+        with self._writing:
+            handle = self._open.handle() if self._open is not None and self._open.synced < self._open.size else None
         if handle is None: return
         try: os.fdatasync(handle)
         except OSError as error: log.warning('%s', self._refused(error))
@@ -287,6 +318,7 @@ REJECTED = 'rejected.jsonl' # Rows that the database will never take
 
 def _private(path, flags): return os.open(path, flags, 0o600)
 
+# %% ../../nbs/65_store/20_journal.ipynb #e81d5f23
 def _count_lines(path):
     "Lines and bytes of a segment"
     with path.open('rb') as file: rows = sum(part.count(b'\n') for part in iter(lambda: file.read(2**20), b''))
@@ -297,10 +329,16 @@ def spool_status(
     folder:str|Path # Of a spool
 ) -> dict: # rows, bytes, oldest_seconds, processes, rejected
     "What waits in a folder, of all processes"
-    folder,rows,size,oldest = Path(folder),0,0,0.
+    folder = Path(folder)
+    rows = 0
+    size = 0
+    oldest = 0.
     for path in folder.glob('pid-*/*.jsonl'):
         with suppress(FileNotFoundError):
             n,bytes_ = _count_lines(path)
-            rows,size,oldest = rows+n,size+bytes_,max(oldest, time.time()-int(path.name.split('-')[0])/1000)
+            rows = rows+n
+            size = size+bytes_
+            oldest = max(oldest, time.time()-int(path.name.split('-')[0])/1000)
     aside = _count_lines(folder/REJECTED)[0] if (folder/REJECTED).exists() else 0
-    return {'rows': rows, 'bytes': size, 'oldest_seconds': round(oldest, 1), 'processes': len(list(folder.glob('pid-*'))), 'rejected': aside}
+    return {'rows': rows, 'bytes': size, 'oldest_seconds': round(oldest, 1),
+            'processes': len(list(folder.glob('pid-*'))), 'rejected': aside}

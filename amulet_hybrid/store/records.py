@@ -34,15 +34,20 @@ TABLES = {'prediction': 'predictions', 'feedback': 'feedback'} # Kind of row -> 
 
 def _complete(kind, row):
     "A row with its id and its time; raises `StoreError` for what no table takes"
-    if (table := TABLES.get(kind)) is None: raise StoreError(f'there is no kind {kind!r} of row', code='bad_row', advice=f'There are: {", ".join(TABLES)}')
+    if (table := TABLES.get(kind)) is None:
+        raise StoreError(f'there is no kind {kind!r} of row', code='bad_row', advice=f'There are: {", ".join(TABLES)}')
     if unknown := row.keys()-_columns(table):
-        raise StoreError(f'{table} has no column {min(unknown)!r}', code='bad_row', advice=f'There are: {", ".join(_columns(table))}')
+        raise StoreError(f'{table} has no column {min(unknown)!r}', code='bad_row',
+                         advice=f'There are: {", ".join(_columns(table))}')
     row = {k: v for k,v in row.items() if v is not None}
-    return row | {k: make() for k,make in ((KEYS[table], lambda: uuid.uuid4().hex), ('created_at', lambda: datetime.now(UTC).isoformat())) if k not in row}
+    return row | {k: make() for k,make in ((KEYS[table], lambda: uuid.uuid4().hex),
+                                           ('created_at', lambda: datetime.now(UTC).isoformat())) if k not in row}
 
+# %% ../../nbs/65_store/30_records.ipynb #e8914d5b
 @cache
 def _columns(table): return tuple(metadata().tables[table].columns.keys())
 
+# %% ../../nbs/65_store/30_records.ipynb #0b3efe74
 def save_prediction(
     row:Mapping[str,Any], # Columns of `predictions`; `prediction_id` and `created_at` are added where missing
     database:str|Database='', # Its address, or one that is open
@@ -65,15 +70,18 @@ class DatasetVersion:
     kind:str # 'table' or 'photos'
     new:bool # False: it was there already
 
+# %% ../../nbs/65_store/30_records.ipynb #27c94b9e
 def _rows(table, target, group):
     "Rows as they are stored"
     own = [c for c in (target, group, 'path', 'sha256') if c in table]
     for i,values in enumerate(table.astype(object).where(table.notna(), None).to_dict('records')):
         row = json.loads(as_json(values))
         text = {c: None if row[c] is None else str(row[c]) for c in own}
-        yield {'row': i, 'label': text[target], 'group': text.get(group), 'path': text.get('path'), 'sha256': text.get('sha256'),
+        yield {'row': i, 'label': text[target], 'group': text.get(group), 'path': text.get('path'),
+               'sha256': text.get('sha256'),
                'features': {str(k): v for k,v in row.items() if k not in own}}
 
+# %% ../../nbs/65_store/30_records.ipynb #3eb97ebf
 def load_csv_to_db(
     source:'str|Path|pd.DataFrame', # CSV or Parquet file, URL of a database, or a table that is there already
     name:str, # What the dataset is called
@@ -86,27 +94,36 @@ def load_csv_to_db(
     from amulet_hybrid.features.tables import read_source
     table = read_source(source, query)
     for column in (target, *([group] if group else [])):
-        if column not in table: raise StoreError(f'there is no column {column!r}', code='no_such_column', advice=f'There are: {", ".join(table.columns[:50])}')
+        if column not in table:
+            raise StoreError(f'there is no column {column!r}', code='no_such_column',
+                             advice=f'There are: {", ".join(table.columns[:50])}')
     columns,digest = list(table.columns),hashlib.sha256(as_json([*table.columns, target, group]).encode())
     for row in _rows(table, target, group): digest.update(as_json(row).encode())
-    where = 'table' if not isinstance(source, (str, Path)) else hide_password(source) if '://' in str(source) else Path(source).name
-    about = {'name': name, 'fingerprint': digest.hexdigest(), 'created_at': datetime.now(UTC), 'kind': 'photos' if 'path' in columns else 'table', 'source': where,
+    where = 'table' if not isinstance(source,
+                                      (str,
+                                       Path)) else hide_password(source) if '://' in str(source) else Path(source).name
+    about = {'name': name, 'fingerprint': digest.hexdigest(), 'created_at': datetime.now(UTC),
+             'kind': 'photos' if 'path' in columns else 'table', 'source': where,
              'target': target, 'group': group, 'columns': columns, 'rows': len(table)}
     return _keep(open_database(database), about, _rows(table, target, group))
 
+# %% ../../nbs/65_store/30_records.ipynb #8e18a891
 def _keep(opened, about, rows):
     "In one transaction: the version and its rows, or neither"
     sa,datasets = require('sqlalchemy', 'store'),metadata().tables['datasets']
     with opened.write(alone=True) as db:
-        same = db.execute(datasets.select().where(datasets.c.name==about['name'], datasets.c.fingerprint==about['fingerprint'])).mappings().first()
+        same = db.execute(datasets.select().where(datasets.c.name==about['name'],
+                                                  datasets.c.fingerprint==about['fingerprint'])).mappings().first()
         if same is None:
-            version = (db.execute(sa.select(sa.func.max(datasets.c.version)).where(datasets.c.name==about['name'])).scalar() or 0)+1
+            version = (((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((db.execute(sa.select(sa.func.max(datasets.c.version)).where(datasets.c.name==about['name'])).scalar() or 0)+1))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
             made = shape_row('datasets', {**about, 'dataset_id': uuid.uuid4().hex, 'version': version})
             opened.insert('datasets', [made], db)
-            while batch := [shape_row('training_data', {**row, 'dataset_id': made['dataset_id']}) for row in islice(rows, 1000)]:
+            while batch := [shape_row('training_data', {**row, 'dataset_id': made['dataset_id']})
+                            for row in islice(rows, 1000)]:
                 opened.insert('training_data', batch, db)
     values = same or made
-    return DatasetVersion(**{k: values[k] for k in ('dataset_id', 'name', 'version', 'fingerprint', 'rows', 'kind')}, new=same is None)
+    return DatasetVersion(**{k: values[k] for k in ('dataset_id', 'name', 'version', 'fingerprint', 'rows', 'kind')},
+                          new=same is None)
 
 # %% ../../nbs/65_store/30_records.ipynb #7ec98af2
 def get_training_data(
@@ -115,13 +132,18 @@ def get_training_data(
     database:str|Database='' # Address of the store, or one that is open
 ) -> 'pd.DataFrame': # Columns as they were; labels and groups as text
     "A table as it was kept"
-    sa,datasets,kept = require('sqlalchemy', 'store'),metadata().tables['datasets'],metadata().tables['training_data']
+    sa = require('sqlalchemy', 'store')
+    datasets = metadata().tables['datasets']
+    kept = metadata().tables['training_data']
     with open_database(database).read() as db:
-        found = {row['version']: row for row in db.execute(datasets.select().where(datasets.c.name==name)).mappings().all()}
+        found = ({row['version']: row
+                   for row in db.execute(datasets.select().where(datasets.c.name==name)).mappings().all()})
         about = found.get(max(found, default=0) if version is None else version)
         if about is None:
-            names = [f'{name} versions {", ".join(map(str, sorted(found)))}'] if found else db.execute(sa.select(datasets.c.name).distinct()).scalars().all()
-            raise StoreError(f'there is no dataset {name!r}'+(f' of version {version}' if found else ''), code='no_such_dataset', advice=f'There are: {", ".join(names) or "none"}')
+            names = ([f'{name} versions {", ".join(map(str, sorted(found)))}'] if found
+                     else db.execute(sa.select(datasets.c.name).distinct()).scalars().all())
+            raise StoreError(f'there is no dataset {name!r}'+(f' of version {version}' if found else ''),
+                             code='no_such_dataset', advice=f'There are: {", ".join(names) or "none"}')
         own = {about['target']: 'label', about['group']: 'group', 'path': 'path', 'sha256': 'sha256'}
         asked = kept.select().where(kept.c.dataset_id==about['dataset_id']).order_by(kept.c.row)
         rows = [{**r['features'], **{c: r[k] for c,k in own.items()}} for r in db.execute(asked).mappings()]
@@ -134,24 +156,33 @@ def _csv_writer(path, table) -> Iterator[Callable[[list[dict]], Any]]:
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow(_columns(table))
-        yield lambda rows: writer.writerows([json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for v in row.values()] for row in rows)
+        yield lambda rows: writer.writerows([json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v
+                                             for v in row.values()] for row in rows)
 
+# %% ../../nbs/65_store/30_records.ipynb #420d2bfb
 @contextmanager
 def _jsonl_writer(path, table):
-    with path.open('w', encoding='utf-8') as file: yield lambda rows: file.writelines(f'{json.dumps(row, ensure_ascii=False)}\n' for row in rows)
+    with path.open('w', encoding='utf-8') as file:
+        yield lambda rows: file.writelines(f'{json.dumps(row, ensure_ascii=False)}\n' for row in rows)
 
+# %% ../../nbs/65_store/30_records.ipynb #20a1e21c
 @contextmanager
 def _parquet_writer(path, table):
     import pyarrow as pa
     import pyarrow.parquet as pq
     kinds = {'Integer': pa.int64(), 'Double': pa.float64(), 'Boolean': pa.bool_(), 'Moment': pa.timestamp('us', 'UTC')}
-    schema = pa.schema([(c.name, kinds.get(type(c.type).__name__, pa.string())) for c in metadata().tables[table].columns])
-    def plain(name, value): return parse_time(value) if schema.field(name).type==kinds['Moment'] and value else json.dumps(value) if isinstance(value, (dict, list)) else value
+    schema = pa.schema([(c.name, kinds.get(type(c.type).__name__, pa.string()))
+                        for c in metadata().tables[table].columns])
+    def plain(name, value):
+        return (parse_time(value) if schema.field(name).type==kinds['Moment'] and value else json.dumps(value)
+                if isinstance(value, (dict, list)) else value)
     with pq.ParquetWriter(path, schema) as file:
-        yield lambda rows: file.write_table(pa.Table.from_pylist([{k: plain(k, v) for k,v in row.items()} for row in rows], schema))
+        yield lambda rows: file.write_table(pa.Table.from_pylist([{k: plain(k, v) for k,v in row.items()}
+                                                                  for row in rows], schema))
 
 WRITERS = {'.csv': _csv_writer, '.jsonl': _jsonl_writer, '.parquet': _parquet_writer}
 
+# %% ../../nbs/65_store/30_records.ipynb #3a8e2abc
 def export_table(
     output:str|Path, # File; its ending says how it is written: .csv, .jsonl or .parquet
     table:str='predictions', # 'predictions', 'feedback', 'datasets' or 'training_data'
@@ -161,9 +192,13 @@ def export_table(
     "Write a table to a file, oldest first"
     writer,source = WRITERS.get(Path(output).suffix.lower()),metadata().tables.get(table)
     if writer is None:
-        raise StoreError(f'cannot write {Path(output).suffix or "a file without an ending"}', code='bad_format', where=output, advice=f'Endings: {", ".join(WRITERS)}')
-    if source is None: raise StoreError(f'there is no table {table!r}', code='no_such_table', advice=f'There are: {", ".join(metadata().tables)}')
-    if since and 'created_at' not in source.c: raise StoreError(f'rows of {table} have no time of their own', code='bad_setting', where='since')
+        raise StoreError(f'cannot write {Path(output).suffix or "a file without an ending"}', code='bad_format',
+                         where=output, advice=f'Endings: {", ".join(WRITERS)}')
+    if source is None:
+        raise StoreError(f'there is no table {table!r}', code='no_such_table',
+                         advice=f'There are: {", ".join(metadata().tables)}')
+    if since and 'created_at' not in source.c:
+        raise StoreError(f'rows of {table} have no time of their own', code='bad_setting', where='since')
     asked = source.select().order_by(*([source.c.created_at] if 'created_at' in source.c else []), *source.primary_key)
     if since: asked = asked.where(source.c.created_at >= parse_time(since))
     count = 0
@@ -180,7 +215,9 @@ def prune(
 ) -> dict[str,int]: # Table -> rows that went
     "Let predictions and feedback go that are older; datasets stay"
     if older_than < 0: raise StoreError(f'`older_than` must be 0 days or more, got {older_than}', code='bad_setting')
-    opened,limit,gone = open_database(database),datetime.now(UTC)-timedelta(days=older_than),{}
+    opened = open_database(database)
+    limit = datetime.now(UTC)-timedelta(days=older_than)
+    gone = {}
     for name in TABLES.values():
         table = metadata().tables[name]
         key = table.c[KEYS[name]]
@@ -191,13 +228,15 @@ def prune(
             if count < 2000: break
     return gone
 
+# %% ../../nbs/65_store/30_records.ipynb #df33c906
 def store_status(
     database:str|Database='', # Address of the store, or one that is open
     spool_dir:str|Path='' # Folder of the spool before it; '' for none
 ) -> dict: # database, step, newest_step, tables: name -> rows, oldest and newest of predictions, spool
     "How the store is, without changing anything"
     sa,opened = require('sqlalchemy', 'store'),database if isinstance(database, Database) else Database(database)
-    found:dict[str,Any] = {'database': opened.url, 'step': '', 'newest_step': HEAD, 'tables': {}, **({'spool': spool_status(spool_dir)} if spool_dir else {})}
+    found:dict[str,Any] = {'database': opened.url, 'step': '', 'newest_step': HEAD, 'tables': {},
+                           **({'spool': spool_status(spool_dir)} if spool_dir else {})}
     if opened.sqlite and not Path(opened.engine.url.database).exists(): return found # asking would make it
     found['step'] = revision(opened)
     with opened.read() as db:
@@ -206,7 +245,9 @@ def store_status(
             if name in there: found['tables'][name] = db.execute(sa.select(sa.func.count()).select_from(table)).scalar()
         if 'predictions' in there:
             time_ = metadata().tables['predictions'].c.created_at
-            found |= {k: v.isoformat() if v else None for k,v in zip(('oldest', 'newest'), db.execute(sa.select(sa.func.min(time_), sa.func.max(time_))).one())}
+            found |= {k: v.isoformat() if v else None
+                      for k,v in zip(('oldest', 'newest'),
+                                     db.execute(sa.select(sa.func.min(time_), sa.func.max(time_))).one())}
     return found
 
 # %% ../../nbs/65_store/30_records.ipynb #edd427cf
@@ -224,10 +265,18 @@ class PredictionLog:
         self.database = Database(url, Path(spool_dir).absolute().parent/'amulet.db')
         metadata()
         self.spool = Spool(spool_dir, max_bytes, fsync=fsync)
-        self.batch,self.interval,self.patience,self.written,self.state,self._ready,self._failures = batch,interval,patience,0,'down',False,0
+        self.batch = batch
+        self.interval = interval
+        self.patience = patience
+        self.written = 0
+        self.state = 'down'
+        self._ready = False
+        self._failures = 0
         self._sent:dict[Path,tuple[int,int]] = {} # where the next line of a segment begins, and how many went before
         self._due:dict[str,float] = {}
-        self._stop,self._tried,self._until = threading.Event(),threading.Event(),float('inf')
+        self._stop = threading.Event()
+        self._tried = threading.Event()
+        self._until = float('inf')
         self._adopt()
         self._thread = threading.Thread(target=self._run, name='amulet-store', daemon=True)
         self._thread.start()
@@ -247,16 +296,20 @@ class PredictionLog:
         "An earlier prediction, wherever it is by now; raises `StoreError` 'database_down' if nobody can say"
         self._tried.wait(5) # just started: whether the database is there is not known yet
         kept = f'"kind":"prediction","id":{json.dumps(prediction_id)},'.encode()
-        for look in (self._ask, lambda _: self.spool.find(kept), self._ask): # it may move from the one to the other between two looks
+        # it may move from the one to the other between two looks
+        for look in (self._ask, lambda _: self.spool.find(kept), self._ask):
             if (found := look(prediction_id)) is not None: return shape_row('predictions', found.get('row', found))
-        if self.state=='down': raise StoreError('the database does not answer, and the row is not here', code='database_down', where=self.database.url, advice='Ask again later')
+        if self.state=='down':
+            raise StoreError('the database does not answer, and the row is not here', code='database_down',
+                             where=self.database.url, advice='Ask again later')
         return None
 
     def _ask(self, prediction_id):
         table = metadata().tables['predictions']
         if self.state=='down': return None
         try:
-            with self.database.read() as db: return db.execute(table.select().where(table.c.prediction_id==prediction_id)).mappings().first()
+            with self.database.read() as db:
+                return db.execute(table.select().where(table.c.prediction_id==prediction_id)).mappings().first()
         except StoreError as error:
             if error.code=='bad_row': return None # no id
             self.state = 'down'
@@ -264,7 +317,8 @@ class PredictionLog:
     def stats(self) -> dict: # spooled, spool_bytes, written, rejected, database ('up' or 'down'), lag_seconds
         "How it goes"
         waiting = self.spool.rows-sum(rows for _,rows in [*self._sent.values()])
-        return {'spooled': max(0, waiting), 'spool_bytes': self.spool.size, 'written': self.written, 'rejected': self.spool.rejected, 'database': self.state,
+        return {'spooled': max(0, waiting), 'spool_bytes': self.spool.size, 'written': self.written,
+                'rejected': self.spool.rejected, 'database': self.state,
                 'lag_seconds': round(self.spool.since(), 3)}
 
     def flush(self,
@@ -283,7 +337,8 @@ class PredictionLog:
         self._until = time.monotonic()+seconds
         self._stop.set()
         self._thread.join(seconds+1)
-        if left := self.spool.rows: log.warning('%d rows wait in %s; the next start takes them over', left, self.spool.folder)
+        if left := self.spool.rows:
+            log.warning('%d rows wait in %s; the next start takes them over', left, self.spool.folder)
         self.spool.close()
         self.database.close()
 
@@ -336,8 +391,11 @@ class PredictionLog:
         "Wait, longer each time, and not in step with others"
         if not isinstance(error, StoreError): log.error('the store failed', exc_info=error)
         elif not self._failures: log.warning('%s; rows wait in %s', error, self.spool.folder)
-        self.state,self._ready,self._failures = 'down',False,self._failures+1
-        self._due['database'] = time.monotonic()+min(self.patience, .25*2**min(self._failures, 10))*random.uniform(.5, 1)
+        self.state = 'down'
+        self._ready = False
+        self._failures = self._failures+1
+        self._due['database'] = time.monotonic()+min(self.patience, .25*2**min(self._failures, 10))*random.uniform(.5,
+                1)
 
     def _carry(self, segment):
         "A segment to the database, from where it was left"
@@ -363,7 +421,8 @@ class PredictionLog:
     def _shaped(self, line:Line) -> tuple[str,dict]:
         "Table and row"
         try: return (table := TABLES[line.record['kind']]),shape_row(table, line.record['row']) # type: ignore[index]
-        except (KeyError, TypeError, AttributeError) as error: raise StoreError('this was damaged, or never a row of ours', code='bad_row') from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError('this was damaged, or never a row of ours', code='bad_row') from error
 
     def _put(self, good, bad):
         "All in one transaction; if one of them spoils it, one by one"
