@@ -62,7 +62,7 @@ class SplitError(AmuletError): "No honest split exists, or one was broken"; code
 class FeatureError(AmuletError): "A block that is unknown or cannot be computed"; code = 'bad_features'
 class TrainingError(AmuletError): "Training that cannot give an honest model"; code = 'bad_training'
 class BundleError(AmuletError): "A bundle that must not be loaded"; code = 'bad_bundle'
-class StoreError(AmuletError): "A database, or the spool before it, that cannot be used"; code = 'bad_store'
+class StoreError(AmuletError): "A database, or the journal before it, that cannot be used"; code = 'bad_store'
 class MissingExtraError(AmuletError, ImportError): "An optional package that is not installed"; code = 'missing_extra'
 
 # %% ../nbs/00_core.ipynb #bc5f15d6

@@ -26,7 +26,7 @@ import pandas as pd  # noqa: E402
 from sklearn.base import clone  # noqa: E402
 
 from amulet_hybrid.data.manifest import make_manifest  # noqa: E402
-from amulet_hybrid.data.scan import measure_files  # noqa: E402
+from amulet_hybrid.data.scan import scan_files  # noqa: E402
 from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor  # noqa: E402
 from amulet_hybrid.learn.ood_selection import (  # noqa: E402
     NoveltyCandidate,
@@ -51,7 +51,7 @@ def load(data: Path, name: str, blocks, weights: str, cache: Path):
     csv = data/f'{name}_groups.csv'
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
     manifest['group'] = manifest['group'].where(manifest['group'] != '', manifest['path'])
-    manifest = manifest.join(measure_files(manifest['path'], root).table)
+    manifest = manifest.join(scan_files(manifest['path'], root).table)
     manifest = manifest[manifest['reason'] == ''].reset_index(drop=True)
     extractor = HybridFeatureExtractor(FeatureConfig(blocks=tuple(blocks), weights=weights), cache)
     return extractor.extract_manifest(manifest,

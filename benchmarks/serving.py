@@ -197,9 +197,9 @@ def get(port, path):
 
 
 def amulet(bundle, folder, port=0, **settings):
-    "The service; records go to SQLite beside its spool unless `database_url` says otherwise"
+    "The service; records go to SQLite beside its journal unless `database_url` says otherwise"
     port = port or free_port()
-    words = {'model_dir': bundle, 'port': port, 'cache': 'off', 'spool_dir': folder/'spool', 'log_level': 'warning',
+    words = {'model_dir': bundle, 'port': port, 'cache': 'off', 'journal_dir': folder/'journal', 'log_level': 'warning',
              **settings}
     return Server([*AMULET, 'serve', *(f'--{k.replace("_", "-")}={v}' for k, v in words.items())], port,
                   folder/f'server{port}.log', '/health/ready')
@@ -380,7 +380,7 @@ def soak(args, table, folder):
     table.note(setting, 'MB after a tenth of the time', warm)
     table.note(setting, 'MB at the end', end)
     table.note(setting, 'growth, percent', 100*(end/warm-1), 'under 5', end < 1.05*warm)
-    table.note(setting, 'rows that still wait', health['records'].get('spooled', '-'))
+    table.note(setting, 'rows that still wait', health['records'].get('journaled', '-'))
 
 
 # What was answered is in the database, once
@@ -391,7 +391,7 @@ def compare(table, setting, url, ids, folder):
 
     from amulet_hybrid.store.database import Database, metadata
     from amulet_hybrid.store.records import PredictionLog
-    with PredictionLog(url, folder/'spool') as kept: kept.flush(120)
+    with PredictionLog(url, folder/'journal') as kept: kept.flush(120)
     told = ids.read_text().split()
     with Database(url, folder/'amulet.db').read() as db:
         found = [r[0] for r in db.execute(sa.select(metadata().tables['predictions'].c.prediction_id))]
@@ -400,7 +400,7 @@ def compare(table, setting, url, ids, folder):
     table.note(setting, 'of these not in the database', missing, '0', missing == 0)
     table.note(setting, 'in the database twice', double, '0', double == 0)
     table.note(setting, 'in the database, answer lost on its way', len(set(found)-set(told)))
-    rejected = folder/'spool'/'rejected.jsonl'
+    rejected = folder/'journal'/'rejected.jsonl'
     table.note(setting, 'set aside', len(rejected.read_text().splitlines()) if rejected.exists() else 0, '0',
                not rejected.exists())
 
@@ -495,7 +495,7 @@ def outage(args, table, folder):
             start, caught_up = time.monotonic(), None
             while time.monotonic()-start < calm+30:
                 records = get(server.port, '/health')[1]['records']
-                if records['database'] == 'up' and records['spooled'] < 100: caught_up = time.monotonic()-start; break
+                if records['database'] == 'up' and records['journaled'] < 100: caught_up = time.monotonic()-start; break
                 time.sleep(.1)
             told = end_load(under_way)
         compare(table, f'{away} s without PostgreSQL', postgres.url, folder/'ids', folder/'service')
@@ -508,7 +508,7 @@ def outage(args, table, folder):
         for q in (.5, .99): table.note(f'{name}, 8 clients', f'p{100*q:.0f} ms', times[int(q*len(times))])
     setting = f'{away} s without PostgreSQL'
     table.note(setting, 'requests that failed', failures(told), '0', failures(told) == '0')
-    table.note(setting, 'rows that waited at its end', waiting['spooled'])
+    table.note(setting, 'rows that waited at its end', waiting['journaled'])
     table.note(setting, 'seconds until they were in the database', caught_up if caught_up is not None else 'never', '',
                caught_up is not None)
     table.note(setting, 'MB at most', max(memory.seen))

@@ -51,7 +51,7 @@ def test_made_photos_teach_and_judge_nothing(tmp_path):
                            preprocessing='artifact', quick=True, jobs=1)
     result = training.run()
     about = load_bundle(result['bundle']).manifest['data']
-    assert (about['made']==len(training.lessons)==len(training.made) > 10 and not set(training.manifest['path'])
+    assert (about['made']==len(training.augmented)==len(training.made) > 10 and not set(training.manifest['path'])
             & set(training.made['path']))
     assert len(training.trainer.y_)==(training.manifest['split']=='train').sum()
     again = evaluate_bundle(load_bundle(result['bundle']), output_dir=tmp_path/'again', quick=True)

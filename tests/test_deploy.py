@@ -187,9 +187,9 @@ def test_queries_ask_for_what_the_service_tells():
     import re
 
     from amulet_hybrid.deploy.dashboards import ALERTS, BOARDS
-    source = Path(monitoring.__file__).with_name('answering.py').read_text()
+    source = Path(monitoring.__file__).with_name('service.py').read_text()
     told = set(re.findall(r"\('(\w+)', '", source))|{'up'}
-    for line in monitoring.Metrics(['/predict'], ['busy']).page().decode().splitlines():
+    for line in monitoring.ServiceMetrics(['/predict'], ['busy']).page().decode().splitlines():
         if line.startswith('# TYPE'): told.add(line.split()[2]); told.add(f'{line.split()[2]}_bucket')
     asked = [q for panels in BOARDS.values() for p in panels for q in p.queries.values()]+[a.expr for a in ALERTS]
     bare = [re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]', '', re.sub(r'\b(by|on)\s*\([^)]*\)', '', q)) for q in asked]
@@ -450,7 +450,7 @@ def replicas(trained, tmp_path):
     "Three services on ports in a row"
     started = []
     def start(first, bundle=trained/'bundle'):
-        env = os.environ|{'AMULET_DATABASE_URL': 'off', 'AMULET_SPOOL_DIR': str(tmp_path/'spool'),
+        env = os.environ|{'AMULET_DATABASE_URL': 'off', 'AMULET_JOURNAL_DIR': str(tmp_path/'journal'),
                           'AMULET_WORKERS': '1', 'AMULET_CACHE': 'off'}
         for i in range(3):
             log = (tmp_path/f'replica{i}.log').open('w')

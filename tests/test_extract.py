@@ -64,7 +64,7 @@ def test_killed_half_way_it_goes_on_where_it_stopped(photos, straight, tmp_path)
     again = extract('--data-dir', photos, '--blocks', 'colour+hog', '--output-dir', out)
     assert again.returncode==0, again.stderr
     for name in straight.blocks:
-        assert (((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((out/kept.about['blocks'][name]['file']).read_bytes()==(straight.folder/kept.about['blocks'][name]['file']).read_bytes()))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
+        assert ((out/kept.about['blocks'][name]['file']).read_bytes()==(straight.folder/kept.about['blocks'][name]['file']).read_bytes())
     assert kept.errors()==straight.errors() and kept.complete
     assert list(kept.photos['path'])==list(straight.photos['path'])
 

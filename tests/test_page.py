@@ -21,7 +21,7 @@ from conftest import free_ports
 from PIL import Image
 from test_real import place
 
-ANSWERED = (((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((('''document.querySelector('#answer .verdict') && !document.querySelector('#main').classList.contains('busy')'''))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
+ANSWERED = ('''document.querySelector('#answer .verdict') && !document.querySelector('#main').classList.contains('busy')''')
 SHOTS = Path(tempfile.gettempdir()) # page_*.png, to be looked at
 
 @pytest.fixture(scope='module')
@@ -49,7 +49,7 @@ def serve(amulets, tmp_path_factory):
     started = []
     def start(**settings):
         port,home = free_ports(1),tmp_path_factory.mktemp('service')
-        env = os.environ|{f'AMULET_{k.upper()}': str(v) for k,v in ({'spool_dir': home/'spool'}|settings).items()}
+        env = os.environ|{f'AMULET_{k.upper()}': str(v) for k,v in ({'journal_dir': home/'journal'}|settings).items()}
         command = [Path(sys.executable).parent/'amulet', 'serve', '--model-dir', amulets[0], '--port', str(port)]
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started.append(process)

@@ -111,8 +111,8 @@ def test_service_answers_as_python_does(done, photos):
     url,classifier = f'http://127.0.0.1:{port}',HybridClassifier(output/'bundle')
     held_out = pd.read_csv(output/'manifest.csv', keep_default_na=False).query('split=="test"').path[:100]
     assert len(held_out) >= 15
-    command = [AMULET, 'serve', '--model-dir', output/'bundle', '--port', str(port), '--spool-dir',
-               output/'served'/'spool', '--log-level', 'warning']
+    command = [AMULET, 'serve', '--model-dir', output/'bundle', '--port', str(port), '--journal-dir',
+               output/'served'/'journal', '--log-level', 'warning']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(300):

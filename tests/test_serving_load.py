@@ -21,7 +21,7 @@ import sqlalchemy as sa  # noqa: E402
 from test_store import door, ids_in, schema, wait  # noqa: E402, F401
 
 from amulet_hybrid.store.database import Database, metadata  # noqa: E402
-from amulet_hybrid.store.journal import spool_status  # noqa: E402
+from amulet_hybrid.store.journal import journal_status  # noqa: E402
 from amulet_hybrid.store.records import PredictionLog  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ class Service:
     "A server that can be killed and started again"
     def __init__(self, url, folder):
         with socket.create_server(('127.0.0.1', 0)) as free: self.port = free.getsockname()[1]
-        self.url,self.words = f'http://127.0.0.1:{self.port}',[str(self.port), url, str(folder/'spool')]
+        self.url,self.words = f'http://127.0.0.1:{self.port}',[str(self.port), url, str(folder/'journal')]
 
     def start(self):
         quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
@@ -102,10 +102,10 @@ def test_killed_under_load(tmp_path):
                 wait(lambda: len(told) >= n+25, 60) # noqa: B023
                 service.kill(); service.start()
     finally: service.kill()
-    with PredictionLog(url, tmp_path/'spool') as kept: assert kept.flush(20)
+    with PredictionLog(url, tmp_path/'journal') as kept: assert kept.flush(20)
     found = ids_in(url)
     assert len(told) >= 50 and set(told) <= set(found) and len(found)==len(set(found))
-    assert not (tmp_path/'spool'/'rejected.jsonl').exists()
+    assert not (tmp_path/'journal'/'rejected.jsonl').exists()
 
 def test_stopped_under_load(tmp_path):
     "A stop that is asked for leaves nothing behind"
@@ -114,7 +114,7 @@ def test_stopped_under_load(tmp_path):
     with asking(service) as told:
         wait(lambda: len(told) > 50, 60)
         service.stop()
-    assert set(told) <= set(ids_in(url)) and spool_status(tmp_path/'spool')['rows']==0
+    assert set(told) <= set(ids_in(url)) and journal_status(tmp_path/'journal')['rows']==0
 
 def test_database_away_under_load(schema, door, tmp_path): # noqa: F811
     url = door.url(schema)
@@ -123,7 +123,7 @@ def test_database_away_under_load(schema, door, tmp_path): # noqa: F811
         with asking(service) as told:
             wait(lambda: len(told) > 50, 60)
             health = httpx.get(f'{service.url}/health').json()
-            assert health['records']['database']=='down' and health['records']['spooled'] > 0
+            assert health['records']['database']=='down' and health['records']['journaled'] > 0
             assert httpx.post(f'{service.url}/feedback',
                               json={'prediction_id': told[0], 'true_label': 'clay'}).status_code==200
             door.open()
@@ -132,7 +132,7 @@ def test_database_away_under_load(schema, door, tmp_path): # noqa: F811
             n = len(told)
             wait(lambda: len(told) > n+50, 60)
             door.open()
-        wait(lambda: httpx.get(f'{service.url}/health').json()['records']['spooled']==0, 30)
+        wait(lambda: httpx.get(f'{service.url}/health').json()['records']['journaled']==0, 30)
     finally: service.stop()
     found = ids_in(schema)
     assert set(told)==set(found) and len(found)==len(set(found)) and len(ids_in(schema, 'feedback', 'feedback_id'))==1

@@ -26,7 +26,7 @@ import sqlalchemy as sa  # noqa: E402
 
 from amulet_hybrid.core import StoreError  # noqa: E402
 from amulet_hybrid.store.database import HEAD, Database, metadata, migrate, open_database, revision, shape_row  # noqa: E402
-from amulet_hybrid.store.journal import Spool, pack_line, read_segment, spool_status  # noqa: E402
+from amulet_hybrid.store.journal import Journal, journal_status, pack_line, read_segment  # noqa: E402
 from amulet_hybrid.store.records import (  # noqa: E402
     PredictionLog,
     export_table,
@@ -160,7 +160,7 @@ def test_tables_of_a_newer_version(url, tmp_path, caplog):
         db.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(StoreError) as caught: save_prediction(ANSWER, url)
     assert caught.value.code=='database_too_new'
-    with PredictionLog(url, tmp_path/'spool') as kept: kept.record('prediction', ANSWER); assert kept.flush()
+    with PredictionLog(url, tmp_path/'journal') as kept: kept.record('prediction', ANSWER); assert kept.flush()
     assert len(ids_in(url))==1 and '9999' in caplog.text
 
 PROGRAM = ('import sys\nfrom amulet_hybrid.store.records import save_prediction\nprint(save_prediction({"label": '
@@ -265,24 +265,24 @@ def test_retention(url):
 # The log
 
 def test_rows_of_both_kinds(url, tmp_path):
-    with PredictionLog(url, tmp_path/'spool') as kept:
+    with PredictionLog(url, tmp_path/'journal') as kept:
         kept.record('prediction', {**ANSWER, 'prediction_id': 'p1'})
         kept.record('feedback', {'feedback_id': 'f1', 'prediction_id': 'p1', 'true_label': 'clay', 'comment': '\0'})
-        assert kept.find('p1')['label']=='gold' # spooled or written
+        assert kept.find('p1')['label']=='gold' # journaled or written
         assert kept.flush()
         assert (kept.find('p1')['probabilities']==ANSWER['probabilities'] and kept.find('f1') is None
                 and kept.find('"') is None)
         for bad in ({'colour': 1}, {'label': object()}):
             with pytest.raises(StoreError, match='bad_row'): kept.record('prediction', bad)
         with pytest.raises(StoreError, match='bad_row'): kept.record('query', {})
-        assert {k: kept.stats()[k] for k in ('spooled', 'written', 'rejected', 'database')}=={'spooled': 0,
+        assert {k: kept.stats()[k] for k in ('journaled', 'written', 'rejected', 'database')}=={'journaled': 0,
                 'written': 2, 'rejected': 0, 'database': 'up'}
     with pytest.raises(StoreError, match='closed'): kept.record('prediction', ANSWER)
     assert ids_in(url)==['p1'] and ids_in(url, 'feedback', 'feedback_id')==['f1']
-    assert list((tmp_path/'spool').iterdir())==[]
+    assert list((tmp_path/'journal').iterdir())==[]
 
 def test_recording_costs_less_than_a_millisecond(url, tmp_path):
-    with PredictionLog(url, tmp_path/'spool') as kept:
+    with PredictionLog(url, tmp_path/'journal') as kept:
         times = []
         for _ in range(3000):
             start = time.perf_counter()
@@ -308,30 +308,30 @@ kept.close(20)
 def test_kill_9_loses_nothing(url, tmp_path):
     told,rng = [],random.Random(0)
     for turn in range(3):
-        process = child(RECORDER, url, tmp_path/'spool', turn)
+        process = child(RECORDER, url, tmp_path/'journal', turn)
         told.append(process.stdout.readline().strip())
         threading.Timer(rng.uniform(.05, .5), process.kill).start()
         told += process.stdout.read().split()
         assert process.wait()==-signal.SIGKILL
-    assert spool_status(tmp_path/'spool')['rows'] > 0
-    with PredictionLog(url, tmp_path/'spool') as kept: assert kept.flush(30)
+    assert journal_status(tmp_path/'journal')['rows'] > 0
+    with PredictionLog(url, tmp_path/'journal') as kept: assert kept.flush(30)
     told = [t for t in told if len(t)==8] # the last name may be cut by the kill
     found = ids_in(url)
     assert len(told) > 100 and set(told) <= set(found) and len(found)==len(set(found)) <= len(told)+8
-    assert [p.name for p in (tmp_path/'spool').iterdir()]==[]
+    assert [p.name for p in (tmp_path/'journal').iterdir()]==[]
 
-def test_processes_share_a_spool(url, tmp_path):
-    started = [child(RECORDER, url, tmp_path/'spool', i, 400) for i in range(2)]
+def test_processes_share_a_journal(url, tmp_path):
+    started = [child(RECORDER, url, tmp_path/'journal', i, 400) for i in range(2)]
     for p in started: assert (p.communicate(timeout=60), p.returncode)[1]==0
     assert sorted(ids_in(url))==[f'{p}-{i:06d}' for p in range(2) for i in range(400)]
-    assert list((tmp_path/'spool').iterdir())==[]
+    assert list((tmp_path/'journal').iterdir())==[]
 
 def test_database_that_comes_later(schema, door, tmp_path, caplog):
     url = door.url(schema)
-    with PredictionLog(url, tmp_path/'spool', patience=.3) as kept:
+    with PredictionLog(url, tmp_path/'journal', patience=.3) as kept:
         for i in range(700): kept.record('prediction', {**ANSWER, 'prediction_id': f'{i:04d}'})
         wait(lambda: 'does not answer' in caplog.text)
-        assert kept.stats()['database']=='down' and kept.stats()['spooled']==700 and kept.stats()['lag_seconds'] > 0
+        assert kept.stats()['database']=='down' and kept.stats()['journaled']==700 and kept.stats()['lag_seconds'] > 0
         assert kept.find('0003')['label']=='gold'
         with pytest.raises(StoreError) as caught: kept.find('nobody')
         assert caught.value.code=='database_down'
@@ -343,7 +343,7 @@ def test_database_that_comes_later(schema, door, tmp_path, caplog):
 def test_connections_cut_while_writing(schema, door, tmp_path):
     "Whether a batch that was under way is there or not, it is there once in the end"
     door.open()
-    with PredictionLog(door.url(schema), tmp_path/'spool', batch=50, interval=.01, patience=.1) as kept:
+    with PredictionLog(door.url(schema), tmp_path/'journal', batch=50, interval=.01, patience=.1) as kept:
         for i in range(3000):
             kept.record('prediction', {**ANSWER, 'prediction_id': f'{i:04d}'})
             if i%500==499: time.sleep(.05); door.shut(); time.sleep(.05); door.open()
@@ -352,7 +352,7 @@ def test_connections_cut_while_writing(schema, door, tmp_path):
 
 def test_sqlite_file_that_cannot_be_opened(tmp_path):
     (tmp_path/'data').write_text('a file where a folder should be')
-    with PredictionLog(f'sqlite:///{tmp_path}/data/amulet.db', tmp_path/'spool', patience=.1) as kept:
+    with PredictionLog(f'sqlite:///{tmp_path}/data/amulet.db', tmp_path/'journal', patience=.1) as kept:
         kept.record('prediction', ANSWER)
         time.sleep(.1)
         assert kept.stats()['database']=='down'
@@ -363,7 +363,7 @@ def test_sqlite_file_that_cannot_be_opened(tmp_path):
 def test_locked_sqlite_waits(tmp_path):
     "Another one holds the file for a while: nobody who records notices"
     with closing(open_database(f'{tmp_path}/amulet.db')) as other, PredictionLog(f'{tmp_path}/amulet.db',
-            tmp_path/'spool') as kept:
+            tmp_path/'journal') as kept:
         with other.write():
             start = time.perf_counter()
             for _ in range(100): kept.record('prediction', ANSWER)
@@ -373,7 +373,7 @@ def test_locked_sqlite_waits(tmp_path):
         assert kept.flush(10)
 
 def test_rows_that_nobody_takes_are_set_aside(url, tmp_path, caplog):
-    home = tmp_path/'spool'/'pid-1-dead'
+    home = tmp_path/'journal'/'pid-1-dead'
     home.mkdir(parents=True)
     def line(key, **more):
         return pack_line({'kind': 'prediction', 'id': key,
@@ -384,25 +384,25 @@ def test_rows_that_nobody_takes_are_set_aside(url, tmp_path, caplog):
              b'%08x %s\n' % (zlib.crc32(nul), nul), line(random.randbytes(9000).hex()),
              pack_line({'kind': 'query', 'row': {}}), pack_line(['no', 'row']), line('last'), line('torn')[:40]]
     (home/'0000000000001-dead-000001.jsonl').write_bytes(b''.join(lines))
-    with PredictionLog(url, tmp_path/'spool') as kept:
+    with PredictionLog(url, tmp_path/'journal') as kept:
         kept.record('prediction', {**ANSWER, 'prediction_id': 'new'})
         assert kept.flush()
         rejected = kept.stats()['rejected']
     assert {'good', 'last', 'new'} <= set(ids_in(url))
     if url.startswith('postgresql'): assert sorted(ids_in(url))==['good', 'last', 'new'] and rejected==7
     else: assert rejected==5 # SQLite takes a zero byte, and long keys
-    aside = [json.loads(r) for r in (tmp_path/'spool'/'rejected.jsonl').read_text().splitlines()]
-    assert len(aside)==rejected==spool_status(tmp_path/'spool')['rejected'] and all(r['reason'] for r in aside)
+    aside = [json.loads(r) for r in (tmp_path/'journal'/'rejected.jsonl').read_text().splitlines()]
+    assert len(aside)==rejected==journal_status(tmp_path/'journal')['rejected'] and all(r['reason'] for r in aside)
     assert any('high' in r['reason'] for r in aside) and any('damaged' in r['reason'] for r in aside)
     assert caplog.text.count('was set aside')==rejected and 'was not whole' in caplog.text
 
-def test_full_spool_says_so_and_recovers(schema, door, tmp_path):
-    with PredictionLog(door.url(schema), tmp_path/'spool', patience=.2, max_bytes=5*2**20) as kept:
+def test_full_journal_says_so_and_recovers(schema, door, tmp_path):
+    with PredictionLog(door.url(schema), tmp_path/'journal', patience=.2, max_bytes=5*2**20) as kept:
         with pytest.raises(StoreError) as caught:
             for _ in range(20_000): kept.record('prediction', ANSWER)
-        assert caught.value.code=='spool_full' and 4*2**20 < sum(p.stat().st_size
-                                                                 for p in (tmp_path/'spool').rglob('*.jsonl')) <= 5*2**20
-        n = kept.stats()['spooled']
+        assert caught.value.code=='journal_full' and 4*2**20 < sum(p.stat().st_size
+                                                                 for p in (tmp_path/'journal').rglob('*.jsonl')) <= 5*2**20
+        n = kept.stats()['journaled']
         door.open()
         assert kept.flush(30)
         kept.record('prediction', ANSWER)
@@ -411,13 +411,13 @@ def test_full_spool_says_so_and_recovers(schema, door, tmp_path):
 FULL = '''
 import resource, sys
 from amulet_hybrid.core import StoreError
-from amulet_hybrid.store.journal import Spool
+from amulet_hybrid.store.journal import Journal
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-spool,n = Spool(sys.argv[1]),0
+journal,n = Journal(sys.argv[1]),0
 try:
-    while True: spool.append({'text': 'x'*50, 'n': n}); n += 1
+    while True: journal.append({'text': 'x'*50, 'n': n}); n += 1
 except StoreError as error: print(n, error.code)
-try: spool.append({'n': 0})
+try: journal.append({'n': 0})
 except StoreError as error: print(error.code)
 '''
 
@@ -426,36 +426,36 @@ def test_a_disk_that_is_full(tmp_path):
     process = child(FULL, tmp_path)
     out,err = process.communicate(timeout=30)
     n,code,*_ = out.split()
-    assert code=='spool_full' and not err, err
-    spool = Spool(tmp_path)
-    rows = spool.adopt()
-    lines = [line.record for line in read_segment(spool.oldest())]
+    assert code=='journal_full' and not err, err
+    journal = Journal(tmp_path)
+    rows = journal.adopt()
+    lines = [line.record for line in read_segment(journal.oldest())]
     assert rows >= int(n) and lines[:int(n)]==[{'text': 'x'*50, 'n': i} for i in range(int(n))] and None not in lines
 
 def test_a_fork_is_told(tmp_path):
-    spool = Spool(tmp_path)
+    journal = Journal(tmp_path)
     if not (pid := os.fork()):
-        try: spool.append({}); os._exit(1)
+        try: journal.append({}); os._exit(1)
         except StoreError as error: os._exit(0 if error.code=='forked' else 2)
     assert os.waitpid(pid, 0)[1]==0
-    spool.close()
+    journal.close()
 
 def test_close_ends_in_time(tmp_path):
     "A server that takes connections and never answers"
     with socket.socket() as silent:
         silent.bind(('127.0.0.1', 0)); silent.listen(5)
         pytest.importorskip('psycopg')
-        kept = PredictionLog(f'postgresql://ann:hush@127.0.0.1:{silent.getsockname()[1]}/x', tmp_path/'spool')
+        kept = PredictionLog(f'postgresql://ann:hush@127.0.0.1:{silent.getsockname()[1]}/x', tmp_path/'journal')
         kept.record('prediction', ANSWER)
         start = time.monotonic()
         kept.close(seconds=.5)
-        assert time.monotonic()-start < 3 and spool_status(tmp_path/'spool')['rows']==1
+        assert time.monotonic()-start < 3 and journal_status(tmp_path/'journal')['rows']==1
 
 # Addresses
 
 def test_set_aside_once(schema, door, tmp_path, caplog):
     "Not at each try while the database is away"
-    with PredictionLog(door.url(schema), tmp_path/'spool', patience=.05, interval=.01) as kept:
+    with PredictionLog(door.url(schema), tmp_path/'journal', patience=.05, interval=.01) as kept:
         for label in ('gold', 'clay'):
             kept.record('prediction', {**ANSWER, 'label': label, 'confidence': 'high' if label=='clay' else .5})
         time.sleep(.5)
@@ -463,7 +463,7 @@ def test_set_aside_once(schema, door, tmp_path, caplog):
         door.open()
         assert kept.flush(10)
     assert (caplog.text.count('was set aside')==1
-            and len((tmp_path/'spool'/'rejected.jsonl').read_text().splitlines())==1 and len(ids_in(schema))==1)
+            and len((tmp_path/'journal'/'rejected.jsonl').read_text().splitlines())==1 and len(ids_in(schema))==1)
 
 @pytest.mark.parametrize('url', ['mysql://ann:hush@host/db', 'postgresql://ann:hush@127.0.0.1:1/db',
                                  'postgresql://ann:hush@127.0.0.1:1/db?password=hush',
@@ -473,7 +473,7 @@ def test_no_message_holds_a_password(url, tmp_path, caplog, capsys):
     with pytest.raises(StoreError) as caught: save_prediction(ANSWER, url)
     told = f'{caught.value} {caught.value.to_dict()}'
     with suppress(StoreError):
-        kept = PredictionLog(url, tmp_path/'spool')
+        kept = PredictionLog(url, tmp_path/'journal')
         kept.record('prediction', ANSWER)
         wait(lambda: 'does not answer' in caplog.text)
         told += f'{kept!r} {kept.stats()}'
@@ -488,4 +488,4 @@ def test_command_line_hides_it_too(tmp_path):
             and 'hush' not in done.stderr+done.stdout)
 
 def test_status_makes_nothing(tmp_path):
-    assert store_status(f'{tmp_path}/none.db', tmp_path/'spool')['tables']=={} and list(tmp_path.iterdir())==[]
+    assert store_status(f'{tmp_path}/none.db', tmp_path/'journal')['tables']=={} and list(tmp_path.iterdir())==[]

@@ -25,7 +25,7 @@ from ..features.contract import Photo, make_extractor
 from ..features.extractor import FeatureConfig, HybridFeatureExtractor
 from ..data.images import LIMITS, ImageLimits, read_image
 from ..evaluate.label_issues import find_label_issues, neighbours
-from ..data.scan import MeasurementStore, measure_files, unchanged_digests
+from ..data.scan import ScanCache, scan_files, unchanged_digests
 from .report import render_photo_report
 from .probes import group_gap, name_conflicts, one_class_groups, quick_proba, shortcuts, suggest_groups
 from ..data.quality import FATAL, ISSUES, has_issue, quality_score, set_issues
@@ -321,8 +321,8 @@ class DatasetInspector:
         def describe(rgb):
             photo = Photo(rgb)
             return {name: e.extract_features(photo) for name,e in extractors.items()}
-        with closing(MeasurementStore(self.cache_dir/STORE)) if self.cache_dir else nullcontext() as store:
-            measured = measure_files(manifest['path'].tolist(), root, self.config.image_limits(), describe, keys,
+        with closing(ScanCache(self.cache_dir/STORE)) if self.cache_dir else nullcontext() as store:
+            measured = scan_files(manifest['path'].tolist(), root, self.config.image_limits(), describe, keys,
                                      store, self.config.jobs)
             key = self._key(manifest, root, store) if store else ''
         found = _judge(manifest, measured, self.config, root)
@@ -349,7 +349,7 @@ class DatasetInspector:
             return DatasetInspector(self.config, output_dir/'cache').run(data, output_dir, groups, group_by)
         manifest,root = make_manifest(data, groups, group_by)
         if all((output_dir/file).exists() for file in FILES.values()):
-            with closing(MeasurementStore(self.cache_dir/STORE)) as store: key = self._key(manifest, root, store)
+            with closing(ScanCache(self.cache_dir/STORE)) as store: key = self._key(manifest, root, store)
             try: found = Inspection.load(output_dir)
             except DatasetError as error: log.info('%s', error)
             else:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .folder import AugmentationPipeline, AugmentedFolder, AugmentFolderConfig
-from .label_safety import FeatureProbe, LabelSafety, label_safety, photo_fidelity
+from .label_safety import FeatureEmbedder, LabelSafety, label_safety, photo_fidelity
 from .ablation import AugmentationStudy, Arm, StudyConfig, evaluate_augmentation
 from ..core import Config, DatasetError, atomic_write
 from ..features.cnn import user_cache
@@ -140,7 +140,7 @@ def run_augmentation(
         run.notes += [text for level,text in extractor.notes if level=='warning']
     if config.probe and extractor:
         run.safety = label_safety(train, root, extractor, settings.operations(len(train)), seed=config.seed)
-        probe = FeatureProbe(extractor).fit(train, root)
+        probe = FeatureEmbedder(extractor).fit(train, root)
         run.notes += run.safety.notes
     if config.prove and extractor:
         preset = _prove(run, extractor, train)

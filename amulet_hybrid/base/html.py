@@ -36,7 +36,8 @@ def quiet_figure(
         fonts,labels = drawable(names)
         ax.set_yticks(range(len(names)), labels=labels, parse_math=False, fontfamily=fonts)
         ax.set_ylim(len(names)-.5, -.5)
-    fig._repr_png_ = lambda: _png_bytes(fig, 80) # noqa: B010 Jupyter shows a figure by itself only if pyplot made it
+    # Jupyter shows a figure by itself only if pyplot made it
+    setattr(fig, '_repr_png_', lambda: _png_bytes(fig, 80)) # noqa: B010
     return fig,ax
 
 # %% ../../nbs/05_base/60_html.ipynb #25df72ac

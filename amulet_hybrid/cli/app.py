@@ -554,7 +554,7 @@ def _recorder(settings):
         from amulet_hybrid.core import log
         log.warning('predictions are not recorded: %s', error)
         return None
-    return PredictionLog(settings.database_url, settings.spool_dir)
+    return PredictionLog(settings.database_url, settings.journal_dir)
 
 # %% ../../nbs/90_cli/80_app.ipynb #4521be4d
 @app.command(epilog='Example: amulet key shop')

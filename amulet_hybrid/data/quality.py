@@ -21,7 +21,7 @@ import pandas as pd
 
 from ..core import Config, ConfigError, ImageError, bytes_digest, progress
 from ..base.parallel import spread
-from .images import LIMITS, ImageLimits, open_photo
+from .images import LIMITS, ImageLimits, open_image
 
 # %% ../../nbs/10_data/40_quality.ipynb #3653a7ea
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def measure_bytes(
     "All that the content of a file says about itself; never raises for a bad one"
     row = _ROW | {'bytes': len(data), 'sha256': bytes_digest(data)}
     try:
-        photo = open_photo(data, limits)
+        photo = open_image(data, limits)
         info = photo.info
         row |= {name: getattr(info, name) for name in ('format', 'mode', 'width', 'height', 'frames', 'camera',
                                                        'software')}

@@ -138,7 +138,7 @@ def service_environment(
 ) -> dict[str,str]: # AMULET_* variables
     "What a replica in a container is told; no secrets"
     told = {'host': '0.0.0.0', 'port': s.service_port, 'model_dir': f'{s.install_dir}/model',
-            'spool_dir': f'{s.data_dir}/spool', 'workers': math.ceil(s.cpus),
+            'journal_dir': f'{s.data_dir}/journal', 'workers': math.ceil(s.cpus),
             'max_bytes': f'{s.max_photo_mb}MiB', 'max_batch_bytes': f'{max(s.max_batch_mb, s.max_photo_mb)}MiB',
             'timeout_seconds': s.timeout_seconds,
             'body_seconds': s.body_seconds, 'grace_seconds': s.grace_seconds, 'log_format': 'json',
@@ -260,7 +260,7 @@ _OUTER = ('/', '/predict', '/predict-batch', '/feedback', '/health', '/info', '/
 
 def _context(s, kinds, ship):
     told = service_environment(s, f'{s.install_dir}/model.pub' if ship.signed else '')
-    fixed = ('AMULET_HOST', 'AMULET_PORT', 'AMULET_MODEL_DIR', 'AMULET_SPOOL_DIR', 'AMULET_PUBLIC_KEY')
+    fixed = ('AMULET_HOST', 'AMULET_PORT', 'AMULET_MODEL_DIR', 'AMULET_JOURNAL_DIR', 'AMULET_PUBLIC_KEY')
     tag = s.tag or '-'.join(filter(None, (__version__, ship.model_version)))
     secrets = {k: v for k,v in SECRETS.items() if 'docker' in kinds or not k.endswith('_PASSWORD')}
     return {'s': s, 'head': f'Rendered by amulet deploy {__version__}', 'version': __version__, 'tag': tag,

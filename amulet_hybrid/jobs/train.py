@@ -34,7 +34,7 @@ from ..evaluate.metrics import paired_difference
 from ..features.preprocessing import find_preprocessor
 from ..data.split import check_groups, check_splittable, groups_per_class, holdout, leakage
 from .tracking import make_tracker, run_parameters, track_output
-from ..learn.trainer import NOT_WORSE, HybridTrainer, Lessons, TrainingConfig, encode_blocks, fit_candidate
+from ..learn.trainer import NOT_WORSE, HybridTrainer, AugmentedRows, TrainingConfig, encode_blocks, fit_candidate
 
 # %% ../../nbs/85_jobs/20_train.ipynb #60779496
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class TrainingRun:
     turned:dict[str,np.ndarray]|None=None # Blocks of the mirror images of the training photos
     # Photos made of training photos, with the column made_from; they teach and are never judged
     made:pd.DataFrame=pd.DataFrame()
-    lessons:Lessons|None=None # Their blocks
+    augmented:AugmentedRows|None=None # Their blocks
     asks_numbers=True # Whether the report says which single numbers matter
     def __init__(self,
         config:RunConfig|str|Path, # Settings, or just the folder of photos
@@ -252,7 +252,7 @@ class TrainingRun:
         train = self.manifest['split']=='train'
         if len(self.made):
             row = pd.Series(np.arange(train.sum()), self.manifest.loc[train, 'path'])
-            self.lessons = Lessons(self.extractor.extract_manifest(self.made, self.root),
+            self.augmented = AugmentedRows(self.extractor.extract_manifest(self.made, self.root),
                                    self.made['made_from'].map(row).to_numpy())
         if c.mirror!='never':
             self.turned = self.extractor.extract_mirrored(self.manifest[train], self.root,
@@ -269,7 +269,7 @@ class TrainingRun:
         trainer = HybridTrainer(c.training(), checkpoint_dir=Path(c.cache_dir or self.output/'cache')/'training')
         milliseconds = self._block_milliseconds()
         self.trainer = trainer.fit(blocks, table['label'], table['group'], self.extractor.encoders(), milliseconds,
-                                   self.turned, self.lessons)
+                                   self.turned, self.augmented)
         self.cascade = fit_cascade(trainer, blocks, table['group'], self.extractor.extractors) if milliseconds else None
         self.notes = self.trainer.notes_+self.notes
         self.model = self.trainer.model_

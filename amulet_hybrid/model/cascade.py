@@ -19,7 +19,7 @@ from ..base.estimators import softmax
 from .export import convert_model
 from ..learn.candidates import Candidate, selection_loss
 from ..learn.ood_selection import novelty_candidates, select_detector
-from .inference import THRESHOLDS, Cascade, ServedModel, Tier, Voice
+from .inference import THRESHOLDS, Cascade, ServedModel, Tier, EnsembleMember
 from ..learn.trainer import HybridTrainer
 
 # %% ../../nbs/50_model/30_cascade.ipynb #5efa39fc
@@ -160,7 +160,7 @@ def _rules_tier(trainer, blocks, groups, extractors, depth):
     calibrator,proba,sets = trainer.settle(judged[best], groups)
     names = extractors[best].get_feature_names() if extractors and best in extractors else [f'{best}_{i}'
             for i in range(blocks[best].shape[1])]
-    voice = Voice((best,), f'tree of depth {tree.get_depth()}', 1., 1.,
+    voice = EnsembleMember((best,), f'tree of depth {tree.get_depth()}', 1., 1.,
                   convert_model(tree, blocks[best][:200].astype(float)), True)
     model = ServedModel(trainer.classes_.tolist(), [voice], {}, calibrator, {}, sets,
                         _stranger(trainer, blocks, [best], groups))

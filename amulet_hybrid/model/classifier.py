@@ -28,7 +28,7 @@ from .bundle import Bundle, HeldOut, load_bundle, measure_tiers
 from ..core import AmuletError, BundleError, ConfigError, DatasetError, FeatureError, ImageError, atomic_write, bytes_digest, json_digest, log, progress
 from ..base.parallel import spread
 from ..base.estimators import one_blas_thread
-from ..data.images import LIMITS, ImageLimits, open_photo
+from ..data.images import LIMITS, ImageLimits, open_image
 from .answer_cache import SingleFlight, make_cache
 from .inference import Tier
 
@@ -471,7 +471,7 @@ class _Careful(_Asked):
             if isinstance(source.content, np.ndarray):
                 return {**about, 'format': 'pixels', 'width': source.content.shape[1],
                         'height': source.content.shape[0], 'bytes': source.content.nbytes}
-            opened = open_photo(source.content, self.limits)
+            opened = open_image(source.content, self.limits)
             info = opened.info
             if decode: opened.read()
             return {**about, 'format': info.format, 'width': info.width, 'height': info.height, 'bytes': info.bytes}

@@ -20,11 +20,11 @@ from .auth import Keys
 from .service import Answers, aside, digest_of
 from .schemas import (ANY, BODY, PHOTO, REFUSALS, ROW, BatchRequest, BatchResponse, Classifier,
                                          FeedbackRequest, FeedbackResponse, Health, Info, Options,
-                               PredictRequest, PredictResponse, Probe, Recorder, Reloaded, failure, read_options,
+                               PredictRequest, PredictResponse, ProbeStatus, Recorder, Reloaded, failure, read_options,
                                          reply, responses, say)
 from ..core import AmuletError
-from .middleware import Door
-from .request_body import Form, check_depth, decode_image_data
+from .middleware import ServiceMiddleware
+from .request_body import MultipartForm, check_depth, decode_image_data
 from .server import run_server
 from .web_page import page_policy, try_page
 from .worker_pool import unless_gone
@@ -60,7 +60,7 @@ async def read_json(request:Request, model:Any, limit:int, settings:Settings) ->
 # %% ../../nbs/70_serve/80_app.ipynb #c1db1595
 async def read_form(request:Request, settings:Settings) -> tuple[list[bytes],Options]:
     "Photos and options of a form; what the form says counts more than the address"
-    form = Form(request.headers.get('content-type', '').encode('latin-1'), settings.max_bytes, settings.max_photos)
+    form = MultipartForm(request.headers.get('content-type', '').encode('latin-1'), settings.max_bytes, settings.max_photos)
     query = request.query_params.multi_items()
     if len(query)!=len(dict(query)):
         raise AmuletError('an option is there twice', code='bad_request', advice='See /docs for the fields')
@@ -145,12 +145,12 @@ def _add_state(app, service, settings):
                       'queue_depth': len(service.line),
                       'records': service.records()})
 
-    @app.get('/health/live', responses=responses('internal_error'), response_model=Probe)
+    @app.get('/health/live', responses=responses('internal_error'), response_model=ProbeStatus)
     async def live(request:Request) -> Response:
         "Whether the process answers at all; if not, restart it"
         return reply({'status': 'alive'})
 
-    @app.get('/health/ready', responses=responses('internal_error', 'busy'), response_model=Probe)
+    @app.get('/health/ready', responses=responses('internal_error', 'busy'), response_model=ProbeStatus)
     async def ready(request:Request) -> Response:
         "Whether to send requests here: not while it is being stopped"
         if service.stopping: raise AmuletError('the service is being stopped', code='busy', advice='Ask another one')
@@ -299,7 +299,7 @@ def create_app(
                               'Every address is there under /v1, too.')
     direct:dict[tuple[str,str],Callable] = {}
     app.state.service,app.state.settings = service,settings
-    app.add_middleware(Door, settings=settings, keys=keys, limit=service.limit, metrics=service.metrics,
+    app.add_middleware(ServiceMiddleware, settings=settings, keys=keys, limit=service.limit, metrics=service.metrics,
                        held=service.held, guarded=service.guarded,
                        counted=_COUNTED, admin=_ADMIN, direct=direct)
     _add_predictions(app, service, settings)

@@ -17,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from ..core import AmuletError, require
-from .worker_pool import settle_objects
+from .worker_pool import freeze_loaded_objects
 from .settings import Settings
 
 # %% ../../nbs/70_serve/70_server.ipynb #a07416e6
@@ -132,7 +132,7 @@ def run_server(
                                 server_header=False, backlog=2048,
                                 root_path=settings.root_path, timeout_keep_alive=settings.keep_alive_seconds,
                                 timeout_graceful_shutdown=settings.grace_seconds)
-        settle_objects(True)
+        freeze_loaded_objects(True)
         open_port(sock)
         logging.getLogger('uvicorn.error').info('Serving on http://%s:%d (Ctrl-C stops it)',
                                                 f'[{host}]' if ':' in host else host, sock.getsockname()[1])

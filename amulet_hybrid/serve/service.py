@@ -18,11 +18,11 @@ from typing import Any
 from uuid import uuid4
 
 from .auth import RateLimit
-from .schemas import PATHS, REFUSALS, Classifier, FeedbackRequest, Options, Recorder, Visit, refuse
+from .schemas import PATHS, REFUSALS, Classifier, FeedbackRequest, Options, Recorder, RequestContext, refuse
 from ..core import AmuletError, FeatureError, bytes_digest, log
-from .request_body import Held, decode_image_data, refuse_tricks
-from .telemetry import Load, Metrics
-from .worker_pool import Line, settle_objects
+from .request_body import BodyBudget, decode_image_data, check_upload
+from .telemetry import LoadMetrics, ServiceMetrics
+from .worker_pool import WorkerPool, freeze_loaded_objects
 from .settings import Settings
 
 # %% ../../nbs/70_serve/50_service.ipynb #428661e3
@@ -60,7 +60,7 @@ class Model:
     def see(self,
         asked:list[bytes]|Mapping[str,Any], # Photos of one object, or a row of a table
         options:Options
-    ) -> Any: # A `Seen`
+    ) -> Any: # A `PredictionLike`
         "Ask the classifier; called in a thread"
         wanted = {'confidence_threshold': options.confidence_threshold, 'coverage': options.coverage,
                   'time_budget': options.time_budget_ms}
@@ -99,9 +99,9 @@ class Service:
         self.load = load
         self.recorder = recorder
         self.started = time.monotonic()
-        self.line = Line(settings.workers, settings.queue_size, settings.queue_seconds)
-        self.held = Held(settings.max_held_bytes)
-        self.usage = Load()
+        self.line = WorkerPool(settings.workers, settings.queue_size, settings.queue_seconds)
+        self.held = BodyBudget(settings.max_held_bytes)
+        self.usage = LoadMetrics()
         self.limit,self.guarded = RateLimit(settings.rate_limit, settings.rate_burst),frozenset[str]()
         self.count = 0
         self.total_ms = 0.
@@ -109,12 +109,12 @@ class Service:
         self.failing = False
         self._reloading = asyncio.Lock()
         self._recent:OrderedDict[str,str|None] = OrderedDict()
-        self.metrics = Metrics(PATHS, list(REFUSALS))
+        self.metrics = ServiceMetrics(PATHS, list(REFUSALS))
         watch = self.metrics.watch
         watch('queue_depth', 'Photos that wait for a worker', lambda: len(self.line))
         watch('predictions_running', 'Photos that are looked at', lambda: self.line.running)
         watch('held_bytes', 'Bodies that are held', lambda: self.held.now)
-        watch('records_spooled', 'Rows that wait for the database', lambda: self.records().get('spooled', 0))
+        watch('records_journaled', 'Rows that wait for the database', lambda: self.records().get('journaled', 0))
         watch('database_up', 'Whether rows reach the database', lambda: self.records()['database']=='up')
         self._install(classifier)
 
@@ -145,7 +145,7 @@ class Service:
                 why = str(error) if isinstance(error, AmuletError) else type(error).__name__
                 raise AmuletError(f'the old bundle {before} goes on. {why}', code='reload_failed',
                                   advice='Put a whole bundle there and reload again') from error
-            await asyncio.to_thread(settle_objects)
+            await asyncio.to_thread(freeze_loaded_objects)
             self.metrics.reloads.labels('done').inc()
             log.info('bundle %s answers instead of %s', self.model.version, before)
             return {'model_version': self.model.version, 'previous_version': before,
@@ -173,7 +173,7 @@ def _now(): return datetime.now(UTC).isoformat(timespec='microseconds')
 class Answers(Service):
     "From photos to answers"
     async def answer(self,
-        visit:Visit, # Who asks
+        visit:RequestContext, # Who asks
         asked:list[bytes]|Mapping[str,Any], # Photos of one object, or a row of a table
         options:Options,
         admitted:bool=False # A part of a batch that was let in
@@ -184,7 +184,7 @@ class Answers(Service):
         return self.known(visit, digest, options, start) or await self.find_out(visit, asked, digest, options, start,
                 admitted)
 
-    def known(self, visit:Visit, digest:str, options:Options, start:float) -> dict|None:
+    def known(self, visit:RequestContext, digest:str, options:Options, start:float) -> dict|None:
         "The answer if it is remembered: at once, with no thread and nobody to wait for"
         model = self.model
         if not digest or (seen := model.known(_question(digest, options))) is None: return None
@@ -192,14 +192,14 @@ class Answers(Service):
         self._count(body, time.perf_counter()-start)
         return body
 
-    async def find_out(self, visit:Visit, asked:Any, digest:str, options:Options, start:float,
+    async def find_out(self, visit:RequestContext, asked:Any, digest:str, options:Options, start:float,
                        admitted:bool=False) -> dict:
         "The answer from the classifier, in a thread"
         model = self.model
         def work():
             seen = model.see(asked, options) # what is no photo at all is said here
             if not isinstance(asked, Mapping):
-                for photo in asked: refuse_tricks(photo)
+                for photo in asked: check_upload(photo)
             return seen,self._tell(visit, model, seen, options, digest, start, bool(getattr(seen, 'cached', False)))
         seen,body = await self.line.run(work, admitted)
         if digest: model.remember(_question(digest, options), seen)
@@ -241,7 +241,7 @@ class Answers(Service):
         self._recent[body['prediction_id']] = body['predicted_class']
         if len(self._recent) > _REMEMBERED: self._recent.popitem(last=False)
 
-    async def batch(self, visit:Visit, photos:Sequence[Any], options:Options) -> dict: # The values of a `BatchResponse`
+    async def batch(self, visit:RequestContext, photos:Sequence[Any], options:Options) -> dict: # The values of a `BatchResponse`
         "Each by itself; as many at once as keep the workers busy, so that a batch does not fill the line"
         self.line.check()
         start,turns = time.perf_counter(),asyncio.Semaphore(2*self.line.workers)
@@ -268,7 +268,7 @@ class Answers(Service):
         return {'success': True, 'request_id': visit.request_id, 'answered': good, 'failed': len(found)-good,
                 'processing_time_ms': round(1000*(time.perf_counter()-start), 3), 'results': found}
 
-    async def feedback(self, visit:Visit, told:FeedbackRequest) -> dict: # The values of a `FeedbackResponse`
+    async def feedback(self, visit:RequestContext, told:FeedbackRequest) -> dict: # The values of a `FeedbackResponse`
         "What a photo really showed"
         def find(): return self.recorder.find(told.prediction_id) if self.recorder is not None else None
         if told.prediction_id in self._recent: label = self._recent[told.prediction_id]

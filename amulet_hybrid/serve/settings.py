@@ -86,8 +86,8 @@ class Settings(BaseSettings):
                                          'commas; empty: none')
     database_url:str = Field(default='', repr=False, json_schema_extra=_SECRET,
                              description='Where predictions are recorded: postgresql+psycopg://..., sqlite:///...; '
-                                         'empty: amulet.db beside the spool; off: nowhere')
-    spool_dir:Path = Field(default=Path('amulet_spool'),
+                                         'empty: amulet.db beside the journal; off: nowhere')
+    journal_dir:Path = Field(default=Path('amulet_journal'),
                            description='Folder in which predictions wait for the database')
     cache:str = Field(default='memory', repr=False, pattern=r'^(memory|off|rediss?://\S+)$',
                       description='Where answers are remembered: memory, off, or redis://HOST:6379/0',

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import StoreError, atomic_write, hide_password, log, require
 from .database import HEAD, KEYS, Database, metadata, migrate, open_database, parse_time, revision, shape_row
-from .journal import Line, Spool, as_json, read_segment, spool_status
+from .journal import JournalRecord, Journal, as_json, read_segment, journal_status
 
 if TYPE_CHECKING: import pandas as pd # a service has none, and records all the same
 
@@ -115,7 +115,7 @@ def _keep(opened, about, rows):
         same = db.execute(datasets.select().where(datasets.c.name==about['name'],
                                                   datasets.c.fingerprint==about['fingerprint'])).mappings().first()
         if same is None:
-            version = (((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((db.execute(sa.select(sa.func.max(datasets.c.version)).where(datasets.c.name==about['name'])).scalar() or 0)+1))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))
+            version = ((db.execute(sa.select(sa.func.max(datasets.c.version)).where(datasets.c.name==about['name'])).scalar() or 0)+1)
             made = shape_row('datasets', {**about, 'dataset_id': uuid.uuid4().hex, 'version': version})
             opened.insert('datasets', [made], db)
             while batch := [shape_row('training_data', {**row, 'dataset_id': made['dataset_id']})
@@ -231,12 +231,12 @@ def prune(
 # %% ../../nbs/65_store/30_records.ipynb #df33c906
 def store_status(
     database:str|Database='', # Address of the store, or one that is open
-    spool_dir:str|Path='' # Folder of the spool before it; '' for none
-) -> dict: # database, step, newest_step, tables: name -> rows, oldest and newest of predictions, spool
+    journal_dir:str|Path='' # Folder of the journal before it; '' for none
+) -> dict: # database, step, newest_step, tables: name -> rows, oldest and newest of predictions, journal
     "How the store is, without changing anything"
     sa,opened = require('sqlalchemy', 'store'),database if isinstance(database, Database) else Database(database)
     found:dict[str,Any] = {'database': opened.url, 'step': '', 'newest_step': HEAD, 'tables': {},
-                           **({'spool': spool_status(spool_dir)} if spool_dir else {})}
+                           **({'journal': journal_status(journal_dir)} if journal_dir else {})}
     if opened.sqlite and not Path(opened.engine.url.database).exists(): return found # asking would make it
     found['step'] = revision(opened)
     with opened.read() as db:
@@ -254,17 +254,17 @@ def store_status(
 class PredictionLog:
     "Rows of predictions and feedback: durable at once, in the database soon, there exactly once"
     def __init__(self,
-        url:str='', # Of the database; '' for SQLite beside the spool
-        spool_dir:str|Path='amulet_spool', # Folder on a local disk; several processes may share it
+        url:str='', # Of the database; '' for SQLite beside the journal
+        journal_dir:str|Path='amulet_journal', # Folder on a local disk; several processes may share it
         batch:int=500, # Rows a transaction
         interval:float=.2, # Seconds between batches
         patience:float=10., # Seconds between two tries, at most, while the database is away
-        max_bytes:int=2**30, # That may wait in the spool; beyond it `record` raises
-        fsync:str='second' # See `Spool`
+        max_bytes:int=2**30, # That may wait in the journal; beyond it `record` raises
+        fsync:str='second' # See `Journal`
     ):
-        self.database = Database(url, Path(spool_dir).absolute().parent/'amulet.db')
+        self.database = Database(url, Path(journal_dir).absolute().parent/'amulet.db')
         metadata()
-        self.spool = Spool(spool_dir, max_bytes, fsync=fsync)
+        self.journal = Journal(journal_dir, max_bytes, fsync=fsync)
         self.batch = batch
         self.interval = interval
         self.patience = patience
@@ -285,10 +285,10 @@ class PredictionLog:
         kind:str, # 'prediction' or 'feedback'
         row:Mapping[str,Any] # Columns of its table; id and time are added where missing
     ):
-        "Keep a row; never waits for the database. Raises `StoreError`: 'bad_row', 'spool_full', 'bad_spool', 'closed'"
+        "Keep a row; never waits for the database. Raises `StoreError`: 'bad_row', 'journal_full', 'bad_journal', 'closed'"
         if self._stop.is_set(): raise StoreError('the log is closed', code='closed')
         row = _complete(kind, row)
-        self.spool.append({'kind': kind, 'id': row[KEYS[TABLES[kind]]], 'row': row})
+        self.journal.append({'kind': kind, 'id': row[KEYS[TABLES[kind]]], 'row': row})
 
     def find(self,
         prediction_id:str
@@ -297,7 +297,7 @@ class PredictionLog:
         self._tried.wait(5) # just started: whether the database is there is not known yet
         kept = f'"kind":"prediction","id":{json.dumps(prediction_id)},'.encode()
         # it may move from the one to the other between two looks
-        for look in (self._ask, lambda _: self.spool.find(kept), self._ask):
+        for look in (self._ask, lambda _: self.journal.find(kept), self._ask):
             if (found := look(prediction_id)) is not None: return shape_row('predictions', found.get('row', found))
         if self.state=='down':
             raise StoreError('the database does not answer, and the row is not here', code='database_down',
@@ -314,32 +314,32 @@ class PredictionLog:
             if error.code=='bad_row': return None # no id
             self.state = 'down'
 
-    def stats(self) -> dict: # spooled, spool_bytes, written, rejected, database ('up' or 'down'), lag_seconds
+    def stats(self) -> dict: # journaled, journal_bytes, written, rejected, database ('up' or 'down'), lag_seconds
         "How it goes"
-        waiting = self.spool.rows-sum(rows for _,rows in [*self._sent.values()])
-        return {'spooled': max(0, waiting), 'spool_bytes': self.spool.size, 'written': self.written,
-                'rejected': self.spool.rejected, 'database': self.state,
-                'lag_seconds': round(self.spool.since(), 3)}
+        waiting = self.journal.rows-sum(rows for _,rows in [*self._sent.values()])
+        return {'journaled': max(0, waiting), 'journal_bytes': self.journal.size, 'written': self.written,
+                'rejected': self.journal.rejected, 'database': self.state,
+                'lag_seconds': round(self.journal.since(), 3)}
 
     def flush(self,
         seconds:float=5. # To wait at most
     ) -> bool: # Whether nothing waits any more
         "Wait until all is in the database"
         until = time.monotonic()+seconds
-        while self.spool.rows and time.monotonic() < until: time.sleep(.01)
-        return not self.spool.rows
+        while self.journal.rows and time.monotonic() < until: time.sleep(.01)
+        return not self.journal.rows
 
     def close(self,
-        seconds:float=5. # In which to write what waits; the rest stays in the spool for the next start
+        seconds:float=5. # In which to write what waits; the rest stays in the journal for the next start
     ):
         "No more rows"
         if self._stop.is_set(): return
         self._until = time.monotonic()+seconds
         self._stop.set()
         self._thread.join(seconds+1)
-        if left := self.spool.rows:
-            log.warning('%d rows wait in %s; the next start takes them over', left, self.spool.folder)
-        self.spool.close()
+        if left := self.journal.rows:
+            log.warning('%d rows wait in %s; the next start takes them over', left, self.journal.folder)
+        self.journal.close()
         self.database.close()
 
     def __enter__(self): return self
@@ -353,7 +353,7 @@ class PredictionLog:
             try: self._tend(closing)
             except Exception as error: self._away(error)
             self._tried.set()
-            if closing and (not self.spool.rows or time.monotonic() > self._until): return
+            if closing and (not self.journal.rows or time.monotonic() > self._until): return
             if closing: time.sleep(.05)
             closing = self._stop.wait(self.interval)
 
@@ -364,18 +364,18 @@ class PredictionLog:
         return True
 
     def _adopt(self):
-        if rows := self.spool.adopt(): log.warning('%d rows of a process that died were taken over', rows)
+        if rows := self.journal.adopt(): log.warning('%d rows of a process that died were taken over', rows)
 
     def _tend(self, closing):
-        if self.spool.fsync=='second' and self._every('sync', 1): self.spool.sync()
+        if self.journal.fsync=='second' and self._every('sync', 1): self.journal.sync()
         if not closing and self._every('adopt', 10): self._adopt()
         if not self._every('database', self.interval/2) and not closing: return
         if not self._ready: self._prepare()
-        if (segment := self.spool.oldest()) is None and (self.state=='down' or self._every('ping', 10)):
+        if (segment := self.journal.oldest()) is None and (self.state=='down' or self._every('ping', 10)):
             with self.database.read() as db: db.exec_driver_sql('SELECT 1')
         while segment is not None and time.monotonic() < self._until:
             self._carry(segment)
-            segment = self.spool.oldest(turn=False)
+            segment = self.journal.oldest(turn=False)
         if self.state=='down' and self._failures: log.warning('the database answers again')
         self.state,self._failures = 'up',0
 
@@ -390,7 +390,7 @@ class PredictionLog:
     def _away(self, error):
         "Wait, longer each time, and not in step with others"
         if not isinstance(error, StoreError): log.error('the store failed', exc_info=error)
-        elif not self._failures: log.warning('%s; rows wait in %s', error, self.spool.folder)
+        elif not self._failures: log.warning('%s; rows wait in %s', error, self.journal.folder)
         self.state = 'down'
         self._ready = False
         self._failures = self._failures+1
@@ -404,7 +404,7 @@ class PredictionLog:
             self._send(batch)
             self._sent[segment] = batch[-1].end,self._sent.get(segment, (0, 0))[1]+len(batch)
             if time.monotonic() > self._until: return
-        self.spool.drop(segment)
+        self.journal.drop(segment)
         self._sent.pop(segment, None)
 
     def _send(self, lines):
@@ -415,10 +415,10 @@ class PredictionLog:
             except StoreError as error: bad.append((line, str(error)))
         self._put(good, bad)
         for line,reason in bad:
-            if line.raw.endswith(b'\n'): self.spool.reject(line, reason)
+            if line.raw.endswith(b'\n'): self.journal.reject(line, reason)
             else: log.warning('the last row of a process that died was not whole; nobody was told that it is kept')
 
-    def _shaped(self, line:Line) -> tuple[str,dict]:
+    def _shaped(self, line:JournalRecord) -> tuple[str,dict]:
         "Table and row"
         try: return (table := TABLES[line.record['kind']]),shape_row(table, line.record['row']) # type: ignore[index]
         except (KeyError, TypeError, AttributeError) as error:
