@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'AmuletError', 'ConfigError', 'ImageError', 'DatasetError', 'SplitError', 'FeatureError', 'TrainingError',
            'BundleError', 'StoreError', 'MissingExtraError', 'require', 'hide_password', 'driver_message',
-           'bytes_digest', 'file_digest', 'json_digest', 'Config', 'atomic_write', 'derive_seed', 'progress']
+           'bytes_digest', 'file_digest', 'json_digest', 'setting', 'Setting', 'Config', 'atomic_write', 'derive_seed',
+           'progress']
 
 # %% ../nbs/00_core.ipynb #cedab64f
 import dataclasses
@@ -20,7 +21,7 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
 # %% ../nbs/00_core.ipynb #d08f81c1
@@ -120,32 +121,135 @@ def json_digest(value:Any) -> str: # 64 hex digits
     return bytes_digest(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(',', ':'),
                                    allow_nan=False).encode())
 
+# %% ../nbs/00_core.ipynb #e8a7d83b
+def setting(
+    default:Any=dataclasses.MISSING, # Value if nothing is said; left out: it has to be given
+    help:str='', # One line for people: what it does, in which unit
+    *,
+    ge:float|None=None, # At least
+    gt:float|None=None, # Above
+    le:float|None=None, # At most
+    lt:float|None=None, # Below
+    choices:Iterable|Callable[[], Iterable]|None=None, # Allowed values, or a function that lists them
+    code:str='bad_setting', # Of the error that a value outside of them raises
+    flag:str='' # Name of the option on the command line where it is not the field's, e.g. 'cv-folds'
+) -> Any: # A dataclass field
+    "Field of a `Config`, described once for the check, the command line, the notebooks and the docs"
+    about = {'help': help, 'ge': ge, 'gt': gt, 'le': le, 'lt': lt, 'choices': choices, 'code': code, 'flag': flag}
+    if isinstance(default, (dict, list)): return dataclasses.field(default_factory=lambda: default, metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+# %% ../nbs/00_core.ipynb #1aaa106f
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    "One setting of a `Config`, as the command line, the notebooks and the docs read it"
+    name:str # Of the field
+    type:Any # Annotation of the field
+    default:Any # `dataclasses.MISSING` where a value has to be given
+    owner:type # Config that declares it
+    help:str='' # One line
+    ge:float|None=None # At least
+    gt:float|None=None # Above
+    le:float|None=None # At most
+    lt:float|None=None # Below
+    choices:Any=None # Allowed values, or a function that lists them
+    code:str='bad_setting' # Of the error
+    flag:str='' # Option, where it is not the name
+
+    @property
+    def allowed(self) -> list: # Empty: no list
+        "Values it may take"
+        return list(self.choices() if callable(self.choices) else self.choices or ())
+
+    @property
+    def range(self) -> str: # '' where any value will do
+        "What is allowed, in words"
+        if self.choices: return 'one of '+', '.join(map(repr, self.allowed))
+        words = {'at least': self.ge, 'above': self.gt, 'at most': self.le, 'below': self.lt}
+        return ' and '.join(f'{word} {limit:g}' for word,limit in words.items() if limit is not None)
+
+# %% ../nbs/00_core.ipynb #b81e83b0
+def _check_setting(s, value):
+    "Raise `ConfigError` for a value outside the range of its setting"
+    values = value if isinstance(value, tuple) else (value,)
+    if s.choices is not None:
+        if unknown := [v for v in values if v not in s.allowed]:
+            raise ConfigError(f'`{s.name}` has no value {unknown[0]!r}', code=s.code,
+                              advice=f'Known: {", ".join(map(str, s.allowed))}')
+        return
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (int, float)): continue
+        inside = ((s.ge is None or v >= s.ge) and (s.gt is None or v > s.gt)
+                  and (s.le is None or v <= s.le) and (s.lt is None or v < s.lt))
+        if not inside: raise ConfigError(f'`{s.name}` must be {s.range}, got {v}', code=s.code)
+
 # %% ../nbs/00_core.ipynb #b0b9efc9
 class Config:
-    "Base of all settings: frozen dataclasses that load from and save to JSON"
-    def to_dict(self) -> dict: # Plain Python values only
-        "Settings as a dict that JSON can hold"
-        return json.loads(json.dumps(dataclasses.asdict(self))) # type: ignore[call-overload]
+    "Base of all settings: frozen dataclasses that check themselves, load from JSON and save to it"
+    def __post_init__(self):
+        for s in self._own(): _check_setting(s, getattr(self, s.name))
+        self.validate()
+
+    def validate(self):
+        "What ranges cannot say: a subclass raises `ConfigError` where settings do not go together"
+
+    @classmethod
+    def _fields(cls): return dataclasses.fields(cls) # type: ignore[arg-type]
+
+    @classmethod
+    def _parts(cls):
+        return {f.name: f.type for f in cls._fields() if isinstance(f.type, type) and issubclass(f.type, Config)}
+
+    @classmethod
+    def _own(cls):
+        for f in cls._fields():
+            if f.name in cls._parts(): continue
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            yield Setting(f.name, f.type, default, cls, **f.metadata)
+
+    @classmethod
+    # Name -> setting, in the order of the fields; those of parts in the place of the part
+    def settings(cls) -> dict[str,Setting]:
+        "Every setting, also of the parts: configs that are fields of this one"
+        out:dict[str,Setting] = {}
+        own,parts = {s.name: s for s in cls._own()},cls._parts()
+        for f in cls._fields():
+            for name,s in (parts[f.name].settings() if f.name in parts else {f.name: own[f.name]}).items():
+                out.setdefault(name, s)
+        return out
+
+    def to_dict(self) -> dict: # Setting name -> plain Python value, those of parts too
+        "Settings as a flat dict that JSON can hold"
+        out:dict[str,Any] = {}
+        for f in self._fields():
+            value = getattr(self, f.name)
+            found = value.to_dict() if isinstance(value, Config) else {f.name: json.loads(json.dumps(value))}
+            out |= {k: v for k,v in found.items() if k not in out}
+        return out
 
     @classmethod
     def from_dict(cls,
-        values:dict # Setting name -> value; missing ones keep their default
+        values:Mapping[str,Any] # Setting name -> value; missing ones keep their default
     ):
-        "Settings from a dict; an unknown name is an error"
-        known = {f.name for f in dataclasses.fields(cls)} # type: ignore[arg-type]
-        if unknown := sorted(set(values) - known):
+        "Settings from a flat dict; an unknown name is an error"
+        known = cls.settings()
+        if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f'{cls.__name__} has no setting {", ".join(map(repr, unknown))}', code='unknown_setting',
                               advice=f'Known: {", ".join(sorted(known))}')
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k,v in values.items()})
+        own = {s.name for s in cls._own()}
+        given = {k: tuple(v) if isinstance(v, list) else v for k,v in values.items() if k in own}
+        parts = {name: part.from_dict({k: v for k,v in values.items() if k in part.settings()})
+                 for name,part in cls._parts().items()}
+        return cls(**given, **parts)
 
     def replace(self, **changes): # Same class, changed
-        "A copy with some settings changed"
+        "A copy with some settings changed, also those of its parts"
         return self.from_dict({**self.to_dict(), **changes})
 
     def save(self, path:str|Path):
         "Write the settings as JSON, whole or not at all"
-        with atomic_write(path) as part:
-            part.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True)+'\n', encoding='utf-8')
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)+'\n'
+        with atomic_write(path) as part: part.write_text(text, encoding='utf-8')
 
     @classmethod
     def load(cls, path:str|Path):
@@ -159,8 +263,8 @@ class Config:
         return json_digest(self.to_dict())
 
     def _repr_markdown_(self):
-        return '| setting | value |\n|---|---|\n' + '\n'.join(f'| {k} | `{v}` |' if v not in ('',
-                None) else f'| {k} | |' for k,v in self.to_dict().items())
+        rows = [f'| {k} | `{v}` |' if v not in ('', None) else f'| {k} | |' for k,v in self.to_dict().items()]
+        return '| setting | value |\n|---|---|\n' + '\n'.join(rows)
 
 # %% ../nbs/00_core.ipynb #ca920286
 @contextmanager

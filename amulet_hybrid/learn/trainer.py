@@ -447,7 +447,7 @@ class HybridTrainer(BaseEstimator):
         more = {'seed': config.seed, 'jobs': config.jobs or joblib.cpu_count(), 'encoders': self.encoders_,
                 'until': until, 'checkpoint': kept(self.fold_)}
         self.mirrored_ = self._mirror_helps(blocks, candidates[0], turned, made, groups, more)
-        self.lessons_ = more['lessons'] = turned+made if self.mirrored_ else made
+        self.lessons_ = more['augmented'] = turned+made if self.mirrored_ else made
         found = self._judge(blocks, candidates, more)
         if config.search: found = self._look_further(blocks, found, more, until)
         for fold in others:
