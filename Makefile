@@ -7,6 +7,8 @@ WEIGHTS =
 OUT =
 SEED =
 QUICK =
+# Coverage of tests and notebooks together; off by default, for it slows Python 3.11 by a third
+COVERAGE =
 MODEL = runs/samples/bundle
 HOST = 127.0.0.1
 PORT = 8000
@@ -14,11 +16,15 @@ PORT = 8000
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test check lab serve docs quarto readme clean
+.PHONY: help install dev run test check each agree lint types docs-check tests notebooks lock lab serve docs quarto readme clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
-FROM := settings.ini setup.py pyproject.toml
+FROM := settings.ini setup.py pyproject.toml constraints.txt
+# Versions that were tested together; NEWEST=1 takes the newest there are
+NEWEST =
+MEASURED = $(if $(filter-out 0,$(COVERAGE)),--cov --cov-report=term --cov-fail-under=90,)
+LOCKED = $(if $(filter-out 0,$(NEWEST)),,-c constraints.txt)
 # Large downloads are shown, the hundred small ones are not
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 SHOW := { grep --line-buffered -E '^ *Downloading .*\(([0-9]{2,}[0-9.]* MB|[0-9.]+ GB)\)' || true; }
@@ -40,12 +46,12 @@ dev: .venv/.dev ## The same, and what tests and documents it
 
 .venv/.install: $(FROM) | .venv/bin/pip
 	@echo "Installing amulet_hybrid and what it needs into .venv. PyTorch is large: this takes some minutes."
-	@$(PIP) -e '.[all]' | $(SHOW)
+	@$(PIP) $(LOCKED) -e '.[all]' | $(SHOW)
 	@touch $@
 
 .venv/.dev: $(FROM) | .venv/bin/pip
 	@echo "Installing amulet_hybrid with its test and documentation tools into .venv. PyTorch is large: this takes some minutes."
-	@$(PIP) -e '.[all,dev]' | $(SHOW)
+	@$(PIP) $(LOCKED) -e '.[all,dev]' | $(SHOW)
 	@touch .venv/.install $@
 
 run: install ## Train and report, on generated samples or on DATA=photos/ [GROUPS=groups.csv WEIGHTS=dir OUT=dir SEED=1 QUICK=1]
@@ -59,8 +65,18 @@ else
 endif
 OPTIONS = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(SEED),--seed '$(SEED)') $(if $(filter-out 0,$(QUICK)),--quick)
 
-check: dev ## Notebooks and modules agree and are clean; ruff; mypy
-	@echo "== notebooks and modules agree"
+check: dev ## Notebooks and modules agree and are clean; ruff; mypy; the documentation can be built
+	@$(MAKE) each STAGES='agree lint types docs-check'
+
+test: dev ## Everything that CI checks: the above, every notebook, every test [COVERAGE=1 NEWEST=1]
+	@$(MAKE) each STAGES='agree lint types docs-check tests'
+
+# Every stage runs, whatever became of those before it; what failed is said at the end
+each:
+	@failed=''; for stage in $(STAGES); do echo "== $$stage"; $(MAKE) $$stage || failed="$$failed $$stage"; done; \
+	[ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
+
+agree:
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	cp -R settings.ini pyproject.toml _quarto.yml nbs amulet_hybrid "$$tmp"; \
 	find "$$tmp/amulet_hybrid" -name '*.py' ! -path "$$tmp/amulet_hybrid/__init__.py" ! -path "$$tmp/amulet_hybrid/store/migrations/*" -delete; \
@@ -69,16 +85,27 @@ check: dev ## Notebooks and modules agree and are clean; ruff; mypy
 	  { echo "The modules (<) are not what the notebooks export (>). Change the notebooks, never the modules; then: $(BIN)/nbdev_export"; exit 1; }; \
 	(cd "$$tmp"; "$$bin/nbdev_clean"); \
 	diff -rq -x .ipynb_checkpoints -x __pycache__ nbs "$$tmp/nbs" || { echo "These notebooks are not clean. Then: $(BIN)/nbdev_clean"; exit 1; }
-	@echo "== ruff"
-	@$(BIN)/ruff check --quiet --output-format concise amulet_hybrid nbs $(wildcard tests benchmarks)
-	@echo "== mypy"
+
+lint:
+	@$(BIN)/ruff check --quiet --output-format concise amulet_hybrid nbs docs $(wildcard tests benchmarks)
+
+types:
 	@$(BIN)/mypy --no-error-summary amulet_hybrid
 
-test: check ## Everything that CI checks: the above, every notebook executed, and the tests
-	@echo "== notebooks, executed"
-	@find nbs -name '[!_]*.ipynb' -not -path '*/.*' | sort | AMULET_PROGRESS=off xargs -P 2 -I '{}' $(BIN)/nbdev_test --path '{}' --flags slow --n_workers 0 --timing
-	@echo "== tests"
-	@AMULET_PROGRESS=off $(BIN)/python -m pytest -n 2 --dist loadfile tests
+docs-check:
+	@$(BIN)/python -m pytest -q tests/test_docs.py
+
+tests:
+	@rm -f .coverage .coverage.*
+	@AMULET_PROGRESS=off $(BIN)/python -m pytest -n 2 --ignore tests/test_docs.py $(MEASURED) tests
+
+notebooks: dev ## Every notebook, executed, without the other tests
+	@AMULET_PROGRESS=off $(BIN)/python -m pytest -n 2 tests/test_notebooks.py
+
+lock: .venv/bin/pip ## Write constraints.txt anew: the newest versions that go together, for Python 3.11 to 3.13
+	@$(PIP) 'uv>=0.9' | $(SHOW)
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest --strip-extras --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --extra all --extra dev setup.py -o constraints.txt
 
 lab: install ## Explore the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
@@ -88,17 +115,22 @@ serve: install ## Answer over HTTP with MODEL=runs/samples/bundle at HOST=127.0.
 
 docs: quarto dev ## Render the documentation site into _docs (needs Quarto on the PATH)
 	@rm -rf _proc _docs
-	@$(BIN)/nbdev_proc_nbs --file_re '\.(ipynb|qmd)$$'
+	@$(BIN)/python docs/pages.py sidebar nbs
+	@PYTHONPATH=docs $(BIN)/nbdev_proc_nbs --file_re '\.(ipynb|qmd)$$'
+	@cp CONTRIBUTING.md CHANGELOG.md docs/site.css docs/site.scss _proc
+	@PYTHONPATH=docs $(BIN)/python docs/pages.py reference _proc
 	@cd _proc && quarto render --no-cache
 	@mv _proc/_docs _docs
+	@$(BIN)/python docs/pages.py tidy _docs
 	@echo "The site is in _docs/index.html"
 
 quarto:
 	@command -v quarto >/dev/null || { echo "Quarto, which renders the site, is not on the PATH."; echo "Get it from https://quarto.org/docs/get-started and run make docs again."; exit 1; }
 
-readme: dev ## Make README.md from nbs/index.ipynb
-	@$(BIN)/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=remove-cell --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README --log-level ERROR nbs/index.ipynb
+readme: dev ## Make README.md from nbs/index.ipynb, and the table of modules in CONTRIBUTING.md
+	@$(BIN)/python docs/pages.py readme .
+	@$(BIN)/python docs/pages.py modules .
 
 clean: ## Remove what was made here, except .venv, samples and runs
-	@rm -rf _proc _docs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache nbs/.ipynb_checkpoints
+	@rm -rf _proc _docs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* nbs/.ipynb_checkpoints
 	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,8 +1,11 @@
-"""Nested accuracy on real photo sets: everything that learns, chooses or calibrates does so inside the outer training folds.
+"""Nested accuracy on real photo sets: everything that learns, chooses or calibrates does so inside the outer training
+folds.
 
-    python benchmarks/accuracy.py --data ../shared/data --weights ../shared/weights --rival ../shared/rivals/afternoon.py
+    python benchmarks/accuracy.py --data ../shared/data --weights ../shared/weights \\
+        --rival ../shared/rivals/afternoon.py
 
-Outer folds are those of the rival script (StratifiedGroupKFold, 5, shuffled, seed 0), so both are judged on the same photos. Features come from the cache where they are known.
+Outer folds are those of the rival script (StratifiedGroupKFold, 5, shuffled, seed 0), so both are judged on the same
+photos. Features come from the cache where they are known.
 Writes benchmarks/results/accuracy.csv, from which the README makes its table.
 """
 import argparse
@@ -16,11 +19,14 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from amulet_hybrid.audit.inspector import DatasetInspector, InspectionConfig
+from amulet_hybrid.audit.inspection import InspectionConfig
+from amulet_hybrid.audit.inspector import DatasetInspector
 from amulet_hybrid.data.manifest import make_manifest
 from amulet_hybrid.evaluate.metrics import evaluate_predictions
-from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.features.config import FeatureConfig
+from amulet_hybrid.features.extractor import HybridFeatureExtractor
+from amulet_hybrid.learn.config import TrainingConfig
+from amulet_hybrid.learn.trainer import HybridTrainer
 
 
 def load(data: Path, name: str, weights: str, cache: Path, preset: str):
@@ -32,11 +38,12 @@ def load(data: Path, name: str, weights: str, cache: Path, preset: str):
             root=root).usable
     extractor = HybridFeatureExtractor(FeatureConfig(preset=preset, weights=weights), cache)
     blocks = extractor.extract_manifest(table, root)
-    return blocks, extractor.extract_mirrored(table, root,
-                                              blocks), extractor.encoders(), table['label'].to_numpy(str), table['given'].to_numpy(str)
+    mirrored = extractor.extract_mirrored(table, root, blocks)
+    about = extractor.encoders(), extractor.block_info
+    return blocks, mirrored, about, table['label'].to_numpy(str), table['given'].to_numpy(str)
 
 
-def nested(blocks, mirrored, encoders, labels, groups, seed: int, quick: bool, jobs: int):
+def nested(blocks, mirrored, about, labels, groups, seed: int, quick: bool, jobs: int):
     "Out-of-fold probabilities of the ensemble and of the best single block, each chosen anew in every outer fold"
     classes, y = np.unique(labels, return_inverse=True)
     outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True,
@@ -46,7 +53,7 @@ def nested(blocks, mirrored, encoders, labels, groups, seed: int, quick: bool, j
         held_out = {k: v[test] for k, v in blocks.items()}
         taught, turned = ({k: v[train] for k, v in some.items()} for some in (blocks, mirrored))
         trainer = HybridTrainer(TrainingConfig(quick=quick, novelty=False, jobs=jobs)).fit(taught, labels[train],
-                groups[train], encoders, mirrored=turned)
+                groups[train], *about, mirrored=turned)
         ensemble[test], single[test] = (trainer.model_.predict_proba(held_out),
                                         trainer.single_model_.predict_proba(held_out))
         print('   ', 'mirror' if trainer.mirrored_ else '',
@@ -81,11 +88,11 @@ def main():
     args = parser.parse_args()
     rows = []
     for name in args.sets:
-        blocks, mirrored, encoders, labels, groups = load(args.data, name, args.weights, args.cache, args.preset)
+        blocks, mirrored, about, labels, groups = load(args.data, name, args.weights, args.cache, args.preset)
         about = {'set': name, 'photos': len(labels), 'classes': len(set(labels)), 'groups': len(set(groups))}
         for seed in args.seeds:
             start = time.time()
-            classes, y, found = nested(blocks, mirrored, encoders, labels, groups, seed, args.quick, args.jobs)
+            classes, y, found = nested(blocks, mirrored, about, labels, groups, seed, args.quick, args.jobs)
             seconds = time.time()-start
             for method, proba in found.items():
                 overall = evaluate_predictions(y, proba, classes, groups).overall

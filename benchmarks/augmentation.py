@@ -1,4 +1,5 @@
-"Everything that is claimed of made photos: what they look like, how fast they come, what the distances are worth, whether they help, and what an interruption costs"
+"""Everything that is claimed of made photos: what they look like, how fast they come, what the distances are worth,
+whether they help, and what an interruption costs"""
 import argparse
 import json
 import os
@@ -50,12 +51,18 @@ todo = {name: (lambda p, name=name: apply_steps(p, [(name, OPERATIONS[name].draw
 ALBUMENTATIONS = '''
 import sys, json, time, cv2, numpy as np, albumentations as A
 R = cv2.BORDER_REFLECT_101
-ops = {'flip': A.HorizontalFlip(p=1), 'rotation': A.Rotate(17, border_mode=R, p=1), 'shift': A.Affine(translate_percent=(-.07, .07), border_mode=R, p=1),
-       'scale': A.Affine(scale=(.82, 1.21), border_mode=R, p=1), 'perspective': A.Perspective((.02, .08), border_mode=R, p=1),
-       'light': A.Illumination(mode='linear', intensity_range=(.1, .2), p=1), 'shadow': A.RandomShadow(num_shadows_limit=(1, 1), shadow_dimension=4, p=1),
-       'brightness': A.RandomBrightnessContrast(.3, (0, 0), p=1), 'contrast': A.RandomBrightnessContrast((0, 0), .4, p=1),
-       'colour': A.HueSaturationValue(10, 60, 0, p=1), 'motion_blur': A.MotionBlur((3, 7), p=1), 'defocus': A.Defocus((1, 2), p=1),
-       'noise': A.GaussNoise((.01, .04), p=1), 'cutout': A.CoarseDropout((1, 2), (.1, .22), (.1, .22), p=1), 'jpeg': A.ImageCompression(quality_range=(48, 91), p=1)}
+ops = {'flip': A.HorizontalFlip(p=1), 'rotation': A.Rotate(17, border_mode=R, p=1),
+       'shift': A.Affine(translate_percent=(-.07, .07), border_mode=R, p=1),
+       'scale': A.Affine(scale=(.82, 1.21), border_mode=R, p=1),
+       'perspective': A.Perspective((.02, .08), border_mode=R, p=1),
+       'light': A.Illumination(mode='linear', intensity_range=(.1, .2), p=1),
+       'shadow': A.RandomShadow(num_shadows_limit=(1, 1), shadow_dimension=4, p=1),
+       'brightness': A.RandomBrightnessContrast(.3, (0, 0), p=1),
+       'contrast': A.RandomBrightnessContrast((0, 0), .4, p=1),
+       'colour': A.HueSaturationValue(10, 60, 0, p=1), 'motion_blur': A.MotionBlur((3, 7), p=1),
+       'defocus': A.Defocus((1, 2), p=1),
+       'noise': A.GaussNoise((.01, .04), p=1), 'cutout': A.CoarseDropout((1, 2), (.1, .22), (.1, .22), p=1),
+       'jpeg': A.ImageCompression(quality_range=(48, 91), p=1)}
 todo = {name: (lambda p, op=op: op(image=p)['image']) for name,op in ops.items()}
 '''
 TORCHVISION = '''
@@ -64,10 +71,13 @@ from torchvision.transforms import v2
 from torchvision.transforms import InterpolationMode as I
 torch.set_num_threads(1)
 B = I.BILINEAR
-ops = {'flip': v2.RandomHorizontalFlip(1), 'rotation': v2.RandomRotation(17, B), 'shift': v2.RandomAffine(0, (.07, .07), interpolation=B),
+ops = {'flip': v2.RandomHorizontalFlip(1), 'rotation': v2.RandomRotation(17, B),
+       'shift': v2.RandomAffine(0, (.07, .07), interpolation=B),
        'scale': v2.RandomAffine(0, scale=(.82, 1.21), interpolation=B),
-       'perspective': v2.RandomPerspective(.15, 1, B), 'brightness': v2.ColorJitter(brightness=.35), 'contrast': v2.ColorJitter(contrast=.4),
-       'colour': v2.ColorJitter(saturation=.35, hue=.03), 'defocus': v2.GaussianBlur(5, (.5, 2)), 'cutout': v2.RandomErasing(1, (.02, .05)), 'jpeg': v2.JPEG((48, 91))}
+       'perspective': v2.RandomPerspective(.15, 1, B), 'brightness': v2.ColorJitter(brightness=.35),
+       'contrast': v2.ColorJitter(contrast=.4),
+       'colour': v2.ColorJitter(saturation=.35, hue=.03), 'defocus': v2.GaussianBlur(5, (.5, 2)),
+       'cutout': v2.RandomErasing(1, (.02, .05)), 'jpeg': v2.JPEG((48, 91))}
 todo = {name: (lambda p, op=op: op(p)) for name,op in ops.items()}
 '''
 TIMING = '''
@@ -132,11 +142,15 @@ from pathlib import Path
 from concurrent.futures import ProcessPoolExecutor
 import cv2, numpy as np, albumentations as A
 R = cv2.BORDER_REFLECT_101
-policy = A.Compose([A.HorizontalFlip(p=.5), A.Rotate(17, border_mode=R, p=.6), A.Affine(translate_percent=(-.07, .07), border_mode=R, p=.5),
-    A.Affine(scale=(.82, 1.21), border_mode=R, p=.5), A.Perspective((.02, .08), border_mode=R, p=.4), A.Illumination(mode='linear', intensity_range=(.1, .2), p=.25),
-    A.RandomShadow(num_shadows_limit=(1, 1), shadow_dimension=4, p=.2), A.RandomBrightnessContrast(.3, (0, 0), p=.5), A.RandomBrightnessContrast((0, 0), .4, p=.4),
+policy = A.Compose([A.HorizontalFlip(p=.5), A.Rotate(17, border_mode=R, p=.6),
+                    A.Affine(translate_percent=(-.07, .07), border_mode=R, p=.5),
+    A.Affine(scale=(.82, 1.21), border_mode=R, p=.5), A.Perspective((.02, .08), border_mode=R, p=.4),
+                    A.Illumination(mode='linear', intensity_range=(.1, .2), p=.25),
+    A.RandomShadow(num_shadows_limit=(1, 1), shadow_dimension=4, p=.2), A.RandomBrightnessContrast(.3, (0, 0), p=.5),
+                    A.RandomBrightnessContrast((0, 0), .4, p=.4),
     A.HueSaturationValue(10, 60, 0, p=.3), A.MotionBlur((3, 7), p=.1), A.Defocus((1, 2), p=.1),
-    A.GaussNoise((.01, .04), p=.25), A.CoarseDropout((1, 2), (.1, .22), (.1, .22), p=.1), A.ImageCompression(quality_range=(48, 91), p=.25)])
+    A.GaussNoise((.01, .04), p=.25), A.CoarseDropout((1, 2), (.1, .22), (.1, .22), p=.1),
+                    A.ImageCompression(quality_range=(48, 91), p=.25)])
 out = Path(sys.argv[2])
 def work(task):
     path,n = task
@@ -158,7 +172,8 @@ from torchvision.transforms import v2, InterpolationMode
 torch.set_num_threads(1)
 B = InterpolationMode.BILINEAR
 def some(op, p): return v2.RandomApply([op], p)
-policy = v2.Compose([v2.RandomHorizontalFlip(.5), some(v2.RandomAffine(17, (.07, .07), (.82, 1.21), interpolation=B), .9), v2.RandomPerspective(.15, .4, B),
+policy = v2.Compose([v2.RandomHorizontalFlip(.5), some(v2.RandomAffine(17, (.07, .07), (.82, 1.21), interpolation=B),
+                                                       .9), v2.RandomPerspective(.15, .4, B),
     some(v2.ColorJitter(.35, .4, .35, .03), .6),
     some(v2.GaussianBlur(5, (.5, 2)), .2), v2.RandomErasing(.1, (.02, .05)), some(v2.JPEG((48, 91)), .25)])
 out = Path(sys.argv[2])
@@ -173,7 +188,8 @@ POLICY_TIMING = '''
 def cpu(): # seconds of the processor that the worker processes used
     import multiprocessing
     tick = os.sysconf('SC_CLK_TCK')
-    return sum(sum(map(int, Path(f'/proc/{p.pid}/stat').read_text().rpartition(')')[2].split()[11:13]))/tick for p in multiprocessing.active_children())
+    return sum(sum(map(int, Path(f'/proc/{p.pid}/stat').read_text().rpartition(')')[2].split()[11:13]))/tick
+               for p in multiprocessing.active_children())
 
 if __name__=='__main__':
     paths = [str(p) for p in sorted(Path(sys.argv[1]).rglob('*.jpg'))]
@@ -186,7 +202,8 @@ if __name__=='__main__':
 '''
 
 def policy(args):
-    "Photos a second of the whole medium policy, read, made and written as JPEG on 2 cores; and of our pipeline, which also checks and records each"
+    """Photos a second of the whole medium policy, read, made and written as JPEG on 2 cores; and of our pipeline, which
+    also checks and records each"""
     from amulet_hybrid.augment.folder import AugmentationPipeline, AugmentFolderConfig
     from amulet_hybrid.data.manifest import make_manifest
     found:dict[str,list] = {}
@@ -228,10 +245,14 @@ with np.load(sys.argv[1]) as sets:
         a,b = sets[name+'|a'],sets[name+'|b']
         s,t = (fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b))
         n = min(len(a), len(b))
-        kid = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=20, kid_subset_size=n//2, rng_seed=2020, verbose=False,
-                                     kid_kernel='poly', kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1)
-        out[name] = {'torch-fidelity FID': fid_statistics_to_metric(s, t, False)['frechet_inception_distance'], 'torch-fidelity KID': kid['kernel_inception_distance_mean'],
-                     'clean-fid FID': float(frechet_distance(s['mu'], s['sigma'], t['mu'], t['sigma'])), 'clean-fid KID': kernel_distance(a[:n], b[:n], 1, n)}
+        kid = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=20, kid_subset_size=n//2,
+                                     rng_seed=2020, verbose=False,
+                                     kid_kernel='poly', kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None,
+                                     kid_kernel_poly_coef0=1)
+        out[name] = {'torch-fidelity FID': fid_statistics_to_metric(s, t, False)['frechet_inception_distance'],
+                     'torch-fidelity KID': kid['kernel_inception_distance_mean'],
+                     'clean-fid FID': float(frechet_distance(s['mu'], s['sigma'], t['mu'], t['sigma'])),
+                     'clean-fid KID': kernel_distance(a[:n], b[:n], 1, n)}
 print(json.dumps(out))
 '''
 
@@ -239,13 +260,15 @@ def cnn_rows(args, name, blocks=('cnn:mobilenet_v2:side=224',)):
     "Features of a set's photos, and its manifest"
     from amulet_hybrid.augment.label_safety import with_digests
     from amulet_hybrid.data.manifest import make_manifest
-    from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+    from amulet_hybrid.features.config import FeatureConfig
+    from amulet_hybrid.features.extractor import HybridFeatureExtractor
     manifest,root = make_manifest(Path(args.data)/name)
     extractor = HybridFeatureExtractor(FeatureConfig(blocks=tuple(blocks), weights=args.weights), args.cache, 2)
     return np.hstack(list(extractor.extract_manifest(with_digests(manifest, root), root).values())),manifest
 
 def fidelity(args):
-    "FID and KID from the same arrays as torch-fidelity and clean-fid; real against real at n = 50; what FID of few photos is worth"
+    """FID and KID from the same arrays as torch-fidelity and clean-fid; real against real at n = 50; what FID of few
+    photos is worth"""
     from amulet_hybrid.augment.fidelity import compute_fid, compute_kid, fid_infinity, kid_test
     X,manifest = cnn_rows(args, 'coins')
     X = X.astype(np.float64)
@@ -284,27 +307,29 @@ def fidelity(args):
           f'at infinity {np.mean([f.value for f in few]):.2f} (0 is true), between 5c and 10c '
           f'{fid_infinity(X[y=="5c"], X[y=="10c"], axes=few[0].axes).value:.2f}')
 
-STUDIES = {'amulet6': {'augmentation_factor': 4., 'max_repeats': 3}, 'coins': {'pretend': ''},
-           'magtile': {'pretend': ''}}
+STUDIES = {'amulet6': {'augmentation_factor': 4., 'study_repeats': 3}, 'coins': {'leak_preset': ''},
+           'magtile': {'leak_preset': ''}}
 
 def study(args):
-    "Grouped folds with no balancing, class weights, balanced draws and each preset; what augmenting before splitting would have pretended"
+    """Grouped folds with no balancing, class weights, balanced draws and each preset; what augmenting before splitting
+    would report"""
     from amulet_hybrid.augment.ablation import StudyConfig, evaluate_augmentation
     from amulet_hybrid.data.manifest import make_manifest
-    from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+    from amulet_hybrid.features.config import FeatureConfig
+    from amulet_hybrid.features.extractor import HybridFeatureExtractor
     for name in args.sets.split(','):
         groups = Path(args.data)/f'{name}_groups.csv'
         manifest,root = make_manifest(Path(args.data)/name, groups if groups.is_file() else None)
         extractor = HybridFeatureExtractor(FeatureConfig(preset='fast', weights=args.weights), args.cache, 2)
         start = time.perf_counter()
-        found = evaluate_augmentation(manifest, root, extractor, StudyConfig(**STUDIES[name]))
+        found = evaluate_augmentation(manifest, root, extractor, StudyConfig(**STUDIES[name], seed=0))
         print(f'\n## {name}: {found.n} photos in {found.n_groups} groups, smallest class {found.smallest} '
               f'({time.perf_counter()-start:.0f} s)')
         print(f'{found.shown().to_string()}\n{found.per_class.T.to_string()}', flush=True)
         for note in found.notes: print(f'- {note}', flush=True)
-        lie = found.pretended
+        leak = found.leak
         table = found.table.assign(set=name, smallest=found.smallest, choice=found.choice,
-                                   pretended=lie.get('pretended', np.nan), honest=lie.get('honest', np.nan))
+                                   pretended=leak.get('leaky', np.nan), honest=leak.get('grouped', np.nan))
         table.round(4).to_csv(RESULTS/f'augmentation_study_{name}.csv')
 
 KILL = '''
@@ -313,7 +338,8 @@ from pathlib import Path
 from amulet_hybrid.augment.folder import AugmentationPipeline, AugmentFolderConfig
 from amulet_hybrid.data.manifest import make_manifest
 manifest,root = make_manifest(sys.argv[1])
-AugmentationPipeline(AugmentFolderConfig(preset='medium', augmentation_factor=4), jobs=2).run(manifest.assign(split='train'), root, sys.argv[2])
+AugmentationPipeline(AugmentFolderConfig(preset='medium', augmentation_factor=4),
+                     jobs=2).run(manifest.assign(split='train'), root, sys.argv[2])
 print(json.dumps({}))
 '''
 

@@ -1,10 +1,14 @@
-"""Calibration and prediction sets on real photo sets, nested: calibrators and thresholds learn from out-of-fold logits inside the outer training folds.
+"""Calibration and prediction sets on real photo sets, nested: calibrators and thresholds learn from out-of-fold logits
+inside the outer training folds.
 
     python benchmarks/calibration.py logits --data ../shared/data --weights ../shared/weights   # once; minutes a set
-    python benchmarks/calibration.py scalers                                                    # log loss, ECE, Brier; probmetrics beside it where it is installed
-    python benchmarks/calibration.py sets                                                       # coverage and size at 90 %; MAPIE beside it where it is installed
+    # log loss, ECE, Brier; probmetrics beside it where it is installed
+    python benchmarks/calibration.py scalers
+    # coverage and size at 90 %; MAPIE beside it where it is installed
+    python benchmarks/calibration.py sets
 
-`logits` trains a short list of candidates on two joins (--full: all of them, --quick: two models) and keeps what the others need under --cache.
+`logits` trains a short list of candidates on two joins (--full: all of them, --quick: two models) and keeps what the
+others need under --cache.
 The outer folds are those of accuracy.py.
 """
 import argparse
@@ -15,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from novelty import CHEAP, load, thin
+from novelty import CHEAP, load, nets, thin
 from scipy.special import softmax
 from scipy.stats import binom
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -29,14 +33,16 @@ from amulet_hybrid.learn.calibration import (
     evaluate_calibration,
     log_proba,
 )
+from amulet_hybrid.learn.config import CALIBRATIONS, TrainingConfig
 from amulet_hybrid.learn.conformal import METHODS, ConformalPredictor, evaluate_sets
-from amulet_hybrid.learn.trainer import CALIBRATIONS, HybridTrainer, TrainingConfig
+from amulet_hybrid.learn.trainer import HybridTrainer
 
 warnings.filterwarnings('ignore', message='The groups parameter')
 
 
 def save_logits(args):
-    "Logits of the vote before its calibration: out of fold for each outer training part, and for the outer test part, as npz"
+    """Logits of the vote before its calibration: out of fold for each outer training part, and for the outer test part,
+    as npz"""
     args.cache.mkdir(parents=True, exist_ok=True)
     for name in args.sets:
         blocks, labels, groups, encoders = load(args.data, name, CHEAP, args.weights, args.cache)
@@ -46,7 +52,7 @@ def save_logits(args):
             labels = labels[some]
             groups = groups[some]
         y = np.unique(labels, return_inverse=True)[1]
-        joins = [tuple(blocks), tuple(b for b in blocks if b.startswith('cnn'))]
+        joins = [tuple(blocks), tuple(nets(blocks))]
         few = TrainingConfig(models=('logistic_balanced', 'lda_balanced') if args.quick else ('logistic_balanced',
                 'svm', 'lda'), quick=args.quick, novelty=False)
         for seed in args.seeds:

@@ -1,10 +1,13 @@
-"""What a cascade saves and what it costs in accuracy, how fast one photo is, and what a bundle and a classifier withstand.
+"""What a cascade saves and what it costs in accuracy, how fast one photo is, and what a bundle and a classifier
+withstand.
 
     python benchmarks/classifier.py tiers --data ../shared/data --weights ../shared/weights
     python benchmarks/classifier.py checks            (--long: 60 threads for 2 minutes, 100,000 classifications)
 
-`tiers` trains on each set, holds whole sources out, and judges every tier, the cascade and chance deferral of equal cost on them. Costs are processor milliseconds of one
-thread, so that a busy machine does not show. `checks` measures latency, many threads, growth, 200 changed bundles and 2,000 hostile photos.
+`tiers` trains on each set, holds whole sources out, and judges every tier, the cascade and chance deferral of equal
+cost on them. Costs are processor milliseconds of one
+thread, so that a busy machine does not show. `checks` measures latency, many threads, growth, 200 changed bundles and
+2,000 hostile photos.
 Writes benchmarks/results/classifier_tiers.csv and classifier_checks.csv.
 """
 import argparse
@@ -29,11 +32,16 @@ from amulet_hybrid.core import BundleError, bytes_digest
 from amulet_hybrid.data.manifest import make_manifest
 from amulet_hybrid.data.samples import LOGOS, draw_logo
 from amulet_hybrid.data.split import holdout
-from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
-from amulet_hybrid.model.bundle import MANIFEST, HeldOut, _entry, _write_manifest, load_bundle, save_bundle
+from amulet_hybrid.features.config import FeatureConfig
+from amulet_hybrid.features.extractor import HybridFeatureExtractor
+from amulet_hybrid.learn.config import TrainingConfig
+from amulet_hybrid.learn.trainer import HybridTrainer
+from amulet_hybrid.model.bundle import HeldOut, load_bundle, save_bundle
+from amulet_hybrid.model.bundle_files import MANIFEST, file_entry, write_manifest
 from amulet_hybrid.model.cascade import fit_cascade, route_of
-from amulet_hybrid.model.classifier import HybridClassifier, resident_mb
+from amulet_hybrid.model.classifier import HybridClassifier
+from amulet_hybrid.model.prediction import Failure, Prediction
+from amulet_hybrid.model.usage import resident_mb
 
 MODELS = ('logistic_balanced', 'lda_balanced', 'logistic_smooth', 'svm')
 
@@ -58,32 +66,16 @@ def load(name: str, data: Path, work: Path):
     return manifest, root, groups.to_numpy(str)
 
 
-def block_costs(extractor, paths):
-    "Processor milliseconds of reading and of each block"
-    total: dict[str, float] = {}
-    for i, path in enumerate(paths):
-        if i == 2: total = {}
-        start = time.thread_time()
-        photo = extractor.read(path)
-        total['decode'] = total.get('decode', 0)+time.thread_time()-start
-        for name in extractor.extractors:
-            start = time.thread_time()
-            extractor.extract(photo, [name])
-            total[name] = total.get(name, 0)+time.thread_time()-start
-    return {k: 1000*v/max(1, len(paths)-2) for k, v in total.items()}
-
-
 def build(name: str, args, preset: str, out: Path):
     "Train, fit the cascade and save; what the held-out photos need to be judged"
     manifest, root, groups = load(name, args.data, args.work)
     test = np.asarray(holdout(manifest['label'], groups, args.test_size, args.seed)) == 'test'
     extractor = HybridFeatureExtractor(FeatureConfig(preset=preset, weights=str(args.weights)), args.cache)
     blocks = extractor.extract_manifest(manifest, root)
-    cost = block_costs(extractor, [root/p for p in manifest['path'].iloc[:8]])
     seen, held = {b: X[~test] for b, X in blocks.items()}, {b: X[test] for b, X in blocks.items()}
     config = TrainingConfig(models=MODELS, jobs=args.jobs, novelty=not args.no_novelty)
     trainer = HybridTrainer(config, checkpoint_dir=args.cache/'training').fit(seen, manifest['label'][~test],
-            groups[~test], extractor.encoders(), cost)
+            groups[~test], extractor.encoders(), extractor.block_info)
     cascade = fit_cascade(trainer, seen, groups[~test], extractor.extractors)
     paths = [root/p for p in manifest['path'][test]]
     save_bundle(out, trainer.model_, extractor, cascade=cascade, held_out=HeldOut(held, paths))
@@ -253,9 +245,9 @@ def tricks(source: Path, seed=0, count=200):
     arrays = [f for f in files if f.endswith('.npz')]
 
     def again(folder, **changes):
-        now = {**manifest, 'files': {p.name: _entry(p)
+        now = {**manifest, 'files': {p.name: file_entry(p)
                                      for p in sorted(folder.iterdir()) if p.is_file() and p.name in files}, **changes}
-        _write_manifest(folder, now)
+        write_manifest(folder, now)
 
     def flip(file, at):
         def change(folder):
@@ -292,7 +284,7 @@ def tricks(source: Path, seed=0, count=200):
 
     def listed(name):
         def change(folder):
-            _write_manifest(folder, {**manifest, 'files': {**manifest['files'], name: {'sha256': '0'*64, 'bytes': 1}}})
+            write_manifest(folder, {**manifest, 'files': {**manifest['files'], name: {'sha256': '0'*64, 'bytes': 1}}})
         return change
 
     objects = io.BytesIO()
@@ -337,7 +329,8 @@ def _bomb():
 
 
 def tampering(source: Path, count=200):
-    "Codes by which changed copies were refused; 'read' where one was not, 'raised ...' where it was for no stated reason"
+    """Codes by which changed copies were refused; 'read' where one was not, 'raised ...' where it was for no stated
+    reason"""
     found: list[tuple[str, str]] = []
     for name, change in tricks(source, count=count):
         copy = source.parent/'changed'
@@ -384,9 +377,9 @@ def hostile(classifier, count=2000):
         try: answer = classifier.classify_safe(photo)
         except BaseException as error: print('raised', type(error), error); continue  # noqa: BLE001
         longest = max(longest, time.perf_counter()-start)
-        json.dumps(answer)
-        structured += answer['success'] or set(answer['error']) == {'type', 'message', 'advice'}
-        refused += not answer['success']
+        json.dumps(answer.to_dict())
+        structured += isinstance(answer, Prediction) or (isinstance(answer, Failure) and bool(answer.error_code))
+        refused += not answer.success
     return {'photos': count, 'structured answers': structured, 'refused': refused, 'longest s': longest}
 
 

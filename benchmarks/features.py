@@ -1,9 +1,14 @@
-"""What the feature blocks are worth and what they cost, beside a straightforward script and beside the limit of the machine.
+"""What the feature blocks are worth and what they cost, beside a straightforward script and beside the limit of the
+machine.
 
-    python benchmarks/features.py blocks                              # dimension, milliseconds and accuracy of every block
-    python benchmarks/features.py rivals --rival-python VENV/python   # photos a second of the `balanced` preset, of features_rival.py, and of decoding and the net alone
-    python benchmarks/features.py large --photos 100000               # memory and throughput over many photos, and a run that is killed
-    python benchmarks/features.py gpu                                 # photos a second of each backbone, where there is CUDA
+    # dimension, milliseconds and accuracy of every block
+    python benchmarks/features.py blocks
+    # photos a second of the `balanced` preset, of features_rival.py, and of decoding and the net alone
+    python benchmarks/features.py rivals --rival-python VENV/python
+    # memory and throughput over many photos, and a run that is killed
+    python benchmarks/features.py large --photos 100000
+    # photos a second of each backbone, where there is CUDA
+    python benchmarks/features.py gpu
 
 Each writes its table to benchmarks/results/features_*.csv. What a feature cache gains is measured by features_cache.py.
 """
@@ -32,15 +37,18 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from amulet_hybrid.audit.inspector import DatasetInspector, InspectionConfig
+from amulet_hybrid.audit.inspection import InspectionConfig
+from amulet_hybrid.audit.inspector import DatasetInspector
 from amulet_hybrid.core import AmuletError, file_digest
 from amulet_hybrid.data.images import read_image, resize_image
 from amulet_hybrid.data.manifest import make_manifest
 from amulet_hybrid.data.split import folds
 from amulet_hybrid.evaluate.metrics import evaluate_predictions, paired_difference
-from amulet_hybrid.features import cnn, hybrid  # noqa: F401 (hybrid registers the blocks)
+from amulet_hybrid.features.cnn import CNNFeatures
+from amulet_hybrid.features.config import FeatureConfig
 from amulet_hybrid.features.contract import EXTRACTORS, Photo, join_blocks, make_extractor
-from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.features.extractor import HybridFeatureExtractor
+from amulet_hybrid.features.weights import BACKBONES, find_weights
 
 HERE = Path(__file__).parent
 NET = 'cnn:mobilenet_v2'
@@ -63,7 +71,8 @@ def show(title, table, output=None, digits=3):
 
 
 def load(data, name, limit=None):
-    "Usable photos with their groups: those that are given, or near duplicates where none are; at most `limit`, by whole groups"
+    """Usable photos with their groups: those that are given, or near duplicates where none are; at most `limit`, by
+    whole groups"""
     csv = data/f'{name}_groups.csv'
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
     table = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=not csv.exists())).inspect(manifest,
@@ -93,7 +102,8 @@ def encode(encoder, rows, train):
 
 
 def out_of_fold(joins, y, fold, encoders=None):
-    "Probabilities of each join (name -> {block: rows}) from 5 grouped folds; raw keypoint rows are encoded anew inside each"
+    """Probabilities of each join (name -> {block: rows}) from 5 grouped folds; raw keypoint rows are encoded anew
+    inside each"""
     encoders = encoders or {}
     parallel = joblib.Parallel(n_jobs=CORES)
     proba = {}
@@ -114,8 +124,10 @@ def interval(name, found): return {name: found.value, f'{name}_low': found.low, 
 
 
 def milliseconds(extractor, photos, encoder=None, warm=5, looks=3):
-    """Processor time of a photo, decoded, nothing shared with other blocks: median over photos, each the best of some looks; for keypoints with the encoding, once its
-    vocabulary is learned. On a machine of one's own this is what a clock on the wall says of one thread; elsewhere it leaves out the time that others had."""
+    """Processor time of a photo, decoded, nothing shared with other blocks: median over photos, each the best of
+    some looks; for keypoints with the encoding, once its
+    vocabulary is learned. On a machine of one's own this is what a clock on the wall says of one thread; elsewhere
+    it leaves out the time that others had."""
     def once(rgb):
         start = time.process_time()
         row = extractor.extract_features(Photo(rgb))
@@ -236,7 +248,7 @@ def child(*words, python=sys.executable):
 
 def preset_nets(extractors):
     "Those of a preset's blocks that are nets"
-    return {name: e for name,e in extractors.items() if isinstance(e, cnn.CNNFeatures)}
+    return {name: e for name,e in extractors.items() if isinstance(e, CNNFeatures)}
 
 
 def rival_spec(preset, weights, paths, workers):
@@ -255,7 +267,7 @@ def rival_spec(preset, weights, paths, workers):
     spec = {'photos': list(map(str, paths)), 'blocks': known, 'cores': CORES, 'workers': workers,
             'side': (next(iter(nets.values())).side or 320) if nets else 0,
             'backbone': net, 'pools': [pool or 'mean' for *_,pool in parts],
-            'weights': str(cnn.find_weights(net, weights)) if nets else ''}
+            'weights': str(find_weights(net, weights)) if nets else ''}
     return spec, list(extractors), sorted(set(by_hand)-set(known))
 
 
@@ -272,7 +284,8 @@ def run_ours(args):
 
 
 def run_limit(args):
-    "One process that decodes at reduced scale, resizes, and runs the very file of our net, two threads with a session each, and nothing else"
+    """One process that decodes at reduced scale, resizes, and runs the very file of our net, two threads with a session
+    each, and nothing else"""
     import onnxruntime as ort
     extractor = HybridFeatureExtractor(FeatureConfig(preset=args.preset, weights=args.weights), jobs=CORES)
     paths = pd.read_csv(args.manifest)['path'].tolist()
@@ -394,14 +407,16 @@ def in_kb(path, what):
 
 
 def run_large(args):
-    "One process that writes the features of a manifest to a folder, counts the photos it reads, and looks at its memory once a second"
+    """One process that writes the features of a manifest to a folder, counts the photos it reads, and looks at its
+    memory once a second"""
+    from amulet_hybrid.features import extractor as extraction
     from amulet_hybrid.features.folder import write_features
     manifest = pd.read_csv(args.manifest)
     read = []
     lock = threading.Lock()
     anonymous = []
     over = threading.Event()
-    original = hybrid.read_image
+    original = extraction.read_image
 
     def counted(*words, **more):
         with lock:
@@ -412,7 +427,7 @@ def run_large(args):
     def watch():
         while not over.wait(1): anonymous.append(in_kb('/proc/self/smaps_rollup', 'Anonymous:'))
 
-    hybrid.read_image = counted
+    extraction.read_image = counted
     extractor = HybridFeatureExtractor(FeatureConfig(preset=args.preset, weights=args.weights), jobs=CORES)
     extractor.extract(Photo(np.zeros((150,150,3), np.uint8)))
     before = in_kb('/proc/self/status', 'VmHWM:') # what `resource` says may be the parent's
@@ -495,7 +510,7 @@ def gpu(args):
               f'{", ".join(ort.get_available_providers())}): nothing was measured.')
         return
     photos, rows = np.random.default_rng(0).integers(0, 256, (args.photos or 512, SIDE, SIDE, 3), np.uint8), []
-    for net in cnn.BACKBONES:
+    for net in BACKBONES:
         for half in (False, True):
             extractor = make_extractor(f'cnn:{net}:engine=torch:half={str(half).lower()}', weights='random', side=SIDE)
             taken = []

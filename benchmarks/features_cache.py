@@ -104,7 +104,8 @@ CHILD = '''
 import sys, hashlib
 from pathlib import Path
 from amulet_hybrid.features.cache import FeatureCache
-peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) # Linux; what `resource` says may be the parent's
+# Linux; what `resource` says may be the parent's
+peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])
 before,cache = peak(),FeatureCache(sys.argv[1])
 for i in range(0, int(sys.argv[2]), 500):
     assert len(cache.load('many', [hashlib.sha256(str(j).encode()).hexdigest() for j in range(i, i+500)]))==500

@@ -1,10 +1,14 @@
-"""The straightforward script that `features.py rivals` is measured against: cv2 to read and resize, scikit-image to describe, torch eager for the net.
+"""The straightforward script that `features.py rivals` is measured against: cv2 to read and resize, scikit-image to
+describe, torch eager for the net.
 
     python benchmarks/features_rival.py spec.json features.npz
 
-Needs opencv, scikit-image, torch and torchvision, and nothing of this package. `spec.json` names the photos, the settings of the blocks (sides, cells, bins: the same as ours)
-and the weights. Whole photos are read, as `cv2.imread` does; a batch of 32 goes through the net at once, on all of torch's threads. Imports, the loading of the net and one
-batch to warm up are not counted. The last line it prints is JSON: photos, seconds, seconds of processor time, numbers a photo.
+Needs opencv, scikit-image, torch and torchvision, and nothing of this package. `spec.json` names the photos, the
+settings of the blocks (sides, cells, bins: the same as ours)
+and the weights. Whole photos are read, as `cv2.imread` does; a batch of 32 goes through the net at once, on all of
+torch's threads. Imports, the loading of the net and one
+batch to warm up are not counted. The last line it prints is JSON: photos, seconds, seconds of processor time, numbers a
+photo.
 """
 import json
 import sys

@@ -1,4 +1,5 @@
-"Everything that is claimed of the inspection, beside its rivals: speed, a second look, real sets, and the scripts inspection_*.py"
+"""Everything that is claimed of the inspection, beside its rivals: speed, a second look, real sets, and the scripts
+inspection_*.py"""
 import argparse
 import json
 import os
@@ -25,7 +26,8 @@ OURS = '''
 import json, sys, time
 from amulet_hybrid.audit.inspector import DatasetInspector, InspectionConfig
 start = time.perf_counter()
-found = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=len(sys.argv)>2, jobs=2)).inspect(sys.argv[1])
+found = DatasetInspector(InspectionConfig(quick_mode=True, check_duplicates=len(sys.argv)>2,
+                                          jobs=2)).inspect(sys.argv[1])
 found.manifest['phash'].duplicated().sum() # what cleanvision calls near duplicates
 print(json.dumps({'seconds': time.perf_counter()-start, 'files': len(found.manifest), 'failed': ''}))
 '''
@@ -41,7 +43,8 @@ def real_photos(data):
     return [p for name in ('coins', 'magtile', 'amulet6') for p in sorted((Path(data)/name).rglob('*.jpg'))]
 
 def mosaics(data, folder, count, across, side, seed=0):
-    "Photos that are all different: real ones side by side, `across` in a row; two rows of three for every four in a row"
+    """Photos that are all different: real ones side by side, `across` in a row; two rows of three for every four in a
+    row"""
     rng = np.random.default_rng(seed)
     sources = real_photos(data)
     rows = max(1, across*3//4)
@@ -54,7 +57,8 @@ def mosaics(data, folder, count, across, side, seed=0):
         cv2.imwrite(str(path), photo, [cv2.IMWRITE_JPEG_QUALITY, 92])
 
 def speed(data, rivals_python, repeats=2):
-    "Photos a second with two jobs, the best of some runs; CleanVision with its default checks, ours with the same and with verified near duplicates as well"
+    """Photos a second with two jobs, the best of some runs; CleanVision with its default checks, ours with the same and
+    with verified near duplicates as well"""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         mosaics(data, Path(folder), 200, 4, 512)

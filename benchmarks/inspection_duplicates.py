@@ -1,4 +1,5 @@
-"""Do we find the photos that show one picture, and only those? python benchmarks/inspection_duplicates.py [recall] [real] [photos] [search] [--rivals-python PATH]"""
+"""Do we find the photos that show one picture, and only those? python benchmarks/inspection_duplicates.py [recall]
+[real] [photos] [search] [--rivals-python PATH]"""
 import argparse
 import itertools
 import json
@@ -34,18 +35,22 @@ import numpy as np
 name = lambda p: Path(p).name
 found = {}
 from cleanvision import Imagelab
-for kind, size in [(k, s) for k in ('phash', 'dhash', 'ahash', 'whash') for s in (2, 3, 4, 5, 6, 8, 12, 16) if k!='whash' or s in (2, 4, 8, 16)]:
+for kind, size in [(k, s) for k in ('phash', 'dhash', 'ahash', 'whash')
+                   for s in (2, 3, 4, 5, 6, 8, 12, 16) if k!='whash' or s in (2, 4, 8, 16)]:
     lab = Imagelab(data_path=folder)
-    lab.find_issues({'exact_duplicates': {}, 'near_duplicates': {'hash_type': kind, 'hash_size': size}}, n_jobs=1, verbose=False)
+    lab.find_issues({'exact_duplicates': {}, 'near_duplicates': {'hash_type': kind, 'hash_size': size}}, n_jobs=1,
+                    verbose=False)
     sets = lab.info['near_duplicates']['sets'] + lab.info['exact_duplicates']['sets']
     if sum(len(s)**2 for s in sets) > 4_000_000: continue
-    found[f'cleanvision {kind} {size}'] = sorted({tuple(sorted((name(a), name(b)))) for s in sets for a, b in itertools.combinations(s, 2)})
+    found[f'cleanvision {kind} {size}'] = sorted({tuple(sorted((name(a), name(b)))) for s in sets
+                                                  for a, b in itertools.combinations(s, 2)})
 from imagededup.methods import AHash, DHash, PHash, WHash
 for method in (PHash, DHash, AHash, WHash):
     hasher = method(verbose=False)
     codes = hasher.encode_images(image_dir=folder, num_enc_workers=0)
     names = sorted(codes)
-    bits = np.array([np.unpackbits(np.frombuffer(bytes.fromhex(codes[n].zfill(16)), np.uint8)) for n in names]).astype(np.int16)
+    bits = np.array([np.unpackbits(np.frombuffer(bytes.fromhex(codes[n].zfill(16)), np.uint8))
+                     for n in names]).astype(np.int16)
     distance = bits@(1-bits).T
     distance = distance + distance.T
     default = hasher.find_duplicates(encoding_map=codes, max_distance_threshold=10, num_dist_workers=0)
@@ -54,7 +59,8 @@ for method in (PHash, DHash, AHash, WHash):
     assert pairs == {(names[a], names[b]) for a, b in zip(i, j)}, 'the matrix must say what find_duplicates says'
     for most in range(0, 21):
         i, j = np.nonzero(np.triu(distance <= most, 1))
-        if len(i) < 4_000_000: found[f'imagededup {method.__name__} {most}'] = [(names[a], names[b]) for a, b in zip(i, j)]
+        if len(i) < 4_000_000:
+            found[f'imagededup {method.__name__} {most}'] = [(names[a], names[b]) for a, b in zip(i, j)]
 json.dump(found, open(out, 'w'))
 """
 DEFAULTS = ['ours', 'cleanvision phash 8'] + [f'imagededup {m} 10' for m in ('PHash', 'DHash', 'AHash', 'WHash')]
@@ -105,7 +111,8 @@ def originals(data, rng):
 
 
 def judge(pairs, origin, table):
-    "Of pairs of positions: injected twins found; pairs that are surely wrong; pairs that nobody has judged (strangers of one class, which may be shots of one thing)"
+    """Of pairs of positions: injected twins found; pairs that are surely wrong; pairs that nobody has judged (strangers
+    of one class, which may be shots of one thing)"""
     a, b = origin[pairs[:, 0]], origin[pairs[:, 1]]
     twin = a==b
     label, place, group = (table[c].to_numpy() for c in ('label', 'set', 'group'))
@@ -244,7 +251,8 @@ def photos(data, count=10_000, seed=0):
 
 
 def like_real(data, count, rng):
-    "Hashes with the joint distribution of real ones: bits of a normal law fitted to the real bits, and 4,000 planted twins"
+    """Hashes with the joint distribution of real ones: bits of a normal law fitted to the real bits, and 4,000 planted
+    twins"""
     prints = np.concatenate([prints_of(sorted((data/n).rglob('*.jpg'))[::2]) for n in ('coins', 'magtile', 'amulet6')])
     bits = np.concatenate([np.unpackbits(_looks(prints, v)[0].astype('>u8').view(np.uint8).reshape(-1, 8), axis=1)
                            for v in duplicate_views()[:14]]).astype(np.float64)

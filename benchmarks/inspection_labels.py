@@ -1,8 +1,10 @@
-"""Wrong labels put into real sets, and how far up the list they are found: ours beside cleanlab on the very same probabilities.
+"""Wrong labels put into real sets, and how far up the list they are found: ours beside cleanlab on the very same
+probabilities.
 
     python benchmarks/inspection_labels.py --data ../shared/data --rivals-python RIVALS/bin/python
 
-Out-of-fold probabilities come from random folds, as the inspection asks for labels (`--grouped`: from folds that keep groups whole).
+Out-of-fold probabilities come from random folds, as the inspection asks for labels (`--grouped`: from folds that keep
+groups whole).
 Labels are flipped evenly to the other classes, or to the class that the probe confuses most with theirs.
 The figure is the average precision of the true flips in the order of suspicion.
 """
@@ -21,7 +23,8 @@ from amulet_hybrid.core import derive_seed, file_digest
 from amulet_hybrid.data.manifest import make_manifest
 from amulet_hybrid.data.split import folds
 from amulet_hybrid.evaluate.label_issues import find_label_issues, label_noise
-from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.features.config import FeatureConfig
+from amulet_hybrid.features.extractor import HybridFeatureExtractor
 
 OURS = 'amulet_hybrid'
 CHILD = '''
@@ -37,7 +40,8 @@ for i in range(int(data['cases'])):
         out[f'find_label_issues {method}|{i}'] = score
         for adjust in (False, True):
             if adjust and method == 'confidence_weighted_entropy': continue # refused by cleanlab
-            out[f'quality_scores {method}{" adjusted" if adjust else ""}|{i}'] = -get_label_quality_scores(y, p, method=method, adjust_pred_probs=adjust)
+            out[f'quality_scores {method}{" adjusted" if adjust else ""}|{i}'] = -get_label_quality_scores(y, p,
+                    method=method, adjust_pred_probs=adjust)
 np.savez(sys.argv[2], **out)
 '''
 

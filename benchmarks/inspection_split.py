@@ -1,6 +1,8 @@
-"""How near folds come to the wanted class shares, next to scikit-learn, and what a split that leaks looks like: python benchmarks/inspection_split.py
+"""How near folds come to the wanted class shares, next to scikit-learn, and what a split that leaks looks like: python
+benchmarks/inspection_split.py
 
-Off by: distance of a fold's share of a class (or of all photos) from 1/k. Floor: the worst that a single group forces on any splitter that keeps groups whole.
+Off by: distance of a fold's share of a class (or of all photos) from 1/k. Floor: the worst that a single group forces
+on any splitter that keeps groups whole.
 StratifiedKFold deals photos singly: it is what could be reached if groups did not matter, and it parts them.
 """
 import argparse

@@ -1,12 +1,17 @@
-"""How well strangers are told from known photos, on real photo sets; everything that learns or chooses does so without them
+"""How well strangers are told from known photos, on real photo sets; everything that learns or chooses does so without
+them
 
-    python benchmarks/novelty.py --data ../shared/data --weights ../shared/weights [--ood-python PYTHON] [--parts left-out sets pytorch-ood]
+    python benchmarks/novelty.py --data ../shared/data --weights ../shared/weights \\
+        [--ood-python PYTHON] [--parts left-out sets pytorch-ood]
 
-left-out     Each class of a set is left out in turn and is the stranger; known photos are held out by grouped folds. `select_detector` chooses anew for each
-             class and fold, by leaving out each of the REMAINING classes. AUROC with an interval from a bootstrap of groups (known and novel ones drawn anew).
+left-out     Each class of a set is left out in turn and is the stranger; known photos are held out by grouped folds.
+`select_detector` chooses anew for each
+             class and fold, by leaving out each of the REMAINING classes. AUROC with an interval from a
+             bootstrap of groups (known and novel ones drawn anew).
              The first fixed candidate of the table is the best with hindsight.
 sets         A detector of each set, asked to tell held-out photos of its own from photos of the other sets.
-pytorch-ood  Spearman correlation of scores with pytorch-ood's on the same rows, in a Python that has it and this package (--ood-python).
+pytorch-ood  Spearman correlation of scores with pytorch-ood's on the same rows, in a Python that has it and this
+package (--ood-python).
 Writes benchmarks/results/novelty_*.csv.
 """
 import argparse
@@ -27,14 +32,17 @@ from sklearn.base import clone  # noqa: E402
 
 from amulet_hybrid.data.manifest import make_manifest  # noqa: E402
 from amulet_hybrid.data.scan import scan_files  # noqa: E402
-from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor  # noqa: E402
+from amulet_hybrid.features.config import FeatureConfig  # noqa: E402
+from amulet_hybrid.features.extractor import HybridFeatureExtractor  # noqa: E402
+from amulet_hybrid.learn.joins import describe_blocks  # noqa: E402
 from amulet_hybrid.learn.ood_selection import (  # noqa: E402
     NoveltyCandidate,
-    _auroc,
-    _fold_of,
-    _held_out,
-    _spread,
+    NoveltyConfig,
+    held_out_scores,
+    known_folds,
     novelty_candidates,
+    pair_auroc,
+    score_units,
     select_detector,
 )
 
@@ -46,6 +54,11 @@ BASELINES = [NoveltyCandidate(f'frozen embedding: {d}', ((FROZEN, d),))
              for d in ('knn', 'mahalanobis', 'relative_mahalanobis')]
 
 
+def nets(blocks) -> list:
+    "Names of the blocks that a net makes"
+    return [b for b, info in describe_blocks(blocks).items() if info.neural]
+
+
 def load(data: Path, name: str, blocks, weights: str, cache: Path):
     "Blocks, labels, groups and unfitted encoders of one set"
     csv = data/f'{name}_groups.csv'
@@ -54,8 +67,8 @@ def load(data: Path, name: str, blocks, weights: str, cache: Path):
     manifest = manifest.join(scan_files(manifest['path'], root).table)
     manifest = manifest[manifest['reason'] == ''].reset_index(drop=True)
     extractor = HybridFeatureExtractor(FeatureConfig(blocks=tuple(blocks), weights=weights), cache)
-    return extractor.extract_manifest(manifest,
-                                      root), manifest['label'].to_numpy(str), manifest['group'].to_numpy(str), extractor.encoders()
+    found = extractor.extract_manifest(manifest, root)
+    return found, manifest['label'].to_numpy(str), manifest['group'].to_numpy(str), extractor.encoders()
 
 
 def thin(groups: np.ndarray, labels: np.ndarray, most: int) -> np.ndarray:
@@ -76,13 +89,13 @@ def one_fold(blocks, labels, groups, encoders, fold, f, c):
     if not len(known) or not len(novel): return None
     # A vocabulary knows no labels; it is learned once a fold, without the photos that are asked about
     coded = {b: clone(encoders[b]).fit(X[train]).transform(X) if b in encoders else X for b, X in blocks.items()}
-    detector = select_detector({b: X[train] for b, X in coded.items()}, labels[train], groups[train], choice_folds=2,
-                               choice_photos=500)
-    fixed = novelty_candidates(list(blocks))+BASELINES+[NoveltyCandidate('frozen embedding: max_softmax',
-            (('head', 'max_softmax'),))]
+    detector = select_detector({b: X[train] for b, X in coded.items()}, labels[train], groups[train],
+                               NoveltyConfig(choice_folds=2, choice_photos=500), neural=nets(blocks))
+    softmax = NoveltyCandidate('frozen embedding: max_softmax', (('head', 'max_softmax'),))
+    fixed = [*novelty_candidates(list(blocks), neural=nets(blocks)), *BASELINES, softmax]
     members = tuple(dict.fromkeys(m for x in fixed[:-1] for m in x.members))
-    scores = _held_out(coded, labels, groups, members, fold, f, c)
-    alone = _held_out({FROZEN: coded[FROZEN]}, labels, groups, fixed[-1].members, fold, f, c)
+    scores = held_out_scores(coded, labels, groups, members, fold, f, c, neural=nets(blocks))
+    alone = held_out_scores({FROZEN: coded[FROZEN]}, labels, groups, fixed[-1].members, fold, f, c)
     rows = np.r_[known, novel]
     pick = detector.score({b: X[rows] for b, X in coded.items()})
     return {'class': c, 'fold': f, 'known': known, 'novel': novel, 'chosen': detector.candidate.name, 'score': pick,
@@ -106,7 +119,7 @@ def interval(parts, groups, by, draws=300):
         got: dict[str, list] = {}
         for p in parts:
             k, n = (np.repeat(s, times[code[rows]]) for s, rows in zip(by(p), (p['known'], p['novel'])))
-            if len(k) and len(n): got.setdefault(p['class'], []).append((_auroc(k, n), len(k)*len(n)))
+            if len(k) and len(n): got.setdefault(p['class'], []).append((pair_auroc(k, n), len(k)*len(n)))
         if got: figures.append(np.mean([pooled(v) for v in got.values()]))
     return np.quantile(figures, [.025, .975])
 
@@ -114,17 +127,17 @@ def interval(parts, groups, by, draws=300):
 def left_out(name, blocks, labels, groups, encoders, folds, jobs):
     "Table of one set: a row a detector, AUROC by left-out class"
     start = time.time()
-    fold = _fold_of(labels, groups, folds, 0)
+    fold = known_folds(labels, groups, folds, 0)
     classes = np.unique(labels)
     tasks = [(f, c) for c in classes for f in range(fold.max()+1)]
     parts = [p for p in joblib.Parallel(jobs)(joblib.delayed(one_fold)(blocks, labels, groups, encoders, fold, f, c)
                                               for f, c in tasks) if p]
-    fixed = novelty_candidates(list(blocks))+BASELINES+[NoveltyCandidate('frozen embedding: max_softmax',
-            (('-', '-'),))]
+    softmax = NoveltyCandidate('frozen embedding: max_softmax', (('-', '-'),))
+    fixed = [*novelty_candidates(list(blocks), neural=nets(blocks)), *BASELINES, softmax]
     for c in classes: # units of each score: its spread on the held-out known photos of all folds
         mine = [p for p in parts if p['class'] == c]
         if not mine: continue
-        centre, scale = _spread(np.concatenate([p['raw'][0] for p in mine]))
+        centre, scale = score_units(np.concatenate([p['raw'][0] for p in mine]))
         for p in mine: p['z'] = [(s-centre)/scale for s in p['raw']]
     def scorer(candidate):
         def by(p):
@@ -135,7 +148,7 @@ def left_out(name, blocks, labels, groups, encoders, folds, jobs):
             for x in fixed}}
     rows = []
     for method, by in methods.items():
-        row = {c: pooled([(_auroc(*by(p)), len(p['known'])*len(p['novel'])) for p in parts if p['class'] == c])
+        row = {c: pooled([(pair_auroc(*by(p)), len(p['known'])*len(p['novel'])) for p in parts if p['class'] == c])
                for c in classes if any(p['class'] == c for p in parts)}
         rows.append({'set': name, 'method': method, 'mean': np.mean(list(row.values())), **row})
     table = pd.DataFrame(rows).sort_values('mean', ascending=False, ignore_index=True)
@@ -153,11 +166,11 @@ def against(found, jobs):
     "AUROC of own held-out photos against photos of the other sets"
     rows = []
     for name, (blocks, labels, groups, _) in found.items():
-        fold = _fold_of(labels, groups, 4, 0)
+        fold = known_folds(labels, groups, 4, 0)
         train, known = ~np.isin(groups, groups[fold == 0]), np.flatnonzero(fold == 0)
         detector = select_detector({b: X[train] for b, X in blocks.items()}, labels[train], groups[train],
-                                   choice_folds=2, choice_photos=500, jobs=jobs)
-        fixed = novelty_candidates(list(blocks))+BASELINES
+                                   NoveltyConfig(choice_folds=2, choice_photos=500, jobs=jobs), neural=nets(blocks))
+        fixed = novelty_candidates(list(blocks), neural=nets(blocks))+BASELINES
         scored = {}
         for other, (theirs, *_) in found.items():
             if other == name: continue
@@ -167,16 +180,17 @@ def against(found, jobs):
             members = tuple(dict.fromkeys(m for x in fixed for m in x.members))
             both_labels = np.r_[labels, np.full(stranger.sum(), ' stranger')]
             both_groups = np.r_[groups, [f' {i}' for i in range(stranger.sum())]]
-            k, n, _rows = _held_out(joint, both_labels, both_groups, members, np.r_[fold, np.full(stranger.sum(), -1)],
-                                    0, ' stranger')
+            both_folds = np.r_[fold, np.full(stranger.sum(), -1)]
+            k, n, _rows = held_out_scores(joint, both_labels, both_groups, members, both_folds, 0, ' stranger',
+                                          neural=nets(blocks))
             centre, scale = detector_units(blocks, labels, groups, members, fold)
             for x in fixed:
                 at = [members.index(m) for m in x.members]
                 rows.append({'trained on': name, 'strangers': other, 'method': x.name,
-                             'auroc': _auroc(*(((s-centre)/scale)[:, at].mean(1) for s in (k, n)))})
+                             'auroc': pair_auroc(*(((s-centre)/scale)[:, at].mean(1) for s in (k, n)))})
             s = scored['chosen']
             rows.append({'trained on': name, 'strangers': other, 'method': 'chosen', 'picked': detector.candidate.name,
-                         'auroc': _auroc(s[:len(known)], s[len(known):]),
+                         'auroc': pair_auroc(s[:len(known)], s[len(known):]),
                          'false_alarms': (s[:len(known)] > detector.threshold_).mean(),
                          'found': (s[len(known):] > detector.threshold_).mean()})
     return pd.DataFrame(rows)
@@ -188,15 +202,21 @@ def detector_units(blocks, labels, groups, members, fold):
     X = {b: v[train] for b, v in blocks.items()}
     y = labels[train]
     g = groups[train]
-    inner = _fold_of(y, g, 2, 0)
-    return _spread(np.concatenate([_held_out(X, y, g, members, inner, f)[0] for f in range(2)]))
+    inner = known_folds(y, g, 2, 0)
+    parts = [held_out_scores(X, y, g, members, inner, f, neural=nets(X)) for f in range(2)]
+    return score_units(np.concatenate([known for known, _, _ in parts]))
 
 
 OOD = r'''
 import sys, json, numpy as np, torch, pytorch_ood
 from pytorch_ood.detector import GEN, KNN, RMD, EnergyBased, Mahalanobis, MaxLogit, MaxSoftmax, ViM
 d = np.load(sys.argv[1]); t = lambda k: torch.tensor(d[k], dtype=torch.float64)
-X, y, Q, L, W, b = t('X'), torch.tensor(d['y']), t('Q'), t('L'), t('W'), t('b')
+X = t('X')
+y = torch.tensor(d['y'])
+Q = t('Q')
+L = t('L')
+W = t('W')
+b = t('b')
 out = {}
 for name, make in {'mahalanobis': Mahalanobis, 'relative_mahalanobis': RMD}.items():
     det = make(None)
@@ -205,14 +225,16 @@ for name, make in {'mahalanobis': Mahalanobis, 'relative_mahalanobis': RMD}.item
 for k in (1, 5): out[f'knn k={k}'] = KNN(None, k=k).fit_features(X, y).predict_features(Q)
 out['vim'] = ViM(None, d=int(d['axes']), w=W, b=b).fit_features(X.float(), y).predict_features(Q.float())
 out['energy'] = EnergyBased(None).predict_logits(L); out['gen'] = GEN(None).predict_logits(L)
-out['max_softmax'] = MaxSoftmax(None).predict_logits(L) if hasattr(MaxSoftmax, 'predict_logits') else MaxSoftmax.score(L)
+out['max_softmax'] = MaxSoftmax(None).predict_logits(L) if hasattr(MaxSoftmax,
+                                                                   'predict_logits') else MaxSoftmax.score(L)
 out['max_logit'] = MaxLogit(None).predict_logits(L) if hasattr(MaxLogit, 'predict_logits') else MaxLogit.score(L)
 print(json.dumps({'version': pytorch_ood.__version__, **{k: np.asarray(v, float).tolist() for k, v in out.items()}}))
 '''
 
 
 def agreement(python, found):
-    "Spearman with pytorch-ood, same rows and settings; what differs in the tenth digit only is a tie, as of probabilities that both clip"
+    """Spearman with pytorch-ood, same rows and settings; what differs in the tenth digit only is a tie, as of
+    probabilities that both clip"""
     from scipy.stats import spearmanr
 
     from amulet_hybrid.learn.ood_detectors import DETECTORS, LinearHead

@@ -3,18 +3,22 @@
     python benchmarks/serving.py throughput --data ../shared/data --weights ../shared/weights
     python benchmarks/serving.py overload | soak | kill | outage | replicas | hostile | all
 
-throughput  requests a second and latency at 1, 8, 32 and 60 clients, beside LitServe (one and two workers) and plain FastAPI handlers with the same
+throughput  requests a second and latency at 1, 8, 32 and 60 clients, beside LitServe (one and two workers) and plain
+FastAPI handlers with the same
             bundle, with and without the cache; 60 clients for two minutes
-overload    twice the capacity for a minute: what is answered, how fast the rest is turned away, memory, and how soon all is as before
+overload    twice the capacity for a minute: what is answered, how fast the rest is turned away, memory, and how soon
+all is as before
 soak        a mix of everything for 30 minutes: errors, memory
 kill        kill -9 ten times under load: every prediction that was answered is in the database once
 outage      PostgreSQL (its own) stopped for two minutes under load: the same, and what an answer takes meanwhile
 replicas    nginx before three: one killed, then a rolling reload of another bundle; no request fails
 hostile     2,000 uploads that mean harm: all refused, in bounded time and memory
 
-Photos are JPEGs of 0.7 megapixel, each request another one. The bundles (MobileNetV2, HOG, LBP and colour on `amulet6`, with a cascade) are trained once into --work.
+Photos are JPEGs of 0.7 megapixel, each request another one. The bundles (MobileNetV2, HOG, LBP and colour on `amulet6`,
+with a cascade) are trained once into --work.
 LitServe gets an environment of its own there.
-Client and service share the processors. `--smoke` makes everything short and writes nothing; otherwise rows go to benchmarks/results/serving.csv, where those of an earlier run
+Client and service share the processors. `--smoke` makes everything short and writes nothing; otherwise rows go to
+benchmarks/results/serving.csv, where those of an earlier run
 of the same check are replaced.
 """
 import argparse
@@ -199,7 +203,8 @@ def get(port, path):
 def amulet(bundle, folder, port=0, **settings):
     "The service; records go to SQLite beside its journal unless `database_url` says otherwise"
     port = port or free_port()
-    words = {'model_dir': bundle, 'port': port, 'cache': 'off', 'journal_dir': folder/'journal', 'log_level': 'warning',
+    words = {'model_dir': bundle, 'port': port, 'answer_cache': 'off', 'journal_dir': folder/'journal',
+             'log_level': 'warning',
              **settings}
     return Server([*AMULET, 'serve', *(f'--{k.replace("_", "-")}={v}' for k, v in words.items())], port,
                   folder/f'server{port}.log', '/health/ready')
@@ -258,7 +263,9 @@ BARE = '''
 import itertools, json, os, sys, time
 from pathlib import Path
 from amulet_hybrid.model.classifier import HybridClassifier
-classifier,jpegs,times,turn = HybridClassifier(sys.argv[1], enable_caching=False),[p.read_bytes() for p in sorted(Path(sys.argv[2]).glob('*.jpg'))],[],itertools.count()
+classifier = HybridClassifier(sys.argv[1], enable_caching=False)
+jpegs = [p.read_bytes() for p in sorted(Path(sys.argv[2]).glob('*.jpg'))]
+times,turn = [],itertools.count()
 until = time.perf_counter()+float(sys.argv[3])+1
 while (now := time.perf_counter()) < until:
     n = next(turn)
@@ -309,7 +316,7 @@ def throughput(args, table, folder):
         table.note(f'{clients} clients', 'requests a second, to threads', best['amulet']/best['threads'])
     over = statistics.median(r['p50'] for r in found['amulet', 1])-statistics.median(bare)
     table.note('amulet, 1 client', 'p50 ms above the bare classifier', over, 'at most 3', over <= 3)
-    with amulet(bundle, folder/'memory', cache='memory') as server:
+    with amulet(bundle, folder/'memory', answer_cache='memory') as server:
         load(port=server.port, photos=pictures, clients=2, seconds=1, kinds={'repeat': 1})
         for clients in numbers:
             told = load(port=server.port, photos=pictures, clients=clients, seconds=seconds, kinds={'repeat': 1})
@@ -366,7 +373,7 @@ MIX = {'file': 60, 'base64': 10, 'repeat': 15, 'batch': 4, 'broken': 4, 'feedbac
 def soak(args, table, folder):
     bundle, pictures = bundles(args)[0], photos(args)
     minutes = .3 if args.smoke else args.minutes
-    with amulet(bundle, folder, cache='memory') as server, Memory(server, every=minutes*60/400) as memory:
+    with amulet(bundle, folder, answer_cache='memory') as server, Memory(server, every=minutes*60/400) as memory:
         told = load(port=server.port, photos=pictures, clients=8, seconds=minutes*60, kinds=MIX,
                     labels=get(server.port, '/info')[1]['classes'])
         health = get(server.port, '/health')[1]
@@ -390,7 +397,7 @@ def compare(table, setting, url, ids, folder):
     import sqlalchemy as sa
 
     from amulet_hybrid.store.database import Database, metadata
-    from amulet_hybrid.store.records import PredictionLog
+    from amulet_hybrid.store.predictions import PredictionLog
     with PredictionLog(url, folder/'journal') as kept: kept.flush(120)
     told = ids.read_text().split()
     with Database(url, folder/'amulet.db').read() as db:
@@ -519,12 +526,14 @@ NGINX = '''
 daemon off; worker_processes 1; pid nginx.pid; error_log nginx.log;
 events { worker_connections 1024; }
 http {
-    access_log off; client_max_body_size 60m; client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    access_log off; client_max_body_size 60m; client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
     upstream amulet { least_conn; %(servers)s keepalive 32; }
     server {
         listen 127.0.0.1:%(port)d;
         location / {
-            proxy_pass http://amulet; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_connect_timeout 1s; proxy_read_timeout 60s;
+            proxy_pass http://amulet; proxy_http_version 1.1; proxy_set_header Connection "";
+            proxy_connect_timeout 1s; proxy_read_timeout 60s;
             proxy_next_upstream error timeout http_502 http_503 http_504 non_idempotent; proxy_next_upstream_tries 3;
         }
     }

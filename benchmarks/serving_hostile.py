@@ -1,4 +1,5 @@
-"""Uploads that mean harm, for benchmarks/serving.py: files that are no photos, requests that lie about themselves, slow senders; and honest photos in odd wrappings"""
+"""Uploads that mean harm, for benchmarks/serving.py: files that are no photos, requests that lie about themselves, slow
+senders; and honest photos in odd wrappings"""
 import asyncio
 import contextlib
 import io
@@ -52,8 +53,10 @@ def harmful(jpeg, rng):
             +b'END'.ljust(80)).ljust(2880)+rng.randbytes(2880),
         'tiff': lambda: b'II*\0\x08\0\0\0\xff\xff'+rng.randbytes(2000), 'ico': lambda: b'\0\0\1\0\xff\xff'
         +rng.randbytes(2000), 'pdf': lambda: b'%PDF-1.7\n'+jpeg[:5000],
-        'eps': lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nsystemdict /quit get exec\n', 'elf': lambda: b'\x7fELF'+rng.randbytes(4000),
-        'html that begins as gif': lambda: b'GIF89a/*<script>alert(1)</script>*/=1;', 'zip before a photo': lambda: b'PK\3\4'+rng.randbytes(300)+jpeg,
+        'eps': lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nsystemdict /quit get exec\n',
+        'elf': lambda: b'\x7fELF'+rng.randbytes(4000),
+        'html that begins as gif': lambda: b'GIF89a/*<script>alert(1)</script>*/=1;',
+        'zip before a photo': lambda: b'PK\3\4'+rng.randbytes(300)+jpeg,
         'heic': lambda: b'\0\0\0\x18ftypheic'+rng.randbytes(2000), 'avif': lambda: b'\0\0\0\x18ftypavif'
         +rng.randbytes(2000),
         'php in png': lambda: png(5, 5, b'<?php system($_GET[0]); ?>'), 'too small': lambda: png(3, 3,

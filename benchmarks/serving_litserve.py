@@ -1,4 +1,5 @@
-"""The same bundle behind LitServe, for benchmarks/serving.py: python benchmarks/serving_litserve.py WORKERS BUNDLE PORT. Its worker processes import this file again."""
+"""The same bundle behind LitServe, for benchmarks/serving.py: python benchmarks/serving_litserve.py WORKERS BUNDLE
+PORT. Its worker processes import this file again."""
 import sys
 
 import litserve as ls

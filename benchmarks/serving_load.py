@@ -1,9 +1,12 @@
-"""Load for benchmarks/serving.py, in a process of its own: it shares the processor with the service, so it does as little as it can.
+"""Load for benchmarks/serving.py, in a process of its own: it shares the processor with the service, so it does as
+little as it can.
 
     echo '{"port": 8000, "photos": "folder", "clients": 8, "seconds": 5}' | python benchmarks/serving_load.py
 
-Requests go over kept-alive connections, written as bytes. Photos are made distinct by a comment of sixteen bytes behind the start of the JPEG: other bytes, the same pixels.
-Either so many clients each ask again when they are answered (`clients`), or requests are sent at a rate whatever comes back (`rate`). SIGTERM ends it early.
+Requests go over kept-alive connections, written as bytes. Photos are made distinct by a comment of sixteen bytes behind
+the start of the JPEG: other bytes, the same pixels.
+Either so many clients each ask again when they are answered (`clients`), or requests are sent at a rate whatever comes
+back (`rate`). SIGTERM ends it early.
 The answer is one JSON object on standard output.
 """
 import asyncio
@@ -80,8 +83,8 @@ class Load:
     def distinct(self):
         "A photo that nobody has seen, in two parts"
         n = next(self.turn)
-        return b'\xff\xd8\xff\xfe\x00\x12'+self.unique+n.to_bytes(10,
-                                                                  'big'), memoryview(self.jpegs[n % len(self.jpegs)])[2:]
+        head = b'\xff\xd8\xff\xfe\x00\x12'+self.unique+n.to_bytes(10, 'big')
+        return head, memoryview(self.jpegs[n % len(self.jpegs)])[2:]
 
     def request(self, kind):
         "Bytes to send"

@@ -1,4 +1,5 @@
-"""The same bundle behind plain FastAPI, for benchmarks/serving.py: python benchmarks/serving_rivals.py naive|threads BUNDLE PORT
+"""The same bundle behind plain FastAPI, for benchmarks/serving.py: python benchmarks/serving_rivals.py naive|threads
+BUNDLE PORT
 
 naive:    a handler as it is often written: `async def`, and the model called in it
 threads:  the same as `def`, which FastAPI runs in a pool of forty threads

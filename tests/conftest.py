@@ -12,6 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = shutil.ignore_patterns('.*', '*.egg-info', '__pycache__', 'build', 'dist', '_proc', '_docs')
 
+def pytest_collection_modifyitems(items):
+    "The tests of a file share what they stand on, so one worker runs them; notebooks share nothing"
+    for item in items:
+        alone = item.path.name=='test_notebooks.py'
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
+
 @pytest.fixture(scope='session')
 def built(tmp_path_factory):
     "Folder with an sdist and the wheel that was built from it, of a clean copy"
@@ -31,9 +37,12 @@ def trained(tmp_path_factory):
 
     from amulet_hybrid.base.signing import make_keys
     from amulet_hybrid.data.samples import LOGOS, draw_logo
-    from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
-    from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
-    from amulet_hybrid.model.bundle import HeldOut, save_bundle, sign_bundle
+    from amulet_hybrid.features.config import FeatureConfig
+    from amulet_hybrid.features.extractor import HybridFeatureExtractor
+    from amulet_hybrid.learn.config import TrainingConfig
+    from amulet_hybrid.learn.trainer import HybridTrainer
+    from amulet_hybrid.model.bundle import HeldOut, save_bundle
+    from amulet_hybrid.model.bundle_files import sign_bundle
     from amulet_hybrid.model.cascade import fit_cascade
     folder = tmp_path_factory.mktemp('trained')
     photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10)
@@ -53,8 +62,10 @@ def trained(tmp_path_factory):
     return folder
 
 def free_ports(number):
-    "So many ports in a row that nobody has"
-    for first in range(20_000+os.getpid()%10_000, 60_000, number):
+    "So many ports in a row that nobody has; each worker looks in a range of its own, so that none is taken meanwhile"
+    worker = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw')) % 4
+    start = 20_000+3000*worker
+    for first in range(start+os.getpid()%2000, start+3000-number, number):
         try:
             socks = [socket.create_server(('127.0.0.1', first+i)) for i in range(number)]
             for sock in socks: sock.close()
@@ -67,7 +78,8 @@ def image(built, trained, tmp_path_factory):
     "The image of `amulet deploy`, with the signed bundle and the wheel"
     from dockerfile import Image
 
-    from amulet_hybrid.deploy.rendering import DeploySettings, deploy
+    from amulet_hybrid.deploy.rendering import deploy
+    from amulet_hybrid.deploy.settings import DeploySettings
     folder = tmp_path_factory.mktemp('deployment')
     settings = DeploySettings(service_port=free_ports(1))
     deploy(settings, folder, 'docker', trained/'bundle', next(built.glob('*.whl')), trained/'key.pem.pub')

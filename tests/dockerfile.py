@@ -1,4 +1,5 @@
-"A rendered Dockerfile carried out by hand, step by step, where there is no Docker engine: the same files, environment, user and health check"
+"""A rendered Dockerfile carried out by hand, step by step, where there is no Docker engine: the same files,
+environment, user and health check"""
 import json
 import os
 import re
@@ -21,7 +22,8 @@ def steps(text):
         if line.strip() and not line.startswith('#'): yield line.split(maxsplit=1)
 
 class Image:
-    "What `docker build` would make. /opt/amulet and /var/lib/amulet lie in a folder of their own; a later stage has the paths of the one before, as in an image"
+    """What `docker build` would make. /opt/amulet and /var/lib/amulet lie in a folder of their own; a later stage has
+    the paths of the one before, as in an image"""
     def __init__(self, context, install_dir, data_dir):
         self.context,self.places = Path(context),(install_dir, data_dir)
         self.home = Path(tempfile.mkdtemp(prefix='amulet-image-',
@@ -87,7 +89,8 @@ class Image:
     def python(self): return Path(self.at(f'{self.places[0]}/venv/bin/python'))
 
     def _inside(self, command):
-        "As root on Linux: a read-only file system with only the volume and /tmp to write to, no capability, the image's user"
+        """As root on Linux: a read-only file system with only the volume and /tmp to write to, no capability, the
+        image's user"""
         base = Path(sys._base_executable).resolve().parents[1]
         shut = next((p for p in reversed(base.parents) if not p.stat().st_mode & 1), None)
         lines = ['set -e', 'mount --make-rprivate /', *(f'mount --bind {p} {p}' for p in (self.root, *self.volumes)),

@@ -48,7 +48,7 @@ import random, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_cache import FeatureCache, check, key_of, rows_of
 chance,cache = random.Random(int(sys.argv[2])),FeatureCache(sys.argv[1], float(sys.argv[3]) if sys.argv[3] else None)
-cache.grain = 0 # every use is written, so that readers write as well
+cache.table.grain = 0 # every use is written, so that readers write as well
 print('ready', flush=True)
 while True:
     block = chance.choice(['hog', 'lbp'])
@@ -287,3 +287,63 @@ def test_disk_full(tmp_path, told):
     cache.file.close()
     cache.store('hog', rows_of(range(20, 400)))
     assert check(cache.load('hog'))==400
+
+@pytest.fixture
+def extractor(tmp_path):
+    "Two blocks, features kept"
+    from amulet_hybrid.features.config import FeatureConfig
+    from amulet_hybrid.features.extractor import HybridFeatureExtractor
+    return HybridFeatureExtractor(FeatureConfig(blocks=('hog', 'lbp')), tmp_path/'cache', jobs=2)
+
+def photo_of(seed, side=96): return np.random.default_rng(seed).integers(0, 255, (side,side,3), dtype=np.uint8)
+
+def test_arrays_are_known_by_their_pixels(extractor):
+    photos = [photo_of(i) for i in range(5)]
+    first = extractor.extract_batch(photos)
+    assert set(extractor.milliseconds)=={'decode', 'hog', 'lbp'}
+    again = extractor.extract_batch([p.copy() for p in photos[::-1]])
+    assert extractor.milliseconds=={} # nothing was read or measured
+    for name in first: np.testing.assert_array_equal(again[name], first[name][::-1])
+    changed = photos[0].copy()
+    changed[0,0,0] ^= 1
+    extractor.extract_batch([changed])
+    assert extractor.milliseconds
+    assert extractor.cache.cache_stats()['entries']==2*6
+
+def test_files_are_known_by_their_bytes(extractor, tmp_path):
+    from PIL import Image
+    paths = [tmp_path/f'{i}.png' for i in range(3)]
+    for i,path in enumerate(paths): Image.fromarray(photo_of(i)).save(path)
+    first = extractor.extract_batch(paths)
+    moved = paths[0].rename(tmp_path/'other name.png')
+    again = extractor.extract_batch([moved, str(paths[1]), paths[2].read_bytes()])
+    assert extractor.milliseconds=={}
+    for name in first: np.testing.assert_array_equal(again[name], first[name])
+    Image.fromarray(photo_of(9)).save(paths[1]) # another photo under the same name
+    assert (extractor.extract_batch([paths[1]])['hog'][0]!=first['hog'][1]).any()
+
+def test_a_photo_that_cannot_be_read_is_not_kept(extractor, tmp_path):
+    from amulet_hybrid.core import ImageError
+    for source in (b'no photo', tmp_path/'none.jpg'):
+        with pytest.raises(ImageError): extractor.extract_batch([source])
+    assert extractor.cache.cache_stats()['entries']==0
+
+def test_views_and_settings_of_a_photo_are_part_of_its_key(extractor):
+    from amulet_hybrid.features.contract import Photo
+    wide = np.concatenate([photo_of(0), photo_of(1)], axis=1)
+    whole,fitted = (extractor.extract_batch([Photo(wide, mode)])['hog'] for mode in ('stretch', 'fit'))
+    assert (whole!=fitted).any()
+    np.testing.assert_array_equal(extractor.extract_batch([Photo(wide, 'fit')])['hog'], fitted)
+
+def test_limit_of_the_extractor(tmp_path):
+    from amulet_hybrid.core import ConfigError
+    from amulet_hybrid.features.config import FeatureConfig
+    from amulet_hybrid.features.extractor import HybridFeatureExtractor
+    config = FeatureConfig(blocks=('hog',))
+    assert HybridFeatureExtractor(config, tmp_path).cache.limit==20*10**9
+    assert HybridFeatureExtractor(config, tmp_path, cache_bytes=None).cache.limit==np.inf
+    with pytest.raises(ConfigError, match='cache_bytes'): HybridFeatureExtractor(config, tmp_path, cache_bytes=1)
+    small = HybridFeatureExtractor(config.replace(blocks=('hog:sides=128,256,512',)), tmp_path/'small',
+                                   cache_bytes=10**7)
+    for i in range(0, 240, 60): small.extract_batch([photo_of(j, 16) for j in range(i, i+60)])
+    assert small.cache.cache_stats()['bytes_on_disk'] <= 10**7 and small.cache.cache_stats()['evictions'] > 0

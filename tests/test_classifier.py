@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from amulet_hybrid.data.samples import LOGOS, draw_logo
-from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
-from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.features.config import FeatureConfig
+from amulet_hybrid.features.extractor import HybridFeatureExtractor
+from amulet_hybrid.learn.config import TrainingConfig
+from amulet_hybrid.learn.trainer import HybridTrainer
 from amulet_hybrid.model.bundle import HeldOut, load_bundle, save_bundle
 from amulet_hybrid.model.cascade import fit_cascade
 from amulet_hybrid.model.classifier import HybridClassifier

@@ -1,4 +1,5 @@
-"Deployments: every rendered file is judged by the tool that will read it, the image is built by hand and run, nginx stands before three replicas of which one is killed"
+"""Deployments: every rendered file is judged by the tool that will read it, the image is built by hand and run, nginx
+stands before three replicas of which one is killed"""
 import http.client
 import json
 import os
@@ -21,7 +22,6 @@ from conftest import free_ports
 from amulet_hybrid.core import AmuletError
 from amulet_hybrid.deploy.rendering import (
     KINDS,
-    DeploySettings,
     Shipment,
     deploy,
     kinds_of,
@@ -29,6 +29,7 @@ from amulet_hybrid.deploy.rendering import (
     service_environment,
     write_deployment,
 )
+from amulet_hybrid.deploy.settings import DeploySettings
 
 SECRETS = {'AMULET_API_KEYS': f'test:{"0"*64}', 'POSTGRES_PASSWORD': 'a1', 'REDIS_PASSWORD': 'b2',
            'GRAFANA_PASSWORD': 'c3'}
@@ -64,7 +65,7 @@ def test_no_secret_no_latest_no_root(settings):
         assert ':latest' not in text and 'None' not in text, path
         for line in text.splitlines():
             name,sign,value = line.strip().removeprefix('- ').partition('=' if path.endswith('.env.example') else ':')
-            if sign and name in {*SECRETS, 'AMULET_ADMIN_KEY', 'AMULET_DATABASE_URL', 'AMULET_CACHE'}:
+            if sign and name in {*SECRETS, 'AMULET_ADMIN_KEY', 'AMULET_DATABASE_URL', 'AMULET_ANSWER_CACHE'}:
                 assert value.strip() in ('', '""') or '${' in value or value.strip().startswith('{'), (path, line)
     assert f'USER {settings.uid}:{settings.uid}' in files['docker/Dockerfile']
 
@@ -189,7 +190,7 @@ def test_queries_ask_for_what_the_service_tells():
     from amulet_hybrid.deploy.dashboards import ALERTS, BOARDS
     source = Path(monitoring.__file__).with_name('service.py').read_text()
     told = set(re.findall(r"\('(\w+)', '", source))|{'up'}
-    for line in monitoring.ServiceMetrics(['/predict'], ['busy']).page().decode().splitlines():
+    for line in monitoring.ServiceMetrics(['/predict'], ['busy']).render().decode().splitlines():
         if line.startswith('# TYPE'): told.add(line.split()[2]); told.add(f'{line.split()[2]}_bucket')
     asked = [q for panels in BOARDS.values() for p in panels for q in p.queries.values()]+[a.expr for a in ALERTS]
     bare = [re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]', '', re.sub(r'\b(by|on)\s*\([^)]*\)', '', q)) for q in asked]
@@ -261,7 +262,8 @@ def test_image_runs_as_nobody_who_can_write(image):
 def can(path):
     try: open(os.path.join(path, 'x'), 'w').close(); return True
     except OSError: return False
-print(os.getuid(), [p for p in sys.argv[1:] if can(p)], open('/proc/self/status').read().split('CapBnd:')[1].split()[0] if os.path.exists('/proc/self/status') else '')'''
+print(os.getuid(), [p for p in sys.argv[1:] if can(p)],
+      open('/proc/self/status').read().split('CapBnd:')[1].split()[0] if os.path.exists('/proc/self/status') else '')'''
     code_places = [image.python.parent, image.at('/opt/amulet/model'), '/etc', '/usr/local/bin']
     status,said = image.run(image.python, '-c', code, *code_places, image.at('/var/lib/amulet'), '/tmp')
     assert status==0, said
@@ -451,7 +453,7 @@ def replicas(trained, tmp_path):
     started = []
     def start(first, bundle=trained/'bundle'):
         env = os.environ|{'AMULET_DATABASE_URL': 'off', 'AMULET_JOURNAL_DIR': str(tmp_path/'journal'),
-                          'AMULET_WORKERS': '1', 'AMULET_CACHE': 'off'}
+                          'AMULET_WORKERS': '1', 'AMULET_ANSWER_CACHE': 'off'}
         for i in range(3):
             log = (tmp_path/f'replica{i}.log').open('w')
             started.append(subprocess.Popen([Path(sys.executable).parent/'amulet', 'serve', '--model-dir', bundle,
@@ -505,10 +507,10 @@ def test_reload_one_after_the_other_under_load(nginx, replicas, trained, tmp_pat
 
 def again(folder):
     "The same model under another digest"
-    import amulet_hybrid.model.bundle as bundle
+    import amulet_hybrid.model.bundle_files as bundle
     manifest = json.loads((folder/bundle.MANIFEST).read_text())
     card = (folder/'MODEL_CARD.md')
     card.write_text(card.read_text()+'\nThe second one.\n')
-    manifest['files']['MODEL_CARD.md'] = bundle._entry(card)
-    bundle._write_manifest(folder, manifest)
+    manifest['files']['MODEL_CARD.md'] = bundle.file_entry(card)
+    bundle.write_manifest(folder, manifest)
     (folder/bundle.SIGNATURE).unlink(missing_ok=True)

@@ -11,12 +11,13 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.utils.estimator_checks import check_estimator
 
 import amulet_hybrid
-from amulet_hybrid.features.tables import TableEncoder
-from amulet_hybrid.jobs.train import random_split_note
+from amulet_hybrid.features.table import TableEncoder
+from amulet_hybrid.jobs.sections import random_split_note
 from amulet_hybrid.learn.candidates import MODELS, BlockScaler
+from amulet_hybrid.learn.config import TrainingConfig
 from amulet_hybrid.learn.ood_detectors import KernelDetector, KNNDetector, LinearHead, MahalanobisDetector, ViMDetector
 from amulet_hybrid.learn.ood_selection import Axes
-from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
+from amulet_hybrid.learn.trainer import HybridTrainer
 
 NO_MATRIX = { # Estimators that take something else than any matrix of numbers, and what
     'Preprocessor': 'photos',
@@ -41,7 +42,7 @@ def estimators():
 def takes_matrix(cls): return not {c.__name__ for c in cls.__mro__} & set(NO_MATRIX)
 
 CHECKED = {name: cls for name,cls in sorted(estimators().items()) if takes_matrix(cls) and name not in BASES}
-OTHERWISE = [BlockScaler(power=.5, whiten=True), BlockScaler(dimensions=2), BlockScaler(variance=1.),
+OTHERWISE = [BlockScaler(power=.5), BlockScaler(dimensions=2), BlockScaler(variance=1.),
              TableEncoder(indicators=0., log=0.), TableEncoder(categories=(0,)),
              Axes(most=2), KNNDetector(k=5, unit=False), MahalanobisDetector(shrinkage=.1), KernelDetector(limit=20),
              ViMDetector(axes=1), LinearHead(C=1.)]

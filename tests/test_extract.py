@@ -11,7 +11,8 @@ import pytest
 
 from amulet_hybrid.data.manifest import make_manifest
 from amulet_hybrid.data.samples import make_samples
-from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.features.config import FeatureConfig
+from amulet_hybrid.features.extractor import HybridFeatureExtractor
 from amulet_hybrid.features.folder import FeatureFolder, write_features
 
 AMULET = Path(sys.executable).parent/'amulet'
@@ -64,7 +65,8 @@ def test_killed_half_way_it_goes_on_where_it_stopped(photos, straight, tmp_path)
     again = extract('--data-dir', photos, '--blocks', 'colour+hog', '--output-dir', out)
     assert again.returncode==0, again.stderr
     for name in straight.blocks:
-        assert ((out/kept.about['blocks'][name]['file']).read_bytes()==(straight.folder/kept.about['blocks'][name]['file']).read_bytes())
+        file = kept.about['blocks'][name]['file']
+        assert (out/file).read_bytes()==(straight.folder/file).read_bytes()
     assert kept.errors()==straight.errors() and kept.complete
     assert list(kept.photos['path'])==list(straight.photos['path'])
 

@@ -74,12 +74,11 @@ def test_interrupted_look_goes_on(tmp_path):
                                 '--quick-mode'], stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     store = tmp_path/'out'/'cache'/'inspection.sqlite-wal'
-    for _ in range(600):
-        if store.exists() and store.stat().st_size > 500_000: break
+    while not store.exists() or store.stat().st_size < 500_000: # however long the machine takes
         assert process.poll() is None
         time.sleep(.02)
     process.send_signal(signal.SIGINT)
-    _,told = process.communicate(timeout=60)
+    _,told = process.communicate(timeout=600)
     assert process.returncode==130 and 'interrupted' in told and 'Traceback' not in told
     assert not (tmp_path/'out'/'inspection.json').exists()
     import sqlite3

@@ -1,4 +1,5 @@
-"The page in a real browser, before a real service: photos dropped, pasted and taken, what is shown, and what happens when nothing goes right"
+"""The page in a real browser, before a real service: photos dropped, pasted and taken, what is shown, and what happens
+when nothing goes right"""
 import base64
 import hashlib
 import io
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,18 @@ from conftest import free_ports
 from PIL import Image
 from test_real import place
 
-ANSWERED = ('''document.querySelector('#answer .verdict') && !document.querySelector('#main').classList.contains('busy')''')
+ANSWERED = '''document.querySelector('#answer .verdict')
+    && !document.querySelector('#main').classList.contains('busy')'''
 SHOTS = Path(tempfile.gettempdir()) # page_*.png, to be looked at
 
 @pytest.fixture(scope='module')
 def amulets(tmp_path_factory):
     "A bundle of real amulets, and one photo of each class that it has not seen"
-    from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
-    from amulet_hybrid.learn.trainer import HybridTrainer, TrainingConfig
-    from amulet_hybrid.model.bundle import HeldOut, save_bundle
+    from amulet_hybrid.features.config import FeatureConfig
+    from amulet_hybrid.features.extractor import HybridFeatureExtractor
+    from amulet_hybrid.learn.config import TrainingConfig
+    from amulet_hybrid.learn.trainer import HybridTrainer
+    from amulet_hybrid.model.bundle import BundleInfo, HeldOut, save_bundle
     root = place('AMULET_DATA', 'data', 'amulet6')
     photos = {d.name: sorted(d.iterdir()) for d in sorted(root.iterdir()) if d.is_dir()}
     paths,labels = zip(*[(p, c) for c,those in photos.items() for p in those[1:16]])
@@ -39,7 +43,7 @@ def amulets(tmp_path_factory):
     config = TrainingConfig(cv_folds=3, models=('logistic_balanced',), jobs=1)
     trainer = HybridTrainer(config).fit(features, np.array(labels), np.arange(len(labels)), extractor.encoders())
     save_bundle(folder/'bundle', trainer.model_, extractor, held_out=HeldOut(features, paths, 2),
-                card={'title': 'Thai amulets'})
+                info=BundleInfo(title='Thai amulets'))
     return folder/'bundle',{c: those[0] for c,those in photos.items()}
 
 @pytest.fixture(scope='module')
@@ -53,10 +57,11 @@ def serve(amulets, tmp_path_factory):
         command = [Path(sys.executable).parent/'amulet', 'serve', '--model-dir', amulets[0], '--port', str(port)]
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started.append(process)
-        for _ in range(600):
-            try: httpx.get(f'http://127.0.0.1:{port}/health/ready'); break
+        end = time.monotonic()+120
+        while True:
+            try: httpx.get(f'http://127.0.0.1:{port}/health/ready', timeout=60); break
             except httpx.TransportError:
-                assert process.poll() is None
+                assert process.poll() is None and time.monotonic() < end, 'the service did not start'
                 time.sleep(.1)
         return f'http://127.0.0.1:{port}/',process,home
     yield start
@@ -85,7 +90,8 @@ def ask(page, *photos):
     page.wait(ANSWERED)
 
 def test_a_photo_is_dropped(page, amulets, service):
-    "The answer is that of the service, in words and bars; nothing is asked of anybody else, and the policy has no complaint"
+    """The answer is that of the service, in words and bars; nothing is asked of anybody else, and the policy has no
+    complaint"""
     from amulet_hybrid.model.classifier import HybridClassifier
     want = HybridClassifier(amulets[0])
     for photo in list(amulets[1].values())[:3]:
@@ -134,7 +140,7 @@ def test_never_seen_and_not_sure(page, amulets, tmp_path):
     ask(page, list(amulets[1].values())[3])
     assert all(words in page.text('.verdict') for words in ('Not sure', 'Perhaps', 'below the threshold',
                                                             'Another photo'))
-    page.wait("/Not sure/.test(document.querySelector('#told').textContent)") # and read out
+    page.wait("/Not sure/.test(document.querySelector('#announcement').textContent)") # and read out
     page.screenshot(SHOTS/'page_unsure.png')
 
 def test_several_views_paste_camera_and_back(page, amulets):
@@ -144,7 +150,8 @@ def test_several_views_paste_camera_and_back(page, amulets):
             and '2 photos of one thing' in page.text('#name'))
     data = base64.b64encode(photos[2].read_bytes()).decode()
     page.run(f'''document.querySelector('#answer .verdict').remove(); (() => {{ const d = new DataTransfer();
-        d.items.add(new File([Uint8Array.from(atob('{data}'), c => c.charCodeAt(0))], 'pasted.jpg', {{type: 'image/jpeg'}}));
+        const bytes = Uint8Array.from(atob('{data}'), c => c.charCodeAt(0));
+        d.items.add(new File([bytes], 'pasted.jpg', {{type: 'image/jpeg'}}));
         document.dispatchEvent(new ClipboardEvent('paste', {{clipboardData: d, bubbles: true}})) }})()''')
     page.wait(ANSWERED)
     assert 'pasted.jpg' in page.text('#name') and page.run("document.querySelector('#strip').hidden")
@@ -162,12 +169,12 @@ def test_feedback_is_recorded(page, service, amulets):
     page.run("(s => { s.value = 'waek_man'; s.dispatchEvent(new Event('change')) })(document.querySelector('#answer "
              "select'))")
     page.wait("/noted: waek man/.test(document.querySelector('#answer').innerText)")
-    end = time.monotonic()+20
-    while time.monotonic() < end:
-        with closing(sqlite3.connect(f'file:{service[2]}/amulet.db?mode=ro', uri=True)) as db:
-            rows = db.execute('select true_label from feedback').fetchall()
-        if rows: break
+    rows,end = [],time.monotonic()+60
+    while not rows and time.monotonic() < end:
         time.sleep(.1)
+        with (suppress(sqlite3.OperationalError), # it may not be there yet
+              closing(sqlite3.connect(f'file:{service[2]}/amulet.db?mode=ro', uri=True)) as db):
+            rows = db.execute('select true_label from feedback').fetchall()
     assert rows==[('waek_man',)]
 
 def test_the_command_does_the_same(page, tmp_path):

@@ -1,4 +1,5 @@
-"A bundle served where there is neither torch nor scikit-learn: the wheel without its dependencies, and the few packages that the bundle names"
+"""A bundle served where there is neither torch nor scikit-learn: the wheel without its dependencies, and the few
+packages that the bundle names"""
 import base64
 import json
 import os
@@ -35,7 +36,8 @@ def test_answers_are_those_of_training(bundle, python):
 assert not [m for m in {HEAVY!r} if importlib.util.find_spec(m)]
 from amulet_hybrid.model.classifier import HybridClassifier
 c = HybridClassifier(sys.argv[1])
-print(json.dumps({{r: c.classify(sys.argv[2], route=r).probabilities for r in ('cascade', *(t.name for t in c.bundle.tiers))}}))'''
+routes = ('cascade', *(t.name for t in c.bundle.tiers))
+print(json.dumps({{r: c.classify(sys.argv[2], route=r).probabilities for r in routes}}))'''
     found,here = run(python, code, bundle/'bundle', bundle/'photo.png'),HybridClassifier(bundle/'bundle')
     assert list(found)[0]=='cascade' and 'rules' in found
     for route,proba in found.items():
@@ -44,7 +46,8 @@ print(json.dumps({{r: c.classify(sys.argv[2], route=r).probabilities for r in ('
         np.testing.assert_allclose(list(proba.values()), list(want.values()), atol=1e-4)
 
 def test_nothing_is_reported_to_anybody(bundle, python, tmp_path):
-    "onnxruntime keeps an identifier and a file of events in the user's cache, and sends them off, unless it is told not to"
+    """onnxruntime keeps an identifier and a file of events in the user's cache, and sends them off, unless it is told
+    not to"""
     code = f'''import json, os, sys
 os.environ['HOME'] = {str(tmp_path)!r}
 from amulet_hybrid.model.classifier import HybridClassifier
@@ -55,8 +58,10 @@ print(json.dumps([os.path.join(place, f) for place,_,files in os.walk({str(tmp_p
 def test_it_is_small(bundle, python):
     "Memory, and processor time from the folder to a classifier that is ready"
     code = '''import json, sys, time
-from amulet_hybrid.model.classifier import HybridClassifier, resident_mb
-start = time.process_time(); HybridClassifier(sys.argv[1]); print(json.dumps([time.process_time()-start, resident_mb()]))'''
+from amulet_hybrid.model.classifier import HybridClassifier
+from amulet_hybrid.model.usage import resident_mb
+start = time.process_time()
+HybridClassifier(sys.argv[1]); print(json.dumps([time.process_time()-start, resident_mb()]))'''
     seconds,mb = run(python, code, bundle/'bundle')
     assert mb < 150 and seconds < .6 # the machine may be busy; benchmarks/classifier.py tells the true figure
 

@@ -1,4 +1,5 @@
-"""Extraction on a Ray cluster: the same rows as on this machine, also when a node dies half way (needs: pip install 'amulet_hybrid[ray]')"""
+"""Extraction on a Ray cluster: the same rows as on this machine, also when a node dies half way (needs: pip install
+'amulet_hybrid[ray]')"""
 import subprocess
 import sys
 
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 
 from amulet_hybrid.data.samples import NO_FAULTS, make_samples
-from amulet_hybrid.features.extractor import FeatureConfig, HybridFeatureExtractor
+from amulet_hybrid.features.config import FeatureConfig
+from amulet_hybrid.features.extractor import HybridFeatureExtractor
 
 pytest.importorskip('ray.data', reason="Ray is not installed; pip install 'amulet_hybrid[ray]'")
 
@@ -32,7 +34,8 @@ doomed = cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False, logging_level='error')
 extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'hog')), engine='ray')
 extractor.extractors['where'] = Where()
-extractor.widths = lambda: {**{k: len(v) for k,v in extractor.extract(extractor.read(photos[0]), ['colour', 'hog']).items()}, 'where': 1}
+extractor.widths = lambda: {**{k: len(v) for k,v in extractor.extract(extractor.read(photos[0]),
+                                                                      ['colour', 'hog']).items()}, 'where': 1}
 rows,errors = [],{}
 for batch in extractor.extract_stream(photos, batch_size=16):
     rows.append(batch.blocks)
@@ -40,7 +43,8 @@ for batch in extractor.extract_stream(photos, batch_size=16):
     if len(rows)==2 and doomed is not None:
         cluster.remove_node(doomed, allow_graceful=False)
         doomed = None
-np.savez(out, errors=np.array([f'{i} {e.code}' for i,e in errors.items()]), **{name: np.concatenate([r[name] for r in rows]) for name in rows[0]})
+np.savez(out, errors=np.array([f'{i} {e.code}' for i,e in errors.items()]),
+         **{name: np.concatenate([r[name] for r in rows]) for name in rows[0]})
 ray.shutdown()
 cluster.shutdown()
 '''

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from amulet_hybrid.audit.inspector import DatasetInspector, InspectionConfig
+from amulet_hybrid.audit.inspection import InspectionConfig
+from amulet_hybrid.audit.inspector import DatasetInspector
 from amulet_hybrid.data.split import leakage
 from amulet_hybrid.jobs.train import TrainingRun
 
@@ -35,7 +36,7 @@ def test_a_split_that_leaks_is_not_used(tmp_path):
     given = leakage(run.manifest)
     run.split()
     assert len(given) > 60 and leakage(run.manifest).empty
-    level,text = run.notes[0]
+    level,text = run.data.notes[0]
     assert level=='warning' and 'on both sides' in text and 'Its split was not used' in text
 
 def test_random_split_is_unmasked(tmp_path):
@@ -59,8 +60,8 @@ def test_one_in_a_hundred_is_broken(tmp_path):
     cut = [p.relative_to(photos).as_posix() for p in paths[50:200:100]]
     result = TrainingRun(photos, groups=str(data('coins_groups.csv')), output_dir=str(tmp_path/'out'),
                          blocks=('colour', 'lbp'), weights='none', quick=True).run()
-    assert ([row['path']
-                       for row in json.loads((tmp_path/'out'/'inspection.json').read_text(encoding='utf-8'))['tables']['unreadable']]==cut)
+    found = json.loads((tmp_path/'out'/'inspection.json').read_text(encoding='utf-8'))
+    assert [row['path'] for row in found['tables']['unreadable']]==cut
     assert result['left_out']==2 and result['test_photos'] > 20
     report = (tmp_path/'out'/'report.html').read_text(encoding='utf-8').replace('<wbr>', '') # long names may break
     assert all(path in report for path in cut)
@@ -104,7 +105,8 @@ def test_leaks_found():
     found,codes = inspect('amulet6_leaky', quick_mode=True)
     assert '69 of 71 groups of the test part are also in train' in codes['split_leaks'].text
     blind,_ = inspect('amulet6_leaky', groups=False, quick_mode=True)
-    source = pd.read_csv(data('amulet6_leaky_groups.csv')).set_index('path')['group'].reindex(blind.manifest['path']).to_numpy()
+    known = pd.read_csv(data('amulet6_leaky_groups.csv')).set_index('path')['group']
+    source = known.reindex(blind.manifest['path']).to_numpy()
     m = blind.manifest.assign(source=source)
     both = m.groupby('group')['split'].transform(lambda s: 'train' in set(s))
     assert m[(m['split']=='test') & both]['source'].nunique() >= 60

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -26,16 +25,9 @@ import sqlalchemy as sa  # noqa: E402
 
 from amulet_hybrid.core import StoreError  # noqa: E402
 from amulet_hybrid.store.database import HEAD, Database, metadata, migrate, open_database, revision, shape_row  # noqa: E402
+from amulet_hybrid.store.datasets import export_table, get_training_data, load_csv_to_db  # noqa: E402
 from amulet_hybrid.store.journal import Journal, journal_status, pack_line, read_segment  # noqa: E402
-from amulet_hybrid.store.records import (  # noqa: E402
-    PredictionLog,
-    export_table,
-    get_training_data,
-    load_csv_to_db,
-    prune,
-    save_prediction,
-    store_status,
-)
+from amulet_hybrid.store.predictions import PredictionLog, prune, save_prediction, store_status  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 POSTGRES = os.environ.get('AMULET_TEST_POSTGRES', 'postgresql://postgres@127.0.0.1:5432/test')
@@ -98,7 +90,10 @@ class Door:
             with suppress(OSError): end.shutdown(socket.SHUT_RDWR)
 
     def shut(self):
-        if self.server: self.server.close()
+        if self.server:
+            # a thread that waits in `accept` would take one more
+            with suppress(OSError): self.server.shutdown(socket.SHUT_RDWR)
+            self.server.close()
         for end in self.ends:
             with suppress(OSError): end.shutdown(socket.SHUT_RDWR)
         for end in self.ends: end.close()
@@ -117,11 +112,9 @@ def ids_in(url, table='predictions', key='prediction_id'):
     with closing(Database(url)) as database, database.read() as db:
         return [r[0] for r in db.execute(sa.select(metadata().tables[table].c[key]))]
 
-def wait(condition, seconds=15):
-    until = time.monotonic()+seconds
-    while not condition():
-        assert time.monotonic() < until, 'waited too long'
-        time.sleep(.02)
+def failed(kept, times=1):
+    "Wait until the database was asked in vain"
+    assert kept.upload.wait_for(lambda: kept.upload.backoff.failures >= times, 30)
 
 def child(program, *words, **more):
     return subprocess.Popen([sys.executable, '-c', program, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE,
@@ -163,7 +156,7 @@ def test_tables_of_a_newer_version(url, tmp_path, caplog):
     with PredictionLog(url, tmp_path/'journal') as kept: kept.record('prediction', ANSWER); assert kept.flush()
     assert len(ids_in(url))==1 and '9999' in caplog.text
 
-PROGRAM = ('import sys\nfrom amulet_hybrid.store.records import save_prediction\nprint(save_prediction({"label": '
+PROGRAM = ('import sys\nfrom amulet_hybrid.store.predictions import save_prediction\nprint(save_prediction({"label": '
            'sys.argv[2]}, sys.argv[1]))')
 
 def test_all_who_start_together_find_the_tables(url):
@@ -281,20 +274,21 @@ def test_rows_of_both_kinds(url, tmp_path):
     assert ids_in(url)==['p1'] and ids_in(url, 'feedback', 'feedback_id')==['f1']
     assert list((tmp_path/'journal').iterdir())==[]
 
-def test_recording_costs_less_than_a_millisecond(url, tmp_path):
-    with PredictionLog(url, tmp_path/'journal') as kept:
-        times = []
-        for _ in range(3000):
-            start = time.perf_counter()
-            kept.record('prediction', ANSWER)
-            times.append(time.perf_counter()-start)
-        assert sorted(times)[1500] < .001 and sorted(times)[2970] < .01
-        assert kept.flush(30)
-    assert len(ids_in(url))==3000
+def test_recording_waits_for_nobody(schema, door, tmp_path):
+    "A database that takes connections and never answers: rows are kept meanwhile, one `write` each"
+    with socket.create_server(('127.0.0.1', door.port)) as silent:
+        silent.listen(5)
+        kept = PredictionLog(door.url(schema), tmp_path/'journal', patience=.1)
+        for _ in range(3000): kept.record('prediction', ANSWER)
+        assert kept.stats()['journaled']==3000 and kept.stats()['written']==0
+        kept.close(.1)
+    door.open()
+    with PredictionLog(door.url(schema), tmp_path/'journal') as kept: assert kept.flush(30)
+    assert len(ids_in(schema))==3000
 
 RECORDER = '''
 import sys
-from amulet_hybrid.store.records import PredictionLog
+from amulet_hybrid.store.predictions import PredictionLog
 kept,i = PredictionLog(sys.argv[1], sys.argv[2], interval=.02),0
 while len(sys.argv) < 5 or i < int(sys.argv[4]):
     key = f'{sys.argv[3]}-{i:06d}'
@@ -309,8 +303,8 @@ def test_kill_9_loses_nothing(url, tmp_path):
     told,rng = [],random.Random(0)
     for turn in range(3):
         process = child(RECORDER, url, tmp_path/'journal', turn)
-        told.append(process.stdout.readline().strip())
-        threading.Timer(rng.uniform(.05, .5), process.kill).start()
+        told += [process.stdout.readline().strip() for _ in range(rng.randrange(50, 2000))]
+        process.kill()
         told += process.stdout.read().split()
         assert process.wait()==-signal.SIGKILL
     assert journal_status(tmp_path/'journal')['rows'] > 0
@@ -330,7 +324,7 @@ def test_database_that_comes_later(schema, door, tmp_path, caplog):
     url = door.url(schema)
     with PredictionLog(url, tmp_path/'journal', patience=.3) as kept:
         for i in range(700): kept.record('prediction', {**ANSWER, 'prediction_id': f'{i:04d}'})
-        wait(lambda: 'does not answer' in caplog.text)
+        failed(kept)
         assert kept.stats()['database']=='down' and kept.stats()['journaled']==700 and kept.stats()['lag_seconds'] > 0
         assert kept.find('0003')['label']=='gold'
         with pytest.raises(StoreError) as caught: kept.find('nobody')
@@ -346,15 +340,20 @@ def test_connections_cut_while_writing(schema, door, tmp_path):
     with PredictionLog(door.url(schema), tmp_path/'journal', batch=50, interval=.01, patience=.1) as kept:
         for i in range(3000):
             kept.record('prediction', {**ANSWER, 'prediction_id': f'{i:04d}'})
-            if i%500==499: time.sleep(.05); door.shut(); time.sleep(.05); door.open()
-        assert kept.flush(20)
+            if i%500==250: # some rows of this turn are there, most are not
+                assert kept.upload.wait_for(lambda: kept.stats()['written'] > i-240, 30) # noqa: B023
+                door.shut()
+            if i%500==400:
+                failed(kept)
+                door.open()
+        assert kept.flush(30)
     assert sorted(ids_in(schema))==[f'{i:04d}' for i in range(3000)]
 
 def test_sqlite_file_that_cannot_be_opened(tmp_path):
     (tmp_path/'data').write_text('a file where a folder should be')
     with PredictionLog(f'sqlite:///{tmp_path}/data/amulet.db', tmp_path/'journal', patience=.1) as kept:
         kept.record('prediction', ANSWER)
-        time.sleep(.1)
+        failed(kept)
         assert kept.stats()['database']=='down'
         (tmp_path/'data').unlink(); (tmp_path/'data').mkdir()
         assert kept.flush(10)
@@ -365,12 +364,10 @@ def test_locked_sqlite_waits(tmp_path):
     with closing(open_database(f'{tmp_path}/amulet.db')) as other, PredictionLog(f'{tmp_path}/amulet.db',
             tmp_path/'journal') as kept:
         with other.write():
-            start = time.perf_counter()
-            for _ in range(100): kept.record('prediction', ANSWER)
-            assert time.perf_counter()-start < .5
-            time.sleep(.3)
+            for _ in range(100): kept.record('prediction', ANSWER) # none waits for the lock
             assert kept.stats()['written']==0
-        assert kept.flush(10)
+        assert kept.flush(30)
+    assert len(ids_in(f'{tmp_path}/amulet.db'))==100
 
 def test_rows_that_nobody_takes_are_set_aside(url, tmp_path, caplog):
     home = tmp_path/'journal'/'pid-1-dead'
@@ -400,8 +397,8 @@ def test_full_journal_says_so_and_recovers(schema, door, tmp_path):
     with PredictionLog(door.url(schema), tmp_path/'journal', patience=.2, max_bytes=5*2**20) as kept:
         with pytest.raises(StoreError) as caught:
             for _ in range(20_000): kept.record('prediction', ANSWER)
-        assert caught.value.code=='journal_full' and 4*2**20 < sum(p.stat().st_size
-                                                                 for p in (tmp_path/'journal').rglob('*.jsonl')) <= 5*2**20
+        size = sum(p.stat().st_size for p in (tmp_path/'journal').rglob('*.jsonl'))
+        assert caught.value.code=='journal_full' and 4*2**20 < size <= 5*2**20
         n = kept.stats()['journaled']
         door.open()
         assert kept.flush(30)
@@ -423,13 +420,14 @@ except StoreError as error: print(error.code)
 
 def test_a_disk_that_is_full(tmp_path):
     "The line that it took by half is cut off again"
-    process = child(FULL, tmp_path)
+    quiet = {k: v for k,v in os.environ.items() if not k.startswith('COV')} # what measures coverage writes files too
+    process = child(FULL, tmp_path, env=quiet)
     out,err = process.communicate(timeout=30)
     n,code,*_ = out.split()
     assert code=='journal_full' and not err, err
     journal = Journal(tmp_path)
-    rows = journal.adopt()
-    lines = [line.record for line in read_segment(journal.oldest())]
+    rows = journal.recover()
+    lines = [line.record for line in read_segment(journal.oldest_segment())]
     assert rows >= int(n) and lines[:int(n)]==[{'text': 'x'*50, 'n': i} for i in range(int(n))] and None not in lines
 
 def test_a_fork_is_told(tmp_path):
@@ -440,16 +438,16 @@ def test_a_fork_is_told(tmp_path):
     assert os.waitpid(pid, 0)[1]==0
     journal.close()
 
-def test_close_ends_in_time(tmp_path):
-    "A server that takes connections and never answers"
-    with socket.socket() as silent:
-        silent.bind(('127.0.0.1', 0)); silent.listen(5)
-        pytest.importorskip('psycopg')
-        kept = PredictionLog(f'postgresql://ann:hush@127.0.0.1:{silent.getsockname()[1]}/x', tmp_path/'journal')
+def test_close_does_not_wait_for_a_server(tmp_path):
+    "One that takes connections and never answers: close returns, hours before the connection would give up"
+    pytest.importorskip('psycopg')
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        silent.listen(5)
+        port = silent.getsockname()[1]
+        kept = PredictionLog(f'postgresql://ann:hush@127.0.0.1:{port}/x?connect_timeout=7200', tmp_path/'journal')
         kept.record('prediction', ANSWER)
-        start = time.monotonic()
         kept.close(seconds=.5)
-        assert time.monotonic()-start < 3 and journal_status(tmp_path/'journal')['rows']==1
+        assert journal_status(tmp_path/'journal')['rows']==1
 
 # Addresses
 
@@ -458,7 +456,7 @@ def test_set_aside_once(schema, door, tmp_path, caplog):
     with PredictionLog(door.url(schema), tmp_path/'journal', patience=.05, interval=.01) as kept:
         for label in ('gold', 'clay'):
             kept.record('prediction', {**ANSWER, 'label': label, 'confidence': 'high' if label=='clay' else .5})
-        time.sleep(.5)
+        failed(kept, 3)
         assert kept.stats()['rejected']==0
         door.open()
         assert kept.flush(10)
@@ -475,7 +473,7 @@ def test_no_message_holds_a_password(url, tmp_path, caplog, capsys):
     with suppress(StoreError):
         kept = PredictionLog(url, tmp_path/'journal')
         kept.record('prediction', ANSWER)
-        wait(lambda: 'does not answer' in caplog.text)
+        failed(kept)
         told += f'{kept!r} {kept.stats()}'
         kept.close(.1)
     assert 'hush' not in told+caplog.text+str(capsys.readouterr()) and 'ann' in str(caught.value)

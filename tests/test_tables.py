@@ -1,4 +1,5 @@
-"Tables from files and databases to a bundle: what is kept, what is refused, and that nothing is learned from held-out rows"
+"""Tables from files and databases to a bundle: what is kept, what is refused, and that nothing is learned from held-out
+rows"""
 import json
 import sqlite3
 from contextlib import closing
@@ -9,9 +10,11 @@ import pytest
 from sklearn.datasets import load_breast_cancer, load_iris, load_wine
 
 from amulet_hybrid.core import BundleError, ConfigError, DatasetError, FeatureError, SplitError, hide_password
-from amulet_hybrid.features.tables import TableEncoder, TableExtractor, read_table
+from amulet_hybrid.data.tables import read_table
+from amulet_hybrid.features.table import TableEncoder, TableExtractor
 from amulet_hybrid.jobs.table import TableConfig, TableRun, predict_table, table_block
-from amulet_hybrid.model.bundle import load_bundle, verify_bundle
+from amulet_hybrid.model.bundle import load_bundle
+from amulet_hybrid.model.bundle_files import verify_bundle
 
 
 def holes(load, share=.05, seed=0):
@@ -140,7 +143,7 @@ def test_run_leaves_what_a_run_leaves(done):
     assert result['figures']['balanced_accuracy']['value'] > .8
     page = (output/'report.html').read_text(encoding='utf-8')
     for words in ('What each column brings', 'says the same as the target', 'petal width'): assert words in page
-    assert verify_bundle(output/'bundle')['blocks']['table']['params']['columns']==list(run.data.features)
+    assert verify_bundle(output/'bundle')['blocks']['table']['params']['columns']==list(run.table.features)
 
 def test_bundle_answers_as_the_model(done, iris):
     _,run,output = done
@@ -148,7 +151,7 @@ def test_bundle_answers_as_the_model(done, iris):
     answers = predict_table(loaded, iris)
     assert len(answers)==150 and np.allclose(answers.filter(like='p_').sum(axis=1), 1)
     test = (run.manifest['split']=='test').to_numpy()
-    want = run.model.predict_proba({'table': run.blocks['table'][test]})
+    want = run.model.predict_proba({'table': run.features.blocks['table'][test]})
     rows = [int(p.split()[1])-1 for p in run.manifest['path'][test]]
     assert np.abs(answers.filter(like='p_').to_numpy()[rows]-want).max() < 1e-5
     strange = predict_table(loaded, iris.assign(soil='lava', **{'petal width (cm)': np.nan}))
