@@ -4,16 +4,19 @@ import inspect
 import textwrap
 from typing import Any
 
+import numpy.typing as npt
 from fastcore.docments import docments
 from nbdev.doclinks import NbdevLookup
 
 EMPTY = inspect.Parameter.empty
+ALIASES = {'ArrayLike': npt.ArrayLike, 'DTypeLike': npt.DTypeLike} # Shown by name, not by what they stand for
 
 def short_type(annotation) -> str: # '' if there is none
     "An annotation as it was written"
     if annotation is EMPTY or annotation is None: return ''
     if hasattr(annotation, '__metadata__'): annotation = annotation.__origin__ # the rest is for the command line
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    for name,alias in ALIASES.items(): text = text.replace(inspect.formatannotation(alias), name)
     return text.replace('amulet_hybrid.', '').replace('collections.abc.', '').replace('typing.',
             '').replace('__main__.', '').replace('pathlib.', '')
 
@@ -90,7 +93,7 @@ def field_comment(field, comments) -> str:
     if callable(choices):
         try: choices = choices()
         except NameError: choices = () # a name that a later cell of the notebook defines
-    if choices: limits = 'one of '+', '.join(f'`{c}`' for c in choices)
+    if choices: limits = 'one of '+', '.join(f'`{c}`' for c in choices if c)
     return cell_text(f'{about["help"]} ({limits})' if limits else about['help'])
 
 def field_default(field) -> str:

@@ -109,6 +109,14 @@ def test_back_ticks_link_to_what_is_meant(processed):
                 if '/cli/' in url or '_cli/' in url or not there: wrong.append(f'{path.name}: `{name}` -> {url}')
     assert not wrong, '\n'.join(sorted(set(wrong)))
 
+def test_introductions_are_kept(processed):
+    "nbdev makes a title of the first cell and drops what else stands in it"
+    home = json.loads((processed/'index.ipynb').read_text(encoding='utf-8'))['cells']
+    assert 'on a laptop CPU, without a network' in ''.join(''.join(c['source']) for c in home)
+    for path in (ROOT/'nbs').rglob('[!.]*.ipynb'):
+        first = ''.join(json.loads(path.read_text(encoding='utf-8'))['cells'][0]['source'])
+        assert not [line for line in first.splitlines() if line.strip() and line[:2] not in ('# ', '> ')], path.name
+
 def test_sidebar_holds_every_page():
     hrefs = re.findall(r"'href': '([^']+)'", repr(pages.sections(ROOT/'nbs')))
     assert hrefs==sorted(p.relative_to(ROOT/'nbs').as_posix()
