@@ -76,7 +76,7 @@ def parameter_table(obj) -> str:
     for p in parameters(obj):
         kind,default = short_type(p.annotation),'' if p.default is EMPTY else f'`{short_value(p.default)}`'
         words = (comments.get(p.name) or {}).get('docment') or option_help(p.annotation)
-        rows.append([f'`{p.name}`', code_cell(kind), cell_text(default), cell_text(words)])
+        rows.append([f'<code>{p.name}</code>', code_cell(kind), cell_text(default), cell_text(words)])
     back = comments.get('return') or {}
     returns = short_type(back.get('anno', EMPTY))
     if not inspect.isclass(obj) and returns not in ('', 'None') or back.get('docment'):
@@ -108,7 +108,8 @@ def field_table(cls) -> str:
     for base in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
         try: comments |= {k: v for k,v in docments(base, full=True).items() if v and v.get('docment')}
         except Exception: continue
-    rows = [[f'`{f.name}`', code_cell(short_type(f.type)), cell_text(field_default(f)), field_comment(f, comments)]
+    rows = [[f'<code>{f.name}</code>', code_cell(short_type(f.type)), cell_text(field_default(f)),
+             field_comment(f, comments)]
             for f in dataclasses.fields(cls) if not f.name.startswith('_')]
     return table(['field', 'type', 'default', 'meaning'], rows)
 
