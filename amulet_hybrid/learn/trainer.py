@@ -56,8 +56,7 @@ class HybridTrainer(BaseEstimator):
         made:AugmentedRows|None=None # Photos made of the training photos; training only, as mirror images are
     ):
         "Search, choose, calibrate, refit"
-        config = self.config
-        # the rest of the time is for the final fit
+        config = self.config # seven tenths of the time are for the search, the rest for the final fit
         until = time.monotonic()+60*.7*config.time_budget if config.time_budget else float('inf')
         names,groups = np.asarray(labels, dtype=str),np.asarray(groups) # type: ignore[assignment]
         self.classes_,self.y_ = np.unique(names, return_inverse=True)
