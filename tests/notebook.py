@@ -65,6 +65,22 @@ def run_notebook(path:Path) -> tuple[bool,float]: # Whether it ran, and its seco
         return False,time.monotonic()-start
     return True,time.monotonic()-start
 
+def run_in_fork(path:str, output:str):
+    "`run_notebook` as the target of a forked process: its output, and that of processes it starts, goes to a file"
+    with open(output, 'wb') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ['AMULET_PROGRESS'] = 'off'
+    os.chdir(ROOT)
+    passed = run_notebook(Path(path))[0]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    measured = sys.modules.get('coverage')
+    if measured and (current := measured.Coverage.current()): # a fork ends without `atexit`
+        current.stop()
+        current.save()
+    sys.exit(not passed)
+
 if __name__=='__main__':
     passed,seconds = run_notebook(Path(sys.argv[1]).resolve())
     print(f'{sys.argv[1]}: {seconds:.0f} s')
