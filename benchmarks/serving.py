@@ -11,7 +11,8 @@ all is as before
 soak        a mix of everything for 30 minutes: errors, memory
 kill        kill -9 ten times under load: every prediction that was answered is in the database once
 outage      PostgreSQL (its own) stopped for two minutes under load: the same, and what an answer takes meanwhile
-replicas    nginx before three: one killed, then a rolling reload of another bundle; no request fails
+replicas    nginx before three: one killed, where only what it was working on fails; then a rolling reload of another
+bundle, where no request does
 hostile     2,000 uploads that mean harm: all refused, in bounded time and memory
 
 Photos are JPEGs of 0.7 megapixel, each request another one. The bundles (MobileNetV2, HOG, LBP and colour on `amulet6`,
@@ -534,7 +535,7 @@ http {
         location / {
             proxy_pass http://amulet; proxy_http_version 1.1; proxy_set_header Connection "";
             proxy_connect_timeout 1s; proxy_read_timeout 60s;
-            proxy_next_upstream error timeout http_502 http_503 http_504 non_idempotent; proxy_next_upstream_tries 3;
+            proxy_request_buffering off; proxy_next_upstream error timeout; proxy_next_upstream_tries 3;
         }
     }
 }

@@ -61,6 +61,13 @@ def harmful(jpeg, rng):
         +rng.randbytes(2000),
         'php in png': lambda: png(5, 5, b'<?php system($_GET[0]); ?>'), 'too small': lambda: png(3, 3,
             zlib.compress(bytes(30))),
+        'exif alone': lambda: exif(b'\xff\xd8\xff\xd9', b'II*\0\x08\0\0\0\xff\xff'+rng.randbytes(100)),
+    }
+
+
+def clothed(jpeg, rng):
+    "Kind -> a photo with odd or broken things around its pixels, which nobody runs or hands out: to be named"
+    return {
         'zip behind a photo': lambda: jpeg+zipped(rng.randbytes(300)), 'script behind a photo': lambda: jpeg
         +b'<script>alert(1)</script>',
         'php in a comment': lambda: jpeg[:2]+b'\xff\xfe\0\x1e<?php system($_GET[0]); ?>'.ljust(32)+jpeg[2:],
@@ -69,14 +76,8 @@ def harmful(jpeg, rng):
         'exif orientation 9999': lambda: exif(jpeg, b'II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\x0f\x27\0\0\0\0\0\0'),
         'exif noise': lambda: exif(jpeg, b'MM\0*'+rng.randbytes(rng.randrange(60_000))),
         'bomb behind the last row': lambda: png(1000, 1000, zlib.compress(bytes(100_000_000), 9)[:-8]),
-        'exif alone': lambda: exif(b'\xff\xd8\xff\xd9', b'II*\0\x08\0\0\0\xff\xff'+rng.randbytes(100)),
-    }
-
-
-def clothed(jpeg, rng):
-    "Kind -> a photo as cameras and editors write them, with more around its pixels than it needs: to be named"
-    return {'long comment': lambda: jpeg[:2]+(b'\xff\xfe\xff\xff'+b'x'*65_533)*20
-            +jpeg[2:], 'another photo behind': lambda: jpeg+jpeg,
+        'long comment': lambda: jpeg[:2]+(b'\xff\xfe\xff\xff'+b'x'*65_533)*20
+        +jpeg[2:], 'another photo behind': lambda: jpeg+jpeg,
             'film behind': lambda: jpeg+b'\0\0\0\x18ftypmp42'+rng.randbytes(9000),
             'odd maker notes': lambda: exif(jpeg, b'II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0'
                                             +rng.randbytes(2000))}

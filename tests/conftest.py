@@ -12,12 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = shutil.ignore_patterns('.*', '*.egg-info', '__pycache__', 'build', 'dist', '_proc', '_docs')
 
+# These stand on the image, the wheel or the bundle of another file's tests: made once
+SAME_WORKER = dict.fromkeys(('test_production.py', 'test_wheel.py', 'test_proxy.py'), 'test_deploy.py')
+
 def pytest_collection_modifyitems(items):
     "The tests of a file share what they stand on, so one worker runs them; notebooks share nothing"
     items.sort(key=lambda item: item.path.name=='test_notebooks.py') # last: small ones fill both workers to the end
     for item in items:
         alone = item.path.name=='test_notebooks.py'
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
+        name = SAME_WORKER.get(item.path.name, item.path.name)
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else name))
 
 @pytest.fixture(scope='session')
 def built(tmp_path_factory):
@@ -76,14 +80,17 @@ def free_ports(number):
 
 @pytest.fixture(scope='session')
 def image(built, trained, tmp_path_factory):
-    "The image of `amulet deploy`, with the signed bundle and the wheel"
-    from dockerfile import Image
+    "The image of `amulet deploy`, with the signed bundle and the wheel, built from a folder of wheels without an index"
+    from dockerfile import Image, download
 
+    from amulet_hybrid.deploy.packages import deployment_requirements
     from amulet_hybrid.deploy.rendering import deploy
     from amulet_hybrid.deploy.settings import DeploySettings
-    folder = tmp_path_factory.mktemp('deployment')
+    folder,wheels = tmp_path_factory.mktemp('deployment'),tmp_path_factory.mktemp('wheels')
+    bundle = trained/'bundle'
+    download(deployment_requirements((bundle/'requirements_production.txt').read_text(), signed=True), wheels)
     settings = DeploySettings(service_port=free_ports(1))
-    deploy(settings, folder, 'docker', trained/'bundle', next(built.glob('*.whl')), trained/'key.pem.pub')
+    deploy(settings, folder, 'docker', bundle, next(built.glob('*.whl')), trained/'key.pem.pub', wheelhouse=wheels)
     made = Image(folder/'docker', settings.install_dir, settings.data_dir)
     yield made
     made.remove()

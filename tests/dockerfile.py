@@ -21,6 +21,15 @@ def steps(text):
     for line in re.sub(r'\\\n', ' ', text).splitlines():
         if line.strip() and not line.startswith('#'): yield line.split(maxsplit=1)
 
+def download(requirements, folder):
+    "Wheels of these packages and of what they need, or a skip that says why there are none"
+    (folder/'requirements.txt').write_text(requirements)
+    done = subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--only-binary=:all:', '-d', folder, '-r',
+                           folder/'requirements.txt'], capture_output=True, text=True)
+    if done.returncode and any(words in done.stderr for words in OFFLINE):
+        pytest.skip(f'no packages can be had here: {done.stderr.splitlines()[-1][:200]}')
+    assert done.returncode==0, done.stderr[-2000:]
+
 class Image:
     """What `docker build` would make. /opt/amulet and /var/lib/amulet lie in a folder of their own; a later stage has
     the paths of the one before, as in an image"""
@@ -62,8 +71,6 @@ class Image:
         kept = {k: v for k,v in os.environ.items() if k.startswith(('PIP_', 'HTTP', 'http', 'SSL', 'REQUESTS'))}
         done = subprocess.run(['sh', '-c', self.at(command)], cwd='/', env=kept|self.environment, capture_output=True,
                               text=True)
-        if done.returncode and ' pip ' in command.replace('/', ' ') and any(words in done.stderr for words in OFFLINE):
-            pytest.skip(f'no packages can be had here: {done.stderr.splitlines()[-1][:200]}')
         assert done.returncode==0, f'{command}\n{done.stdout[-1000:]}{done.stderr[-2000:]}'
 
     def _copy(self, words):
@@ -74,7 +81,8 @@ class Image:
             to = Path(self.at(target))
             if target.endswith('/'): to = to/start.name
             to.parent.mkdir(parents=True, exist_ok=True)
-            if start.is_dir(): shutil.copytree(start, to, symlinks=True, dirs_exist_ok=True)
+            linked = {'copy_function': os.link} if stage else {} # a stage before this one changes no more
+            if start.is_dir(): shutil.copytree(start, to, symlinks=True, dirs_exist_ok=True, **linked)
             else: shutil.copy(start, to)
 
     def _user(self, words): self.user = int(words.split(':')[0])

@@ -81,20 +81,61 @@ def test_card_and_requirements(folder):
                                                            'fastapi'} and not any('torch' in line or 'scikit' in line
             for line in lines)
 
-def test_replicas_share_answers(folder):
-    "Two classifiers and a Redis server (one in this process that speaks its protocol)"
+@pytest.fixture
+def redis_url():
+    "A Redis server in this process that speaks its protocol"
     fakeredis = pytest.importorskip('fakeredis')
     import threading
     server = fakeredis.TcpFakeServer(('127.0.0.1', 0), server_type='redis')
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f'redis://127.0.0.1:{server.server_address[1]}/0'
-        one,other = (HybridClassifier(folder/'bundle', enable_caching=url) for _ in range(2))
-        photo = draw_logo('text', seed=500, side=96)
-        first,second = one.classify(photo),other.classify(photo)
-        assert not first.cached and second.cached and first==second
-        key = one.cache._client.keys('amulet:*')[0]
-        one.cache._client.set(key, b'\x80\x04cos\nsystem\n')
-        assert other.classify(photo)==first and json.dumps(first.to_dict())
+    try: yield f'redis://127.0.0.1:{server.server_address[1]}/0'
     finally: server.shutdown(); server.server_close()
-    assert one.classify(photo, route='ensemble').top # the server is gone, the answer is not
+
+def test_replicas_share_answers(folder, redis_url, monkeypatch):
+    "Two classifiers with one secret"
+    monkeypatch.setenv('AMULET_CACHE_KEY', 'of all the replicas')
+    one,other = (HybridClassifier(folder/'bundle', enable_caching=redis_url) for _ in range(2))
+    photo = draw_logo('text', seed=500, side=96)
+    first,second = one.classify(photo),other.classify(photo)
+    assert not first.cached and second.cached and first==second
+    key = one.cache._client.keys('amulet:*')[0]
+    one.cache._client.set(key, b'\x80\x04cos\nsystem\n')
+    assert other.classify(photo)==first and json.dumps(first.to_dict())
+
+def test_who_can_write_into_redis_cannot_choose_answers(folder, redis_url, monkeypatch):
+    "Answers that are well formed, and made elsewhere, changed, or of another photo"
+    monkeypatch.setenv('AMULET_CACHE_KEY', 'of all the replicas')
+    one,other = (HybridClassifier(folder/'bundle', enable_caching=redis_url) for _ in range(2))
+    photos = [draw_logo(kind, seed=501, side=96) for kind in ('text', 'simple')]
+    answers = [one.classify(photo) for photo in photos]
+    client = one.cache._client
+    keys = sorted(client.keys('amulet:*'))
+    whole = {key: client.get(key) for key in keys}
+    wanted = json.loads(whole[keys[0]][32:])
+    wanted['proba'] = wanted['proba'][::-1]
+    chosen = json.dumps(wanted).encode()
+    monkeypatch.setenv('AMULET_CACHE_KEY', 'of somebody else entirely')
+    stranger = HybridClassifier(folder/'bundle', enable_caching=redis_url).cache
+    for values in ([chosen]*2, [v[:32]+chosen for v in whole.values()], [whole[key] for key in keys[::-1]],
+                   [stranger._mac(key.decode(), chosen)+chosen for key in keys], [b'', b'\0'*40],
+                   [bytes(3*2**20)]*2):
+        before = other.cache.forged
+        for key,value in zip(keys, values): client.set(key, value)
+        found = [other.classify(photo) for photo in photos]
+        assert found==answers and not any(a.cached for a in found)
+        assert other.cache.forged==before+sum(map(bool, values))
+    assert all(a.cached for a in map(one.classify, photos)) # what `other` has put there since is believed
+
+def test_without_a_secret_each_process_believes_itself(folder, redis_url, monkeypatch, caplog):
+    monkeypatch.delenv('AMULET_CACHE_KEY', raising=False)
+    one,other = (HybridClassifier(folder/'bundle', enable_caching=redis_url) for _ in range(2))
+    photo = draw_logo('text', seed=502, side=96)
+    assert not one.classify(photo).cached and one.classify(photo).cached
+    assert not other.classify(photo).cached and other.cache.forged==1
+    assert 'AMULET_CACHE_KEY' in caplog.text
+
+def test_a_redis_server_that_goes_away(folder):
+    from amulet_hybrid.model.answer_cache import RedisCache
+    one = HybridClassifier(folder/'bundle', enable_caching=RedisCache('redis://127.0.0.1:1/0'))
+    photo = draw_logo('text', seed=503, side=96)
+    assert one.classify(photo, route='ensemble').top and one.cache.failures==1

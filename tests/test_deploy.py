@@ -1,27 +1,25 @@
-"""Deployments: every rendered file is judged by the tool that will read it, the image is built by hand and run, nginx
-stands before three replicas of which one is killed"""
+"""Deployments: every rendered file is judged by the tool that will read it, nothing starts without its secrets, the
+image is built by hand and run"""
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from contextlib import closing, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import free_ports
 
 from amulet_hybrid.core import AmuletError
 from amulet_hybrid.deploy.rendering import (
     KINDS,
+    SECRETS,
+    SIDE_SECRETS,
     Shipment,
     deploy,
     kinds_of,
@@ -31,8 +29,7 @@ from amulet_hybrid.deploy.rendering import (
 )
 from amulet_hybrid.deploy.settings import DeploySettings
 
-SECRETS = {'AMULET_API_KEYS': f'test:{"0"*64}', 'POSTGRES_PASSWORD': 'a1', 'REDIS_PASSWORD': 'b2',
-           'GRAFANA_PASSWORD': 'c3'}
+KEYS = f'test:{"0"*64}'
 VARIANTS = {'plain': DeploySettings(), 'one': DeploySettings(name='a', replicas=1, cpus=.5, timeout_seconds=5),
             'public': DeploySettings(name='amulets-2', host='::', port=443, replicas=20, most_replicas=40,
                                      domain='amulets.example.org', tls_dir='/etc/tls', redirect_port=80,
@@ -65,8 +62,9 @@ def test_no_secret_no_latest_no_root(settings):
         assert ':latest' not in text and 'None' not in text, path
         for line in text.splitlines():
             name,sign,value = line.strip().removeprefix('- ').partition('=' if path.endswith('.env.example') else ':')
-            if sign and name in {*SECRETS, 'AMULET_ADMIN_KEY', 'AMULET_DATABASE_URL', 'AMULET_ANSWER_CACHE'}:
-                assert value.strip() in ('', '""') or '${' in value or value.strip().startswith('{'), (path, line)
+            if sign and name in {*SECRETS, *(n for names in SIDE_SECRETS.values() for n in names)}:
+                value = value.strip()
+                assert value in ('', '""') or '$' in value or '%s' in value or value.startswith('{'), (path, line)
     assert f'USER {settings.uid}:{settings.uid}' in files['docker/Dockerfile']
 
 def test_one_number_everywhere():
@@ -84,19 +82,201 @@ def test_one_number_everywhere():
     assert pod['containers'][0]['resources']['limits']['memory']=='2048Mi' and pod['terminationGracePeriodSeconds']==27
 
 def test_only_the_proxy_is_published():
-    "And to this machine alone, unless an address is given"
+    "And to this machine alone, unless an address is given; nobody has more than the work needs"
     services = yaml(render_deployment(DeploySettings())['docker/compose.yaml'])[0]['services']
     assert {name: s['ports'] for name,s in services.items() if 'ports' in s}=={'nginx': ['127.0.0.1:8080:8080'],
             'grafana': ['127.0.0.1:3000:3000']}
     assert all(s.get('read_only') or name in ('postgres', 'grafana') for name,s in services.items())
-    assert len({s['networks']['inside']['ipv4_address']
-                for name,s in services.items() if name.startswith('replica')})==3
+    assert len({s['networks']['front']['ipv4_address'] for s in services.values() if 'front' in s['networks']})==4
+    assert all(s['cap_drop']==['ALL'] and s['security_opt']==['no-new-privileges:true'] for s in services.values())
+
+def test_every_container_has_limits_and_its_own_secrets():
+    "Of memory, without swap, and of processes; none knows what another one knows, and the proxy reaches no database"
+    compose = yaml(render_deployment(DeploySettings())['docker/compose.yaml'])[0]
+    services = compose['services']
+    for name,s in services.items():
+        assert s['mem_limit']==s['memswap_limit'] and 0 < s['pids_limit'] <= 512 and s['cpus'] > 0, name
+    files = {name: s.get('env_file', []) for name,s in services.items()}
+    assert {name: f for name,f in files.items() if not name.startswith('replica')}=={
+        'nginx': [], 'postgres': ['env/postgres.env'], 'redis': ['env/redis.env'], 'prometheus': [],
+        'grafana': ['env/grafana.env'], 'node': []} and files['replica1']==['env/service.env']
+    neighbours = {n: {name for name,s in services.items() if n in s['networks']} for n in compose['networks']}
+    replicas = {'replica1', 'replica2', 'replica3'}
+    assert neighbours=={'front': {'nginx', *replicas}, 'data': {'postgres', 'redis', *replicas},
+                        'watch': {'prometheus', 'grafana', 'node', *replicas}, 'outside': {'nginx', 'grafana'}}
+    address = services['nginx']['networks']['front']['ipv4_address']
+    assert services['replica1']['environment']['AMULET_TRUSTED_PROXIES']==address
+    # the way out is closed: by Docker, or for want of a way back
+    assert all(n.get('internal') for name,n in compose['networks'].items() if name!='outside')
+    assert compose['networks']['outside']['driver_opts']=={'com.docker.network.bridge.enable_ip_masquerade': 'false'}
+
+def told_to(files, kind):
+    "Environment of a replica as it is rendered, its host with it"
+    if kind=='systemd':
+        unit = files['systemd/amulet@.service'].splitlines()
+        lines = [line.split('=', 1)[1].partition('=') for line in unit if line.startswith('Environment=')]
+        return {k: v for k,_,v in lines}|{'AMULET_HOST': '127.0.0.1'}
+    if kind=='docker': return yaml(files['docker/compose.yaml'])[0]['services']['replica1']['environment']
+    if kind=='kubernetes': return yaml(files['kubernetes/config.yaml'])[2]['data']
+    variables = yaml(files['render/render.yaml'])[0]['services'][0]['envVars']
+    return {v['key']: v['value'] for v in variables if 'value' in v}
+
+@pytest.mark.parametrize('kind', ['docker', 'systemd', 'kubernetes', 'render'])
+def test_unfilled_secrets_keep_it_from_starting(kind, monkeypatch):
+    "The example as it is: no replica starts, although those of systemd listen to this machine alone"
+    from pydantic import ValidationError
+
+    from amulet_hybrid.serve.settings import Settings
+    for name in [n for n in os.environ if n.startswith('AMULET_')]: monkeypatch.delenv(name)
+    def start(settings, **filled):
+        files = render_deployment(settings, kind)
+        unfilled = dict(line.split('=', 1) for line in files['.env.example'].splitlines() if line and line[0]!='#')
+        assert 'AMULET_API_KEYS' in unfilled and not any(unfilled.values())
+        with monkeypatch.context() as m:
+            for name,value in {**unfilled, **told_to(files, kind), **filled}.items():
+                if name.startswith('AMULET_'): m.setenv(name, value)
+            return Settings()
+    with pytest.raises(ValidationError, match='no keys are set'): start(DeploySettings())
+    assert start(DeploySettings(), AMULET_API_KEYS=KEYS).trusted_proxies
+    assert start(DeploySettings(no_auth=True)).no_auth
+    assert start(DeploySettings(domain='a.example', no_auth=True)).allowed_hosts.split(',')[0] in ('a.example', '*')
+    unit = render_deployment(DeploySettings())['systemd/amulet@.service']
+    assert '\nEnvironmentFile=/etc/' in unit # without the file systemd does not start it either
+    assert '\nStartLimitIntervalSec=0\n' in unit and '\nRestart=always\n' in unit # and never gives up
+
+def test_secrets_are_made(tmp_path, monkeypatch):
+    "A file a container, for the owner's eyes; what the service is told fits what the databases are told; never twice"
+    from amulet_hybrid.core import bytes_digest
+    from amulet_hybrid.serve.settings import Settings
+    folder = written(DeploySettings(), tmp_path)/'docker'
+    said = call('sh', folder/'secrets.sh')
+    made = {p.name: dict(line.split('=', 1) for line in p.read_text().splitlines())
+            for p in (folder/'env').glob('*.env')}
+    assert sorted(made)==['grafana.env', 'postgres.env', 'redis.env', 'service.env']
+    assert all((folder/'env'/name).stat().st_mode & 0o777==0o600 for name in made)
+    service = made['service.env']
+    assert made['postgres.env']['AMULET_PASSWORD'] in service['AMULET_DATABASE_URL']
+    assert made['redis.env']['REDISCLI_AUTH'] in service['AMULET_ANSWER_CACHE']
+    assert len({v for values in made.values() for v in values.values()})==sum(map(len, made.values()))
+    for container,names in SIDE_SECRETS.items(): assert set(made[f'{container}.env'])==set(names)
+    assert set(service)==set(SECRETS)
+    first,admin = re.findall(r'amk_[0-9a-f]{48}', said)
+    assert service['AMULET_API_KEYS']==f'first:{bytes_digest(first.encode())}'
+    assert service['AMULET_ADMIN_KEY']==bytes_digest(admin.encode())
+    for name,value in service.items(): monkeypatch.setenv(name, value)
+    assert Settings(host='0.0.0.0').api_keys==service['AMULET_API_KEYS']
+    again = subprocess.run(['sh', folder/'secrets.sh'], capture_output=True, text=True)
+    assert again.returncode==1 and 'nothing was changed' in again.stderr
+
+def test_the_role_of_the_service_is_no_superuser(tmp_path):
+    "On a PostgreSQL: the script that the image carries out once, then everything that the service does with its tables"
+    import sqlalchemy as sa
+    from test_store import POSTGRES, postgres
+
+    from amulet_hybrid.store.database import open_database
+    engine,psql,name = postgres(),tool('psql', 'postgresql-client'),f'amulet{os.getpid()}'
+    script = render_deployment(DeploySettings())['docker/postgres/role.sh'].replace('ROLE amulet', f'ROLE {name}')
+    script = script.replace('TO amulet', f'TO {name}').replace('psql ', f'{psql} ')
+    url = sa.make_url(POSTGRES)
+    env = os.environ|{'PGHOST': url.host or '127.0.0.1', 'PGPORT': str(url.port or 5432), 'AMULET_PASSWORD': 'it\'s',
+                      'POSTGRES_DB': name, 'POSTGRES_USER': url.username or 'postgres',
+                      'PGPASSWORD': url.password or ''}
+    with engine.connect() as db: db.exec_driver_sql(f'CREATE DATABASE {name}')
+    try:
+        call('bash', '-c', script, env=env)
+        with engine.connect() as db:
+            told = db.exec_driver_sql(f"SELECT rolsuper, rolcreatedb, rolcreaterole, rolreplication, rolbypassrls, "
+                                      f"rolcanlogin FROM pg_roles WHERE rolname='{name}'").one()
+        assert tuple(told)==(False, False, False, False, False, True)
+        own = url.set(drivername='postgresql+psycopg', username=name, password='it\'s', database=name)
+        database = open_database(own.render_as_string(hide_password=False))
+        with database.engine.connect() as db:
+            assert 'predictions' in sa.inspect(db).get_table_names()
+            with pytest.raises(sa.exc.ProgrammingError): db.exec_driver_sql("COPY (SELECT 1) TO PROGRAM 'true'")
+        database.engine.dispose()
+    finally:
+        with engine.connect() as db:
+            db.exec_driver_sql(f'DROP DATABASE {name} WITH (FORCE)')
+            db.exec_driver_sql(f'DROP ROLE IF EXISTS {name}')
+        engine.dispose()
+
+def test_images_by_digest(tmp_path):
+    "The script asks the registry, the settings keep the answer, and then a tag alone is refused"
+    deploy(DeploySettings(), tmp_path, 'docker')
+    path = tmp_path/'bin'/'docker'
+    path.parent.mkdir()
+    path.write_text('#!/bin/sh\n[ "$1 $2 $3" = "buildx imagetools inspect" ] || exit 9\n'
+                    'echo "sha256:$(printf %s "$4" | sha256sum | cut -c1-64)"\n')
+    path.chmod(0o755)
+    call('sh', tmp_path/'docker'/'pin_images.sh', env=os.environ|{'PATH': f'{path.parent}:{os.environ["PATH"]}'})
+    settings = DeploySettings.load(tmp_path/'deploy.json')
+    deploy(settings, tmp_path, 'docker')
+    images = {s.get('image', '') for s in yaml((tmp_path/'docker'/'compose.yaml').read_text())[0]['services'].values()}
+    assert sum('@sha256:' in i for i in images)==6==len(images)-1 # the seventh is built here
+    steps = (tmp_path/'docker'/'Dockerfile').read_text().splitlines()
+    bases = [line.split()[1] for line in steps if line.startswith('FROM')]
+    assert len(bases)==2 and all(re.fullmatch(r'python:3[\d.]+-slim-bookworm@sha256:[0-9a-f]{64}', b) for b in bases)
+    assert 'named by a tag alone' not in (tmp_path/'README.md').read_text()
+    with pytest.raises(AmuletError, match='nginx:1.29'): settings.replace(nginx_image='nginx:1.29')
+    path.write_text('#!/bin/sh\necho no such image\n')
+    deploy(DeploySettings(), tmp_path/'other', 'docker')
+    wrong = subprocess.run(['sh', tmp_path/'other'/'docker'/'pin_images.sh'], capture_output=True, text=True,
+                           env=os.environ|{'PATH': f'{path.parent}:{os.environ["PATH"]}'})
+    assert wrong.returncode==1 and 'tells no digest' in wrong.stderr
+    assert '@' not in (tmp_path/'other'/'deploy.json').read_text()
+
+def small_wheel(folder, name, needs='', note=''):
+    "A wheel with nothing in it"
+    import zipfile
+    info = f'{name}-1.0.dist-info'
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder/f'{name}-1.0-py3-none-any.whl', 'w') as wheel:
+        wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}\n{note}')
+        wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nGenerator: us\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        wheel.writestr(f'{info}/RECORD', f'{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n')
+
+def test_another_file_under_the_same_version_is_not_installed(tmp_path):
+    "Nor a package that the lock file does not name"
+    from amulet_hybrid.deploy.packages import lock_packages, lock_text
+    wheels = tmp_path/'wheels'
+    small_wheel(wheels, 'amulet_front', 'Requires-Dist: amulet-back\n')
+    small_wheel(wheels, 'amulet_back')
+    locked = lock_packages('amulet_front', '3.12', 'x86_64', wheels)
+    def install(packages):
+        (tmp_path/'lock.txt').write_text(lock_text('# lock', packages))
+        return subprocess.run([sys.executable, '-m', 'pip', 'install', '--require-hashes', '--no-index', '--find-links',
+                               wheels, '--target', tmp_path/'target', '--upgrade', '-r', tmp_path/'lock.txt'],
+                              capture_output=True, text=True)
+    assert install(locked).returncode==0
+    unnamed = install([p for p in locked if p.name!='amulet_back'])
+    assert unnamed.returncode and 'require-hashes' in unnamed.stderr
+    small_wheel(wheels, 'amulet_back', note='and something else')
+    changed = install(locked)
+    assert changed.returncode and 'DO NOT MATCH' in changed.stderr
+
+def test_a_lock_is_kept_until_what_is_asked_for_changes(trained, tmp_path, monkeypatch):
+    "A second rendering asks nobody"
+    import amulet_hybrid.deploy.rendering as rendering
+    from amulet_hybrid.deploy.packages import LockedPackage
+    asked = []
+    def lock(requirements, *args, **kw):
+        asked.append(requirements)
+        return [LockedPackage('numpy', '1', '0'*64, 'https://index.example/numpy.whl')]
+    monkeypatch.setattr(rendering, 'lock_packages', lock)
+    wheel = tmp_path/'amulet_hybrid-0.1.0-py3-none-any.whl'
+    wheel.write_bytes(b'')
+    def write(**more): return deploy(DeploySettings(), tmp_path/'d', 'systemd', trained/'bundle', wheel, **more)
+    assert '--hash=sha256:' in (write().folder/'requirements_production.txt').read_text() and len(asked)==1
+    assert write().changed==[] and len(asked)==1
+    write(public_key=trained/'key.pem.pub')
+    assert len(asked)==2 and 'cryptography' in asked[1]
+    assert [n for n in write(lock=False, force=True).notes if 'hashes' in n] and len(asked)==2
 
 def test_settings_of_the_service_exist():
     "Nothing is told to the service that it does not know, and it accepts the values"
     settings = pytest.importorskip('amulet_hybrid.serve.settings')
     told = {k.removeprefix('AMULET_').lower(): v for k,v in service_environment(DeploySettings()).items()}
-    known = settings.Settings(**told, api_keys=SECRETS['AMULET_API_KEYS'])
+    known = settings.Settings(**told, api_keys=KEYS)
     assert (known.workers, known.timeout_seconds, known.max_bytes, known.metrics_open)==(2, 30, 50*2**20, True)
 
 def test_edited_files_are_kept(tmp_path):
@@ -128,9 +308,10 @@ def test_command_line(tmp_path):
 @each_variant
 def test_compose(settings, tmp_path):
     file = written(settings, tmp_path)/'docker'/'compose.yaml'
+    home = file.parent
     # it carries the schema of the Compose specification
-    home = Path(pytest.importorskip('check_jsonschema', reason='pip install check-jsonschema').__file__).parent
-    schema = json.loads((home/'builtin_schemas'/'vendor'/'compose-spec.json').read_text(encoding='utf-8'))
+    vendor = Path(pytest.importorskip('check_jsonschema', reason='pip install check-jsonschema').__file__).parent
+    schema = json.loads((vendor/'builtin_schemas'/'vendor'/'compose-spec.json').read_text(encoding='utf-8'))
     pytest.importorskip('jsonschema').validators.validator_for(schema)(schema).validate(yaml(file.read_text())[0])
     plugin = shutil.which('docker') and subprocess.run(['docker', 'compose', 'version'],
                                                        capture_output=True).returncode==0
@@ -138,12 +319,21 @@ def test_compose(settings, tmp_path):
         tool('docker-compose', 'docker-compose')
         file.write_text(file.read_text().replace(f'name: {settings.name}\n', '', 1))
     command = ('docker', 'compose') if plugin else ('docker-compose',)
-    told = call(*command, '-f', file, 'config', env=os.environ|SECRETS)
+    missing = subprocess.run([*command, '-f', file, 'config'], capture_output=True, text=True)
+    assert missing.returncode!=0 and '.env' in missing.stderr
+    call('sh', home/'secrets.sh')
+    told = call(*command, '-f', file, 'config')
     assert f'replica{settings.replicas}:' in told
     if settings.replicas!=3: return
-    missing = subprocess.run([*command, '-f', file, 'config'], capture_output=True, text=True,
-                             env={k: v for k,v in os.environ.items() if k not in SECRETS})
-    assert missing.returncode!=0 and 'env.example' in missing.stderr
+    # as the programs inside see it: nothing starts without its password
+    services = yaml(file.read_text())[0]['services']
+    for name,variable in (('redis', 'REDISCLI_AUTH'), ('grafana', 'GF_SECURITY_ADMIN_PASSWORD'),
+                          ('postgres', 'AMULET_PASSWORD')):
+        shell = (services[name].get('entrypoint') or services[name]['command'])[2].replace('$$', '$')
+        shell = shell.replace('/tmp/', f'{tmp_path}/')
+        unset = subprocess.run(['/bin/sh', '-c', shell], capture_output=True, text=True,
+                               env={'PATH': '/nowhere', variable: ''})
+        assert unset.returncode and f'env/{name}.env.example' in unset.stderr, (name, unset.stderr)
 
 @each_variant
 def test_systemd(settings, tmp_path):
@@ -227,6 +417,17 @@ def test_kubernetes(settings, tmp_path):
     assert sorted(seen)==['ConfigMap', 'Deployment', 'HorizontalPodAutoscaler', 'Ingress', 'Kustomization',
                           'Namespace', 'NetworkPolicy', 'PodDisruptionBudget', 'Secret',
                           'Service', 'ServiceAccount']
+    service,ingress = yaml((tmp_path/'kubernetes'/'service.yaml').read_text())
+    told = {k.removeprefix('nginx.ingress.kubernetes.io/'): v for k,v in ingress['metadata']['annotations'].items()}
+    assert ingress['spec']['tls'][0]['secretName']==f'{settings.name}-tls' and told['force-ssl-redirect']=='true'
+    assert (told['limit-connections'], told['limit-rps'])==(str(settings.connections_per_client),
+            str(settings.requests_per_client))
+    assert (told['proxy-request-buffering'], told['proxy-next-upstream'])==('off', 'error timeout')
+    out = yaml((tmp_path/'kubernetes'/'network.yaml').read_text())[0]['spec']['egress']
+    assert all(rule['to'] for rule in out)
+    assert [b['ipBlock']['cidr'] for b in out[1]['to']]==settings.data_networks.split(',')
+    limits = yaml((tmp_path/'kubernetes'/'deployment.yaml').read_text())[0]['spec']['template']['spec']['containers'][0]
+    assert set(limits['resources']['limits'])=={'cpu', 'memory', 'ephemeral-storage'}
     with pytest.raises(validator.ValidationError): # it does look
         pod = yaml((tmp_path/'kubernetes'/'deployment.yaml').read_text())[0]
         pod['spec']['template']['spec']['containers'][0]['livenessProbes'] = {}
@@ -242,7 +443,8 @@ def test_render_blueprint(settings):
             'keyvalue', [])
     told = {v['key']: v for v in web['envVars']}
     assert told['AMULET_API_KEYS']=={'key': 'AMULET_API_KEYS', 'sync': False} and 'AMULET_METRICS_OPEN' not in told
-    assert all(sum(k in v for k in ('value', 'sync', 'fromDatabase', 'fromService'))==1 for v in told.values())
+    sources = ('value', 'sync', 'generateValue', 'fromDatabase', 'fromService')
+    assert all(sum(k in v for k in sources)==1 for v in told.values())
     assert told['AMULET_DATABASE_URL']['fromDatabase']['name']==blueprint['databases'][0]['name']
 
 # The image
@@ -319,198 +521,18 @@ def test_image_needs_keys(image):
     status,said = image.run(*image.command, AMULET_DATABASE_URL='off')
     assert status!=0 and 'api_keys' in said.lower()
 
-# nginx before replicas
-
-class Stand:
-    "An upstream that does as it is told, and counts"
-    def __init__(self, port, status=200, dies=False):
-        stand = self
-        self.asked,self.open = 0,[]
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = 'HTTP/1.1'
-            def setup(self): super().setup(); stand.open.append(self.connection)
-            def do_POST(self):
-                self.rfile.read(int(self.headers.get('Content-Length', 0)))
-                stand.asked += 1
-                if dies: self.connection.shutdown(socket.SHUT_RDWR); self.close_connection = True; return
-                body = json.dumps({'port': port, 'id': self.headers.get('X-Request-ID'),
-                                   'from': self.headers.get('X-Forwarded-For')}).encode()
-                self.send_response(status)
-                if status==503: self.send_header('Retry-After', '7')
-                self.send_header('Content-Length', str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-            do_GET = do_POST
-            def log_message(self, *words): pass
-        self.server = ThreadingHTTPServer(('127.0.0.1', port), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, kwargs={'poll_interval': .02}, daemon=True).start()
-
-    def close(self):
-        "Go, and break off what is open, as a process that ends does"
-        self.server.shutdown()
-        self.server.server_close()
-        for connection in self.open:
-            with suppress(OSError): connection.shutdown(socket.SHUT_RDWR)
-
-@pytest.fixture
-def nginx():
-    "Starts nginx as rendered, before replicas on ports of this machine"
-    program,started = tool('nginx', 'nginx-light'),[]
-    def start(folder, **settings):
-        first = free_ports(5)
-        s = DeploySettings(port=first, grafana_port=first+1, first_port=first+2, nginx_dir=str(folder), **settings)
-        folder.chmod(0o755)
-        for parent in folder.parents:
-            # workers are nobody
-            if parent!=Path(parent.anchor) and os.access(parent, os.W_OK) and not parent.stat().st_mode & 1:
-                parent.chmod(parent.stat().st_mode|0o11)
-        write_deployment(render_deployment(s, 'nginx'), folder)
-        started.append(subprocess.Popen([program, '-c', folder/'nginx'/'nginx.conf', '-p', folder, '-g',
-                                         'daemon off;'], stderr=subprocess.PIPE, text=True))
-        until(lambda: socket.create_connection(('127.0.0.1', first), 1).close() is None, started[-1], 10)
-        return s
-    yield start
-    for process in started: process.terminate(); process.wait(20)
-
-def test_what_nginx_repeats(nginx, tmp_path):
-    "A question is asked again elsewhere, when a replica dies over it or is busy; feedback is not"
-    s = nginx(tmp_path)
-    dying,busy,fine = stands = [Stand(s.first_port, dies=True), Stand(s.first_port+1, 503), Stand(s.first_port+2)]
-    try:
-        for _ in range(20):
-            status,_,body = get(s.port, '/v1/predict/file',
-                                {'X-Request-ID': 'asked-once', 'X-Forwarded-For': '6.6.6.6'}, 'POST', b'photo')
-            assert (status, json.loads(body))==(200, {'port': s.first_port+2, 'id': 'asked-once', 'from': '127.0.0.1'})
-        assert dying.asked and busy.asked > 3 # busy is no failure: it goes on being asked
-        time.sleep(2.1) # whoever died is let in again
-        dying.asked = busy.asked = fine.asked = 0
-        told = Counter(get(s.port, '/feedback', {}, 'POST', b'{}')[0] for _ in range(9))
-        assert dying.asked+busy.asked+fine.asked==9 and set(told)=={200, 503}
-    finally:
-        for stand in stands: stand.close()
-
-def test_nobody_left(nginx, tmp_path):
-    "All busy: the replica's own word and its Retry-After; all gone: nginx's, in the same form"
-    s = nginx(tmp_path)
-    stands = [Stand(s.first_port+i, 503) for i in range(3)]
-    try:
-        for _ in range(10):
-            status,headers,body = get(s.port, '/predict', {}, 'POST', b'{}')
-            assert (status, headers['Retry-After'])==(503, '7') and 'port' in json.loads(body)
-    finally:
-        for stand in stands: stand.close()
-    start = time.monotonic()
-    status,headers,body = get(s.port, '/predict', {}, 'POST', b'{}')
-    assert (status, headers['Retry-After'], json.loads(body)['error_code'])==(503, '2',
-            'busy') and time.monotonic()-start < 2
-
-def test_what_nginx_refuses(nginx, tmp_path):
-    s = nginx(tmp_path, max_batch_mb=1, max_photo_mb=1)
-    stands = [Stand(s.first_port+i) for i in range(3)]
-    try:
-        status,_,body = get(s.port, '/predict/file', {'Content-Length': str(4*2**20)}, 'POST', b'x'*100)
-        assert (status, json.loads(body)['error_code'])==(413, 'image_too_large')
-        for path in ('/metrics', '/v1/metrics', '/admin/reload', '/v1/admin/reload', '/metrics/', '//metrics',
-                     '/x/../metrics', '/%6detrics'):
-            assert get(s.port, path)[0]==404, path
-        assert get(s.port, '/health/ready')[0]==200 and sum(stand.asked for stand in stands)==1
-    finally:
-        for stand in stands: stand.close()
-
-class Load:
-    "Callers that ask and ask, each with a connection of its own"
-    def __init__(self, port, body, headers, callers=6):
-        self.port = port
-        self.body = body
-        self.headers = headers
-        self.told = Counter()
-        self.failed = []
-        self.going = True
-        self.threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(callers)]
-        for t in self.threads: t.start()
-
-    def _ask(self):
-        connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=30)
-        while self.going:
-            try:
-                connection.request('POST', '/predict/file', self.body, self.headers)
-                answer = connection.getresponse()
-                content = answer.read()
-                self.told[answer.status] += 1
-                if answer.status!=200: self.failed.append((answer.status, content[:300]))
-            except OSError as error:
-                self.failed.append(repr(error))
-                connection.close()
-
-    def stop(self):
-        self.going = False
-        for t in self.threads: t.join(40)
-
-@pytest.fixture
-def replicas(trained, tmp_path):
-    "Three services on ports in a row"
-    started = []
-    def start(first, bundle=trained/'bundle'):
-        env = os.environ|{'AMULET_DATABASE_URL': 'off', 'AMULET_JOURNAL_DIR': str(tmp_path/'journal'),
-                          'AMULET_WORKERS': '1', 'AMULET_ANSWER_CACHE': 'off'}
-        for i in range(3):
-            log = (tmp_path/f'replica{i}.log').open('w')
-            started.append(subprocess.Popen([Path(sys.executable).parent/'amulet', 'serve', '--model-dir', bundle,
-                                             '--port', str(first+i)], env=env, stdout=log, stderr=log))
-        for i,process in enumerate(started): until(lambda i=i: get(first+i)[0]==200, process)
-        return started
-    yield start
-    for process in started:
-        if process.poll() is None: process.kill()
-        process.wait()
-
-def test_a_replica_is_killed_under_load(nginx, replicas, trained, tmp_path):
-    "kill -9, in the middle of what it does: nobody notices"
-    s = nginx(tmp_path)
-    processes = replicas(s.first_port)
-    load = Load(s.port, *form((trained/'photo.png').read_bytes()))
-    try:
-        until(lambda: load.told[200] > 60)
-        processes[1].kill()
-        processes[1].wait()
-        before = load.told[200]
-        until(lambda: load.told[200] > before+100)
-    finally: load.stop()
-    print(f'{sum(load.told.values())} requests, {len(load.failed)} failed')
-    assert load.failed==[]
-    log = [json.loads(line) for line in (tmp_path/'access.log').read_text().splitlines()]
-    assert any(',' in line['replica'] for line in log) # some were asked twice
-
-def test_reload_one_after_the_other_under_load(nginx, replicas, trained, tmp_path):
-    "Another bundle in place of the first, and SIGHUP: no request fails, and all replicas answer with the new one"
-    from amulet_hybrid.model.bundle import load_bundle
-    serving = tmp_path/'serving'
-    shutil.copytree(trained/'bundle', serving)
-    s = nginx(tmp_path)
-    processes = replicas(s.first_port, serving)
-    load = Load(s.port, *form((trained/'photo.png').read_bytes()))
-    try:
-        until(lambda: load.told[200] > 30)
-        old = load_bundle(serving).version
-        again(serving)
-        new = load_bundle(serving).version
-        assert new!=old
-        for i,process in enumerate(processes):
-            process.send_signal(signal.SIGHUP)
-            until(lambda i=i: json.loads(get(s.first_port+i, '/health')[2])['model_version']==new, process)
-        before = load.told[200]
-        until(lambda: load.told[200] > before+30)
-    finally: load.stop()
-    print(f'{sum(load.told.values())} requests, {len(load.failed)} failed')
-    assert load.failed==[]
-
-def again(folder):
-    "The same model under another digest"
-    import amulet_hybrid.model.bundle_files as bundle
-    manifest = json.loads((folder/bundle.MANIFEST).read_text())
-    card = (folder/'MODEL_CARD.md')
-    card.write_text(card.read_text()+'\nThe second one.\n')
-    manifest['files']['MODEL_CARD.md'] = bundle.file_entry(card)
-    bundle.write_manifest(folder, manifest)
-    (folder/bundle.SIGNATURE).unlink(missing_ok=True)
+def test_the_threat_table_names_tests_that_are_there():
+    "Every promise of the guide has its proof"
+    here = Path(__file__).parent
+    text = (here.parent/'nbs'/'guides'/'operate.qmd').read_text(encoding='utf-8')
+    table,_,proofs = text.partition('## What an attacker meets')[2].partition('## Promise and proof')
+    rows = [line.split('|')[1:-1] for line in table.splitlines() if line.startswith('| ')][1:]
+    assert len(rows) > 15 and all(len(row)==3 for row in rows)
+    for threat,_,how in rows:
+        files = re.findall(r'`(test_\w+\.py)`(?:: ((?:`test_\w+`(?:, )?)+))?', how)
+        assert files or 'benchmarks/' in how, threat
+        for file,names in files:
+            source = (here/file).read_text(encoding='utf-8')
+            assert not [n for n in re.findall(r'`(test_\w+)`', names) if f'\ndef {n}(' not in source], (threat, file)
+    for path in set(re.findall(r'python (benchmarks/\w+\.py)|pytest (tests/\w+\.py)', table+proofs)):
+        assert (here.parent/''.join(path)).is_file(), path

@@ -235,7 +235,7 @@ def test_slow_and_wrong_senders(tmp_path):
     "Heads and bodies that drop in, lengths that lie: an answer in bounded time, and the service goes on"
     with gated(tmp_path, is_open=True, body_seconds=2, header_seconds=2, max_bytes=10_000,
                max_batch_bytes=10_000) as server:
-        head = b'POST /predict/file HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n'
+        head = b'POST /predict/file HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n'
         part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         too_slow = (chain([head+b'Content-Length: 5000\r\n\r\n', b'--x\r\n'], repeat(b'A')), [head[:20]],
                     chain([head], repeat(b'a: b\r\n')))

@@ -24,10 +24,20 @@ for name in ('sqlalchemy', 'alembic'):
 import sqlalchemy as sa  # noqa: E402
 
 from amulet_hybrid.core import StoreError  # noqa: E402
-from amulet_hybrid.store.database import HEAD, Database, metadata, migrate, open_database, revision, shape_row  # noqa: E402
+from amulet_hybrid.store.database import (  # noqa: E402
+    HEAD,
+    Database,
+    feedback_key,
+    metadata,
+    migrate,
+    open_database,
+    revision,
+    shape_row,
+)
 from amulet_hybrid.store.datasets import export_table, get_training_data, load_csv_to_db  # noqa: E402
-from amulet_hybrid.store.journal import Journal, journal_status, pack_line, read_segment  # noqa: E402
+from amulet_hybrid.store.journal import Journal, journal_status  # noqa: E402
 from amulet_hybrid.store.predictions import PredictionLog, prune, save_prediction, store_status  # noqa: E402
+from amulet_hybrid.store.segments import pack_line, read_segment  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 POSTGRES = os.environ.get('AMULET_TEST_POSTGRES', 'postgresql://postgres@127.0.0.1:5432/test')
@@ -260,7 +270,7 @@ def test_retention(url):
 def test_rows_of_both_kinds(url, tmp_path):
     with PredictionLog(url, tmp_path/'journal') as kept:
         kept.record('prediction', {**ANSWER, 'prediction_id': 'p1'})
-        kept.record('feedback', {'feedback_id': 'f1', 'prediction_id': 'p1', 'true_label': 'clay', 'comment': '\0'})
+        kept.record('feedback', {'prediction_id': 'p1', 'true_label': 'clay', 'comment': '\0'})
         assert kept.find('p1')['label']=='gold' # journaled or written
         assert kept.flush()
         assert (kept.find('p1')['probabilities']==ANSWER['probabilities'] and kept.find('f1') is None
@@ -271,7 +281,7 @@ def test_rows_of_both_kinds(url, tmp_path):
         assert {k: kept.stats()[k] for k in ('journaled', 'written', 'rejected', 'database')}=={'journaled': 0,
                 'written': 2, 'rejected': 0, 'database': 'up'}
     with pytest.raises(StoreError, match='closed'): kept.record('prediction', ANSWER)
-    assert ids_in(url)==['p1'] and ids_in(url, 'feedback', 'feedback_id')==['f1']
+    assert ids_in(url)==['p1'] and ids_in(url, 'feedback', 'feedback_id')==[feedback_key('p1')]
     assert list((tmp_path/'journal').iterdir())==[]
 
 def test_recording_waits_for_nobody(schema, door, tmp_path):

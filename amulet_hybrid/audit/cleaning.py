@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..base.csv_files import csv_table, csv_values
 from ..core import DatasetError, atomic_write, file_digest, progress
 from ..data.images import read_image
 from .inspection import Inspection
@@ -104,7 +105,8 @@ def _earlier(output, root, scanned):
     if not (output/LOG).is_file():
         raise DatasetError('this folder holds something else', code='bad_setting', where=output,
                            advice='Name a new folder, or empty this one')
-    return pd.read_csv(output/LOG, dtype=str, keep_default_na=False)['target'].loc[lambda t: t!=''].tolist()
+    made = csv_values(pd.read_csv(output/LOG, dtype=str, keep_default_na=False))['target']
+    return made[made!=''].tolist()
 
 # %% ../../nbs/55_audit/40_cleaning.ipynb #55952ddf
 def _copy(source, target, crop, limits):
@@ -130,10 +132,10 @@ def write_clean_copy(
     for stale in sorted(set(_earlier(output, root, found.facts.get('scanned', True)))-set(plan['target'])):
         _inside(output, stale).unlink(missing_ok=True)
     # before the first copy: an interrupted one is known by it
-    with atomic_write(output/LOG) as part: plan.to_csv(part, index=False)
+    with atomic_write(output/LOG) as part: csv_table(plan).to_csv(part, index=False)
     kept = plan[plan['action']!='leave_out']
     for row in progress(kept.itertuples(), 'Copying', len(kept)):
         _copy(root/row.path, _inside(output, row.target), row.action=='crop', found.config.image_limits())
     kept = kept[['target', 'label', 'group', 'split']].rename(columns={'target': 'path'})
-    with atomic_write(output/PHOTOS) as part: kept.to_csv(part, index=False)
+    with atomic_write(output/PHOTOS) as part: csv_table(kept).to_csv(part, index=False)
     return plan

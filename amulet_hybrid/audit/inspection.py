@@ -18,6 +18,7 @@ import pandas as pd
 
 from .findings import LEVELS, Finding
 from .report import render_photo_report
+from ..base.csv_files import csv_table
 from ..core import Config, DatasetError, atomic_write, setting
 from ..data.duplicates import DuplicateConfig
 from ..data.images import LIMITS, ImageLimits, read_image
@@ -62,7 +63,7 @@ def write_manifest(
     output_dir:str|Path # Folder; made if absent
 ):
     "Write manifest.csv and manifest.parquet, each whole or not at all"
-    with atomic_write(Path(output_dir)/FILES['manifest']) as part: manifest.to_csv(part, index=False)
+    with atomic_write(Path(output_dir)/FILES['manifest']) as part: csv_table(manifest).to_csv(part, index=False)
     with atomic_write(Path(output_dir)/FILES['parquet']) as part: manifest.to_parquet(part, index=False)
 
 # %% ../../nbs/55_audit/25_inspection.ipynb #7ca6507d

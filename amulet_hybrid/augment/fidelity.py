@@ -8,6 +8,7 @@ __all__ = ['MIN_PHOTOS_FID', 'MIN_PHOTOS_CLASS', 'MIN_PHOTOS_LIMIT', 'VERDICTS',
            'fidelity_by_class']
 
 # %% ../../nbs/60_augment/40_fidelity.ipynb #5ab3f654
+import html
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -306,7 +307,8 @@ class FidelityReport:
         return f'FidelityReport({self.space}: {verdicts})'
 
     def _repr_html_(self):
-        return self.table.round(3).to_html(border=0)+'<ul>'+''.join(f'<li>{n}.</li>' for n in self.notes)+'</ul>'
+        notes = ''.join(f'<li>{html.escape(n)}.</li>' for n in self.notes)
+        return self.table.round(3).to_html(border=0)+f'<ul>{notes}</ul>'
 
 # %% ../../nbs/60_augment/40_fidelity.ipynb #8c7a0f8f
 def _class_fidelity(a, b, groups_a, groups_b, permutations, seed):

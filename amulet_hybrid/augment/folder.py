@@ -8,6 +8,7 @@ __all__ = ['PHOTOS', 'SETTINGS', 'MANIFEST', 'FINISHED', 'plan_copies', 'trainin
            'FinishedTasks', 'AugmentedFolder', 'AugmentationPipeline']
 
 # %% ../../nbs/60_augment/30_folder.ipynb #bb6c5758
+import html
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from amulet_hybrid.augment.transforms import (
     preset_for,
 )
 from ..base.checks import group_codes
+from ..base.csv_files import csv_table
 from ..base.parallel import parallel_map
 from amulet_hybrid.core import (
     Config,
@@ -219,12 +221,18 @@ class CopyTask:
     path:str # Of the source
     label:str # Its class
     copies:list[int] # Numbers, 1 and up
-    target:str # Path of a copy below the output folder, with {} for its number
+    target:str # Path of the copies below the output folder, without number and ending
 
     @property
     def key(self) -> str:
         "Name of the task, the same in every run"
         return f'{self.path}|{self.copies[0]}'
+
+    def copy_path(self,
+        number:int # Of the copy
+    ) -> str: # Below the output folder
+        "Path of a copy"
+        return f'{self.target}{number:03d}.jpg'
 
 # %% ../../nbs/60_augment/30_folder.ipynb #e747afb6
 @dataclass
@@ -299,7 +307,7 @@ class CopyMaker:
                 result.refused[reason] = result.refused.get(reason, 0)+1
                 again.append(n)
                 continue
-            path = task.target.format(f'{n:03d}')
+            path = task.copy_path(n)
             digest = _write_jpeg(photo, self.output/path, self.config.jpeg_quality)
             distance = round(view_distance(made.view, source.view), 2)
             result.rows.append({'path': path, 'label': task.label, 'source': task.path, 'copy': n, 'seed': seed,
@@ -318,12 +326,18 @@ class CopyMaker:
 PHOTOS,SETTINGS = AUGMENTED
 MANIFEST = 'manifest.csv'
 
+def _short(name, of):
+    "A name that leaves a file system room for an ending: one that is too long is cut, and told apart by a digest"
+    data = name.encode('utf-8', 'surrogateescape')
+    return name if len(data) <= 200 else f'{data[:180].decode("utf-8", "ignore")}-{json_digest(ascii(of))[:8]}'
+
 def _place(path, label, split):
     "Path of a real photo below the output folder"
     parts = list(PurePosixPath(path).parts)
     if PurePosixPath(path).is_absolute() or '..' in parts: parts = [f'{json_digest(path)[:8]}-{parts[-1]}']
     if len(parts) > 2 and parts[0].lower() in SPLITS: parts = parts[1:]
-    folder = ''.join('_' if c in '/\\:' else c for c in label) or '_'
+    folder = _short(''.join('_' if c in '/\\:\0' else c for c in label), label)
+    if folder in ('', '.', '..'): folder = f'_{folder}'
     return str(PurePosixPath(split, folder, *(parts[1:] if len(parts) > 1 and parts[0]==label else parts)))
 
 # %% ../../nbs/60_augment/30_folder.ipynb #c6e49afb
@@ -386,13 +400,17 @@ class FinishedTasks:
         with self.path.open('a', encoding='utf-8') as file: file.write(json.dumps(entry)+'\n')
 
 # %% ../../nbs/60_augment/30_folder.ipynb #9a2323eb
-def _copy_task(path, label, copies, places):
+def _shared_stems(places):
+    "Paths without their ending that several photos have: `1.png` beside `1.jpg`"
+    return {stem for stem,n in Counter(PurePosixPath(p).with_suffix('') for p in places.values()).items() if n > 1}
+
+def _copy_task(path, label, copies, places, shared=()):
     place = PurePosixPath(places[path])
-    stem = place.stem.replace('{', '(').replace('}', ')')
-    return CopyTask(path, label, list(copies), str(place.with_name(stem+'-made{}.jpg')))
+    stem = f'{place.stem}-{json_digest(ascii(path))[:8]}' if place.with_suffix('') in shared else place.stem
+    return CopyTask(path, label, list(copies), str(place.with_name(f'{_short(stem, path)}-made')))
 
 # %% ../../nbs/60_augment/30_folder.ipynb #b1ad9e1a
-def _replacements(plan, last, results, places, max_repeats):
+def _replacements(plan, last, results, places, shared, max_repeats):
     "Tasks for other sources of a class in place of those that failed"
     lost = Counter(r.task.label for r in last for _ in r.failed)
     used:Counter[str] = Counter()
@@ -401,7 +419,7 @@ def _replacements(plan, last, results, places, max_repeats):
     for label,n in sorted(lost.items()):
         paths = [p for p in plan.loc[plan['label']==label, 'path'] if used[p] < max_repeats]
         paths.sort(key=lambda p: (used[p], p))
-        tasks += [_copy_task(p, label, [used[p]+1], places) for p in paths[:n]]
+        tasks += [_copy_task(p, label, [used[p]+1], places, shared) for p in paths[:n]]
     return tasks
 
 # %% ../../nbs/60_augment/30_folder.ipynb #2ae6841c
@@ -443,12 +461,12 @@ def _whole_manifest(manifest, results, places, originals):
 # %% ../../nbs/60_augment/30_folder.ipynb #7ab740a0
 def _write_tables(output, both, places, originals):
     "manifest.csv with all columns, photos.csv with those that training reads"
-    with atomic_write(output/MANIFEST) as part: both.to_csv(part, index=False)
+    with atomic_write(output/MANIFEST) as part: csv_table(both).to_csv(part, index=False)
     made_from = both['source'].map(places) if originals else both['source']
     photos = both.assign(made_from=made_from).fillna({'made_from': ''})
     if not originals: photos = photos[photos['made']]
     with atomic_write(output/PHOTOS) as part:
-        photos[['path', 'label', 'group', 'split', 'made_from']].to_csv(part, index=False)
+        csv_table(photos[['path', 'label', 'group', 'split', 'made_from']]).to_csv(part, index=False)
 
 # %% ../../nbs/60_augment/30_folder.ipynb #7f585f22
 def _class_table(plan, results):
@@ -500,7 +518,7 @@ class AugmentedFolder:
         return (f'AugmentedFolder({int(self.manifest["made"].sum())} photos made of {int(self.table["real"].sum())}, '
                 f'preset {self.preset})')
     def _repr_html_(self):
-        return self.table.to_html(border=0)+'<ul>'+''.join(f'<li>{n}.</li>' for n in self.notes)+'</ul>'
+        return self.table.to_html(border=0)+'<ul>'+''.join(f'<li>{html.escape(n)}.</li>' for n in self.notes)+'</ul>'
 
 # %% ../../nbs/60_augment/30_folder.ipynb #43f9ca42
 class AugmentationPipeline:
@@ -559,11 +577,12 @@ class AugmentationPipeline:
     def _make(self, maker, plan, places, finished):
         "Results of all tasks, replacements included"
         rows = zip(plan['path'], plan['label'], plan['copies'].tolist())
-        tasks = [_copy_task(path, label, range(1, n+1), places) for path,label,n in rows if n]
+        shared = _shared_stems(places)
+        tasks = [_copy_task(path, label, range(1, n+1), places, shared) for path,label,n in rows if n]
         results:list[TaskResult] = []
         for _ in range(3):
             new = list(_run_tasks(maker, tasks, finished, self.jobs))
             results += new
-            tasks = _replacements(plan, new, results, places, self.config.max_repeats)
+            tasks = _replacements(plan, new, results, places, shared, self.config.max_repeats)
             if not tasks: break
         return results

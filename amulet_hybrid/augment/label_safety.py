@@ -6,6 +6,7 @@
 __all__ = ['with_digests', 'stream_rows', 'BlockClassifier', 'LabelSafety', 'label_safety', 'photo_fidelity']
 
 # %% ../../nbs/60_augment/50_label_safety.ipynb #f59b32ec
+import html
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ class LabelSafety:
         return f'LabelSafety({", ".join(off) or "nothing is switched off"})'
 
     def _repr_html_(self):
-        return self.moved().round(2).to_html(border=0)+'<ul>'+''.join(f'<li>{n}.</li>' for n in self.notes)+'</ul>'
+        notes = ''.join(f'<li>{html.escape(n)}.</li>' for n in self.notes)
+        return self.moved().round(2).to_html(border=0)+f'<ul>{notes}</ul>'
 
 # %% ../../nbs/60_augment/50_label_safety.ipynb #8863e2d3
 def _variants(manifest, root, rows, operations, strength, draws, seed) -> Iterator[np.ndarray]:

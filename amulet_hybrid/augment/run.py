@@ -6,6 +6,7 @@
 __all__ = ['AugmentRunConfig', 'AugmentRun', 'split_for_augmentation', 'run_augmentation', 'write_augmentation_report']
 
 # %% ../../nbs/60_augment/70_run.ipynb #1e262ae7
+import html
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ class AugmentRun:
 
     def __repr__(self): return f'AugmentRun({self.folder or "nothing was made"})'
     def _repr_html_(self):
-        notes = ''.join(f'<li>{n}.</li>' for n in self.notes)
+        notes = ''.join(f'<li>{html.escape(n)}.</li>' for n in self.notes)
         return (self.folder._repr_html_() if self.folder else '')+f'<ul>{notes}</ul>'
 
 # %% ../../nbs/60_augment/70_run.ipynb #2c8d96ea

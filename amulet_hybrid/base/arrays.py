@@ -78,6 +78,8 @@ def unpack_arrays(
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             entries,out = file.infolist(),{}
             if len(entries) > MOST_ARRAYS: refuse(f'holds {len(entries)} arrays')
+            if (promised := sum(e.file_size for e in entries)) > len(data):
+                refuse(f'its arrays promise {promised:,} bytes in a file of {len(data):,}', 'oversized_array')
             for entry in entries:
                 name = entry.filename.removesuffix('.npy')
                 if entry.compress_type!=zipfile.ZIP_STORED or entry.flag_bits & 1:
@@ -103,6 +105,10 @@ def _once(pairs):
 def _no_constant(name): # NaN, Infinity
     raise ValueError(f'{name} is no number')
 
+def _finite(text): # 1e999
+    if abs(value := float(text))==float('inf'): raise ValueError(f'{text[:40]} is too large')
+    return value
+
 # %% ../../nbs/05_base/30_arrays.ipynb #0bbca802
 def _depth(value, most):
     "Whether `value` nests at most `most` deep"
@@ -121,7 +127,8 @@ def parse_json(
     "JSON as settings are written: of sane size and depth, numbers finite, each name once; raises `BundleError`"
     def refuse(why, error=None) -> NoReturn: raise BundleError(why, code='bad_json', where=where) from error
     if len(data) > MOST_JSON: refuse(f'larger than {MOST_JSON:,} bytes')
-    try: value = json.loads(data.decode('utf-8'), object_pairs_hook=_once, parse_constant=_no_constant)
+    try: value = json.loads(data.decode('utf-8'), object_pairs_hook=_once, parse_constant=_no_constant,
+                           parse_float=_finite)
     except (ValueError, RecursionError, MemoryError) as error:
         refuse(f'is no JSON that we read: {str(error)[:200]}', error)
     if not _depth(value, MOST_DEPTH): refuse(f'nests more than {MOST_DEPTH} deep')

@@ -7,6 +7,8 @@ __all__ = ['make_keys', 'sign_bytes', 'check_signature']
 
 # %% ../../nbs/05_base/40_signing.ipynb #3723912f
 import base64
+import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,14 +66,22 @@ def _read_key(path, private):
     return key
 
 # %% ../../nbs/05_base/40_signing.ipynb #cf0e553a
+_TIME = '%Y-%m-%dT%H:%M:%S.%fZ' # UTC; as text it sorts by time
+_TIME_TEXT = re.compile(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z', re.ASCII)
+_CONTEXT = b'amulet signature\0' # Before what is signed together with a time: it can be taken for nothing else
+
+def _message(data, signed_at): return data if not signed_at else _CONTEXT+signed_at.encode()+b'\0'+data
+
 def sign_bytes(
     data:bytes, # What is vouched for
-    private_key:str|Path # PEM file
-) -> bytes: # JSON with algorithm, public_key and signature
-    "A signature to lie beside a file"
-    key = _read_key(private_key, True)
-    public,signature = (base64.b64encode(part).decode() for part in (_raw(key.public_key()), key.sign(data)))
-    return dump_json({'algorithm': 'ed25519', 'public_key': public, 'signature': signature})
+    private_key:str|Path, # PEM file
+    signed_at:datetime|None=None # When; None: now
+) -> bytes: # JSON with algorithm, public_key, signed_at and signature
+    "A signature to lie beside a file; it covers the time at which it was made"
+    key,when = _read_key(private_key, True),(signed_at or datetime.now(UTC)).astimezone(UTC).strftime(_TIME)
+    public,signature = (base64.b64encode(part).decode()
+                        for part in (_raw(key.public_key()), key.sign(_message(data, when))))
+    return dump_json({'algorithm': 'ed25519', 'public_key': public, 'signed_at': when, 'signature': signature})
 
 # %% ../../nbs/05_base/40_signing.ipynb #41690ac6
 def check_signature(
@@ -79,18 +89,22 @@ def check_signature(
     signature:bytes, # What `sign_bytes` gave
     public_key:str|Path, # PEM file of whom we trust; the key inside the signature is not believed
     where:Any=None # Name for errors
-) -> None:
-    "Raise `BundleError` unless the owner of `public_key` signed exactly this"
+) -> str: # When it was signed, as text that sorts by time; '' for a signature of version 0.1, which does not say
+    "Raise `BundleError` unless the owner of `public_key` signed exactly this, at the time that it says"
     key,found = _read_key(public_key, False),parse_json(signature, where)
     def refuse(why, code, advice='') -> NoReturn: raise BundleError(why, code=code, where=where, advice=advice)
     try: mine,mark = (base64.b64decode(found[k], validate=True) for k in ('public_key', 'signature'))
     except (KeyError, TypeError, ValueError): refuse('is no signature of ours', 'bad_signature')
+    when = found.get('signed_at', '')
+    if not isinstance(when, str) or (when and not _TIME_TEXT.fullmatch(when)):
+        refuse(f'the time {str(when)[:40]!r} is none of ours', 'bad_signature')
     if found.get('algorithm')!='ed25519':
         refuse(f'the algorithm {str(found.get("algorithm"))[:40]!r} is not known here', 'bad_signature')
     if mine!=_raw(key):
         refuse('was signed with another key than the one that is trusted here', 'other_key',
                'Ask whoever made it for the public key')
     from cryptography.exceptions import InvalidSignature
-    try: key.verify(mark, data)
+    try: key.verify(mark, _message(data, when))
     except InvalidSignature:
         refuse('the signature does not fit: what was signed has been changed since', 'bad_signature', 'Copy it again')
+    return when

@@ -6,10 +6,8 @@
 __all__ = ['app', 'version_command', 'main']
 
 # %% ../../nbs/90_cli/80_app.ipynb #78dbcb99
-import typer
-
 from . import bundles, data, predict, serve, store, training
-from .options import new_app
+from .options import echo, new_app
 
 # %% ../../nbs/90_cli/80_app.ipynb #962b6f92
 app = new_app(name='amulet', no_args_is_help=True,
@@ -25,14 +23,14 @@ app.add_typer(store.commands, name='store')
 def version_command():
     "Version of amulet_hybrid"
     from amulet_hybrid import __version__
-    typer.echo(__version__)
+    echo(__version__)
 
 # %% ../../nbs/90_cli/80_app.ipynb #5c2ff252
 def main():
     "Entry point: our errors become a message and exit code 1"
     from amulet_hybrid.core import AmuletError
     try: app()
-    except AmuletError as error: typer.echo(f'error {error}', err=True); raise SystemExit(1) from None
+    except AmuletError as error: echo(f'error {error}', err=True); raise SystemExit(1) from None
     except SystemExit as end:
-        if end.code==130: typer.echo('interrupted; what was finished is kept, start again to go on', err=True)
+        if end.code==130: echo('interrupted; what was finished is kept, start again to go on', err=True)
         raise

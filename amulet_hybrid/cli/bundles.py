@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .options import new_app
+from .options import echo, new_app
 
 # %% ../../nbs/90_cli/15_bundles.ipynb #acf8b782
 commands = new_app(no_args_is_help=True,
@@ -31,7 +31,7 @@ def keys_command(output:Annotated[Path,
                                                   'it')]=Path('signing.pem')):
     "Make a pair of keys (Ed25519)"
     from amulet_hybrid.base.signing import make_keys
-    typer.echo(f'Public key {make_keys(output)}\nPrivate    {output}  (keep it to yourself)')
+    echo(f'Public key {make_keys(output)}\nPrivate    {output}  (keep it to yourself)')
 
 # %% ../../nbs/90_cli/15_bundles.ipynb #2b6e75e9
 @commands.command('sign', epilog='Example: amulet bundle sign --model-dir runs/photos/bundle --key signing.pem')
@@ -39,16 +39,22 @@ def sign_command(model_dir:Model, key:Annotated[Path, typer.Option(exists=True, 
                                                            help='Private key, as `amulet bundle keys` makes it')]):
     "Vouch for a bundle, after every byte of it was checked"
     from amulet_hybrid.model.bundle_files import sign_bundle
-    typer.echo(f'Signed     {sign_bundle(model_dir, key)}')
+    echo(f'Signed     {sign_bundle(model_dir, key)}')
 
 # %% ../../nbs/90_cli/15_bundles.ipynb #d2e9352a
 @commands.command('verify', epilog='Example: amulet bundle verify --model-dir runs/photos/bundle --public-key '
                                    'signing.pem.pub')
-def verify_command(model_dir:Model, public_key:PublicKey=None):
+def verify_command(model_dir:Model, public_key:PublicKey=None,
+                   trial:Annotated[bool, typer.Option('--trial', help='Load it and ask it, too, in a process that is '
+                                                                      'bounded in time and memory')]=False):
     "Check every byte of a bundle, and who signed it; exit code 1 and the reason if it must not be used"
     from amulet_hybrid.model.bundle_files import verify_bundle
     manifest = verify_bundle(model_dir, public_key)
+    if trial:
+        from amulet_hybrid.model.trial import try_bundle
+        done = try_bundle(model_dir, public_key)
+        echo(f'Answers    within {done.seconds:.1f} s and {done.megabytes:.0f} MB')
     size = sum(f['bytes'] for f in manifest['files'].values())
     signed = f'signed by {public_key}' if public_key else 'no signature asked for'
-    typer.echo(f'Good       {manifest["digest"][:12]}: {len(manifest["classes"])} classes, {len(manifest["files"])} '
+    echo(f'Good       {manifest["digest"][:12]}: {len(manifest["classes"])} classes, {len(manifest["files"])} '
                f'files, {size/2**20:.1f} MB, {signed}')

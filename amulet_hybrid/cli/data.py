@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Hint, Verbose, config_command, late_command, new_app, print_notes, start_log
+from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_notes, start_log
 
 # %% ../../nbs/90_cli/20_data.ipynb #b5d0e2d5
 commands = new_app()
@@ -32,7 +32,7 @@ def samples_command(
     from amulet_hybrid.data.samples import NO_FAULTS, Faults, make_samples
     if kind not in ('amulets', 'logos'): raise typer.BadParameter("must be 'amulets' or 'logos'", param_hint='--kind')
     table = make_samples(output_dir, kind, photos or None, classes, side, seed, Faults() if faults else NO_FAULTS)
-    typer.echo(f'{len(table)} files of {table["label"].nunique()} classes in {output_dir}\n'
+    echo(f'{len(table)} files of {table["label"].nunique()} classes in {output_dir}\n'
                f'What shows one object is in {output_dir}/groups.csv. Next: amulet run --data-dir {output_dir} '
                f'--groups {output_dir}/groups.csv')
 
@@ -49,15 +49,16 @@ def _inspect(
 ):
     start_log(verbose)
     from amulet_hybrid.audit.inspector import DatasetInspector
+    from amulet_hybrid.core import printable
     from amulet_hybrid.audit.inspection import FILES, InspectionConfig
     data_dir,groups,group_by = (settings.pop(name, None) for name in ('data_dir', 'groups', 'group_by'))
     found = DatasetInspector(InspectionConfig.from_dict(settings)).run(data_dir, output_dir, groups, group_by)
-    typer.echo(f'{found.verdict}\n')
-    for number,finding in enumerate(found.findings, 1): typer.echo(f'  {number:2d}. {finding.level:7s} {finding}')
-    typer.echo(f'\n{found.classes.to_string()}')
+    echo(f'{printable(found.verdict)}\n')
+    for number,finding in enumerate(found.findings, 1): echo(f'  {number:2d}. {finding.level:7s} {printable(finding)}')
+    echo(f'\n{found.classes.to_string()}')
     if verbose:
-        for row in found.unreadable.itertuples(): typer.echo(f'    {row.path}: {row.code}: {row.reason}')
-    typer.echo(f'\nReport     {output_dir/FILES["report"]}\nDetails    {output_dir/FILES["inspection"]}\nManifest   '
+        for row in found.unreadable.itertuples(): echo(printable(f'    {row.path}: {row.code}: {row.reason}'))
+    echo(f'\nReport     {output_dir/FILES["report"]}\nDetails    {output_dir/FILES["inspection"]}\nManifest   '
                f'{output_dir/FILES["manifest"]}, {FILES["parquet"]}')
     if fix: _fix(found, output_dir, list_only)
 
@@ -65,17 +66,18 @@ def _inspect(
 def _fix(found, output_dir, list_only):
     "The cleaned copy, or the list alone"
     from amulet_hybrid.audit.cleaning import LOG, PHOTOS, plan_fixes, write_clean_copy
+    from amulet_hybrid.base.csv_files import csv_table
     from amulet_hybrid.core import atomic_write
     if list_only:
         plan = plan_fixes(found)
-        with atomic_write(output_dir/LOG) as part: plan.to_csv(part, index=False)
-        typer.echo(f'Choices    {output_dir/LOG}')
+        with atomic_write(output_dir/LOG) as part: csv_table(plan).to_csv(part, index=False)
+        echo(f'Choices    {output_dir/LOG}')
     else:
         plan = write_clean_copy(found, found.root, output_dir/'clean')
-        typer.echo(f'Clean copy {output_dir/"clean"} (with {LOG}; {PHOTOS} is its groups file, or a table to train '
+        echo(f'Clean copy {output_dir/"clean"} (with {LOG}; {PHOTOS} is its groups file, or a table to train '
                    f'from)')
     for action,n in plan['action'].value_counts().items():
-        typer.echo(f'             {n} {str(action).replace("_", " ")}')
+        echo(f'             {n} {str(action).replace("_", " ")}')
 
 # %% ../../nbs/90_cli/20_data.ipynb #a0a3ea51
 @late_command(commands, 'inspect', epilog='Example: amulet inspect --data-dir photos --output-dir runs/look --fix')
@@ -93,9 +95,9 @@ def _split(settings):
     from amulet_hybrid.jobs.train import TrainingRun
     run = TrainingRun(RunConfig.from_dict(settings))
     run.inspect()
-    typer.echo(run.split().to_string())
+    echo(run.split().to_string())
     print_notes(n for n in run.data.notes if n[0]=='warning')
-    typer.echo(f'Written: {run.output/"manifest.csv"}')
+    echo(f'Written: {run.output/"manifest.csv"}')
 
 # %% ../../nbs/90_cli/20_data.ipynb #fc7b5c20
 @late_command(commands, 'split',
@@ -112,14 +114,14 @@ def _augment(settings, verbose:Verbose=False):
     from amulet_hybrid.augment.run import AugmentRunConfig, run_augmentation
     config = AugmentRunConfig.from_dict(settings)
     run = run_augmentation(config)
-    if run.study: typer.echo(f'{run.study.shown().to_string()}\n')
-    if run.folder: typer.echo(f'{run.folder}\n\n{run.folder.table.to_string()}\n')
-    if verbose and run.fidelity: typer.echo(f'{run.fidelity.table.to_string()}\n')
+    if run.study: echo(f'{run.study.shown().to_string()}\n')
+    if run.folder: echo(f'{run.folder}\n\n{run.folder.table.to_string()}\n')
+    if verbose and run.fidelity: echo(f'{run.fidelity.table.to_string()}\n')
     print_notes(('info', n) for n in run.notes)
     output_dir = Path(config.output_dir)
     if run.folder:
-        typer.echo(f'\nReport     {output_dir/"report.html"}\nPhotos     {output_dir/"manifest.csv"}')
-        if config.originals: typer.echo(f'Train      amulet train --data-dir {output_dir/"photos.csv"}')
+        echo(f'\nReport     {output_dir/"report.html"}\nPhotos     {output_dir/"manifest.csv"}')
+        if config.originals: echo(f'Train      amulet train --data-dir {output_dir/"photos.csv"}')
 
 # %% ../../nbs/90_cli/20_data.ipynb #2838c695
 @late_command(commands, 'augment',
@@ -158,17 +160,18 @@ def _extract(
     print_notes(extractor.notes)
     found = write_features(extractor, manifest, root, output_dir, overwrite)
     _print_features(found, extractor, len(manifest), time.perf_counter()-start)
-    typer.echo(f'\nFeatures   {output_dir}')
+    echo(f'\nFeatures   {output_dir}')
 
 # %% ../../nbs/90_cli/20_data.ipynb #222b6579
 def _print_features(found, extractor, photos, seconds):
     "How long it took, what there is of each block, and what could not be measured"
-    typer.echo(f'{photos} photos in {seconds:.1f} s ({photos/seconds:.0f} a second; with what was there already)')
+    from amulet_hybrid.core import printable
+    echo(f'{photos} photos in {seconds:.1f} s ({photos/seconds:.0f} a second; with what was there already)')
     for name,block in found.about['blocks'].items():
         ms = f'{extractor.milliseconds[name]:6.2f} ms a photo' if name in extractor.milliseconds else ''
-        typer.echo(f'  {name:40s} {block["width"]:6d} numbers  {ms}')
-    for e in found.errors()[:20]: typer.echo(f'  ! {e["path"]}: {e["error_code"]}: {e["error_message"]}')
-    if (more := len(found.errors())-20) > 0: typer.echo(f'  ! and {more} more, in errors.jsonl')
+        echo(f'  {name:40s} {block["width"]:6d} numbers  {ms}')
+    for e in found.errors()[:20]: echo(printable(f'  ! {e["path"]}: {e["error_code"]}: {e["error_message"]}'))
+    if (more := len(found.errors())-20) > 0: echo(f'  ! and {more} more, in errors.jsonl')
 
 # %% ../../nbs/90_cli/20_data.ipynb #3b4805d3
 @late_command(commands, 'extract',

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'Verbose', 'value_words', 'setting_words', 'read_value', 'Hint', 'make_option', 'command_settings',
-           'config_command', 'new_app', 'LateGroup', 'late_command', 'parameters_cell', 'start_log', 'print_notes']
+           'config_command', 'new_app', 'LateGroup', 'late_command', 'parameters_cell', 'start_log', 'echo',
+           'print_notes']
 
 # %% ../../nbs/90_cli/05_options.ipynb #0d973392
 import dataclasses
@@ -20,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from ..core import Config, ConfigError, Setting
+from ..core import Config, ConfigError, PrintableFormatter, Setting, printable
 
 # %% ../../nbs/90_cli/05_options.ipynb #c8fc77d6
 def value_words(
@@ -213,11 +214,21 @@ def start_log(
 ) -> None:
     "Print what is logged"
     import logging
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format='%(message)s')
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter('%(message)s'))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+
+# %% ../../nbs/90_cli/05_options.ipynb #34fc0e72
+def echo(
+    text:Any='', # Lines of our own; names that others chose are `printable` in it, so that they have none
+    **options # As `typer.echo` takes them
+) -> None:
+    "Print for a person: whatever is in it, no character acts on the terminal"
+    typer.echo(printable(text, keep='\n\t'), **options)
 
 # %% ../../nbs/90_cli/05_options.ipynb #a0892e09
 def print_notes(
     notes:Iterable[tuple[str,str]] # ('warning' or 'info', text)
 ) -> None:
     "Print notes of a run, a line each; warnings begin with !"
-    for level,text in notes: typer.echo(f'  {"!" if level=="warning" else "-"} {text}')
+    for level,text in notes: echo(f'  {"!" if level=="warning" else "-"} {printable(text)}')

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .bundles import Model, PublicKey
-from .options import config_command, late_command, new_app
+from .options import config_command, echo, late_command, new_app
 
 # %% ../../nbs/90_cli/40_predict.ipynb #67ec898c
 commands = new_app()
@@ -48,31 +48,35 @@ def predict_command():
 # %% ../../nbs/90_cli/40_predict.ipynb #088ee9cd
 def _print_predictions(classifier, photos, budget):
     "A line a photo"
+    from amulet_hybrid.core import printable
     read = 0
     for name,answer in classifier.stream_directory(photos, **budget):
-        if not answer.success: typer.echo(f'{name}\t{answer.error_code}: {answer.error_message}'); continue
-        read += 1
-        label = answer.label or f'not sure ({answer.top}?)'
-        typer.echo(f'{name}\t{label}\t{answer.confidence:.3f}'+(f'\t{answer.note}' if answer.note else ''))
+        if answer.success:
+            read += 1
+            label = answer.label or f'not sure ({answer.top}?)'
+            words = [name, label, f'{answer.confidence:.3f}', *([answer.note] if answer.note else [])]
+        else: words = [name, f'{answer.error_code}: {answer.error_message}']
+        echo('\t'.join(map(printable, words)))
     if not read: raise typer.Exit(1)
 
 # %% ../../nbs/90_cli/40_predict.ipynb #138dfbb2
 def _write_predictions(classifier, photos, output, budget):
     "A file of predictions, and what it holds in one line"
     count = classifier.predict_directory(photos, output=output, **budget)
-    typer.echo(f'{count["files"]} rows in {output}; {count["unsure"]} without a label, {count["unreadable"]} files '
+    echo(f'{count["files"]} rows in {output}; {count["unsure"]} without a label, {count["unreadable"]} files '
                f'could not be read')
     if count['unreadable']==count['files']: raise typer.Exit(1)
 
 # %% ../../nbs/90_cli/40_predict.ipynb #6af98118
 def _predict_table(classifier, table, confidence_threshold, output):
     "The same for rows of a table"
-    from amulet_hybrid.core import atomic_write
+    from amulet_hybrid.base.csv_files import csv_table
+    from amulet_hybrid.core import atomic_write, printable
     from amulet_hybrid.jobs.table import predict_table
     rows = predict_table(classifier.bundle, table, confidence_threshold)
     if output:
-        with atomic_write(output) as part: rows.to_csv(part, index=False)
-        typer.echo(f'{len(rows)} rows in {output}')
+        with atomic_write(output) as part: csv_table(rows).to_csv(part, index=False)
+        echo(f'{len(rows)} rows in {output}')
     else:
-        text = rows[['row', 'label', 'top', 'confidence']].to_csv(index=False, sep='\t', float_format='%.3f')
-        typer.echo(text, nl=False)
+        shown = rows[['row', 'label', 'top', 'confidence']].map(lambda v: printable(v) if isinstance(v, str) else v)
+        echo(shown.to_csv(index=False, sep='\t', float_format='%.3f'), nl=False)

@@ -7,12 +7,12 @@ __all__ = ['commands', 'serve_command', 'key_command', 'deploy_command']
 
 # %% ../../nbs/90_cli/50_serve.ipynb #1190fbf8
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .bundles import PublicKey
-from .options import config_command, late_command, new_app, print_notes
+from .options import config_command, echo, late_command, new_app, print_notes
 
 # %% ../../nbs/90_cli/50_serve.ipynb #dd1e5e1c
 commands = new_app()
@@ -24,9 +24,10 @@ def _recorder(settings):
     from amulet_hybrid.core import MissingExtraError, log
     try:
         from amulet_hybrid.store.predictions import PredictionLog
-        return PredictionLog(settings.database_url, settings.journal_dir)
+        return PredictionLog(settings.database_url, settings.journal_dir, max_bytes=int(settings.journal_max_bytes),
+                             durability=settings.durability)
     except MissingExtraError as error:
-        if settings.database_url: raise
+        if settings.database_url or settings.record=='required': raise
         log.warning('predictions are not recorded: %s', error)
         return None
 
@@ -40,10 +41,12 @@ def _serve(settings):
         raise ConfigError('no bundle is named', where='model_dir', advice='amulet serve --model-dir runs/photos/bundle')
     start_logging(settings.log_format, settings.log_level)
     with bind_port(settings.host, settings.port) as sock:
+        from amulet_hybrid.model.answer_cache import make_cache
         from amulet_hybrid.model.classifier import HybridClassifier
         from amulet_hybrid.serve.app import create_app, serve
         from amulet_hybrid.serve.service import warm_up
-        remember = {'memory': True, 'off': False}.get(settings.answer_cache, settings.answer_cache)
+        remember:Any = {'memory': True, 'off': False}.get(settings.answer_cache)
+        if remember is None: remember = make_cache(settings.answer_cache, settings.cache_key) # one for all reloads
         def load():
             return HybridClassifier(settings.model_dir, confidence_threshold=settings.confidence_threshold,
                                     memory_threshold=settings.memory_threshold, enable_caching=remember,
@@ -51,7 +54,7 @@ def _serve(settings):
         warm_up(classifier := load())
         app = create_app(classifier, settings, load, _recorder(settings))
         where = f'[{settings.host}]' if ':' in settings.host else settings.host
-        typer.echo(f'Serving {len(classifier.classes)} classes of bundle {classifier.model_version} at '
+        echo(f'Serving {len(classifier.classes)} classes of bundle {classifier.model_version} at '
                    f'http://{where}:{sock.getsockname()[1]}{settings.root_path} (try it: /)')
         serve(app, settings, sock)
 
@@ -71,7 +74,7 @@ def key_command(name:Annotated[str, typer.Argument(help='Of whoever gets the key
     "Make a key for the service: one line to give away, one for AMULET_API_KEYS"
     from amulet_hybrid.serve.auth import make_key
     secret,line = make_key(name)
-    typer.echo(f'Key        {secret}  (give it to {name}; it is not kept anywhere)\nService    {line}')
+    echo(f'Key        {secret}  (give it to {name}; it is not kept anywhere)\nService    {line}')
 
 # %% ../../nbs/90_cli/50_serve.ipynb #e1cec215
 def _deploy(
@@ -88,14 +91,18 @@ def _deploy(
                                                  'package index has it')]=None,
     public_key:PublicKey=None,
     force:Annotated[bool, typer.Option('--force', help='Overwrite files that were edited since')]=False,
+    lock:Annotated[bool, typer.Option('--lock/--no-lock', help='Ask pip for the hashes of all packages')]=True,
+    wheelhouse:Annotated[Path|None, typer.Option(exists=True, file_okay=False,
+                                                 help='Folder of all wheels, instead of the package index')]=None,
 ):
     from amulet_hybrid.deploy.rendering import deploy as write
     from amulet_hybrid.deploy.settings import DeploySettings
     base = DeploySettings.load(settings) if settings else DeploySettings()
     if given.get('replicas', 0) > base.most_replicas: given.setdefault('most_replicas', given['replicas'])
-    done = write(base.replace(**given), output_dir, kind, model_dir, wheel, public_key, force)
-    for path in done.changed: typer.echo(f'  {path}')
-    typer.echo(f'{len(done.files)} files in {output_dir}, {len(done.changed)} of them new or changed. How to go on: '
+    done = write(base.replace(**given), output_dir, kind, model_dir, wheel, public_key, force, lock,
+                 wheelhouse)
+    for path in done.changed: echo(f'  {path}')
+    echo(f'{len(done.files)} files in {output_dir}, {len(done.changed)} of them new or changed. How to go on: '
                f'{output_dir}/README.md')
     print_notes(('info', n) for n in done.notes)
 

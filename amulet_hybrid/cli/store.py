@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .options import new_app
+from .options import echo, new_app
 
 # %% ../../nbs/90_cli/10_store.ipynb #14f76729
 commands = new_app(no_args_is_help=True,
@@ -39,15 +39,15 @@ def status_command(database_url:DatabaseUrl='', journal_dir:JournalDir=Path('amu
     found = store_status(_database(database_url, journal_dir), journal_dir)
     step = found['step'] or 'none'
     newer = '' if step==found['newest_step'] else f' (newest: {found["newest_step"]}; amulet store migrate)'
-    typer.echo(f'Database   {found["database"]}\nTables     step {step}{newer}')
+    echo(f'Database   {found["database"]}\nTables     step {step}{newer}')
     for name,rows in found['tables'].items():
-        typer.echo(f'  {name:14s} {rows:10,d} rows'
+        echo(f'  {name:14s} {rows:10,d} rows'
                    +(f'  {found["oldest"]} to {found["newest"]}' if name=='predictions' and rows else ''))
     waiting = found['journal']
-    typer.echo(f'Journal      {waiting["rows"]:,} rows wait, {waiting["bytes"]/2**20:.1f} MB, the oldest for '
+    echo(f'Journal      {waiting["rows"]:,} rows wait, {waiting["bytes"]/2**20:.1f} MB, the oldest for '
                f'{waiting["oldest_seconds"]:.0f} s')
     if waiting['rejected']:
-        typer.echo(f'  ! {waiting["rejected"]:,} rows were set aside in {journal_dir/"rejected.jsonl"}')
+        echo(f'  ! {waiting["rejected"]:,} rows were set aside in {journal_dir/"rejected.jsonl"}')
 
 # %% ../../nbs/90_cli/10_store.ipynb #4a30292d
 @commands.command('migrate', epilog='Example: amulet store migrate --database-url postgresql://amulet@localhost/amulet')
@@ -60,7 +60,7 @@ def migrate_tables(database_url:DatabaseUrl='', journal_dir:JournalDir=Path('amu
     if to not in ('head', HEAD) and not yes:
         typer.confirm(f'Going back to {to} deletes what the later tables of {database.url} hold. Go on?', abort=True)
     before,after = migrate(database, to)
-    typer.echo(f'Tables     step {before or "none"} -> {after or "none"}')
+    echo(f'Tables     step {before or "none"} -> {after or "none"}')
 
 # %% ../../nbs/90_cli/10_store.ipynb #d80fac9d
 @commands.command('import', epilog='Example: amulet store import wine.csv --name wine --target kind --group cask')
@@ -74,7 +74,7 @@ def import_data(source:Annotated[str, typer.Argument(help='CSV or Parquet file, 
     "Keep a table, or a list of photos, as the next version of a dataset"
     from amulet_hybrid.store.datasets import load_csv_to_db
     kept = load_csv_to_db(source, name, _database(database_url, journal_dir), target, group, query or None)
-    typer.echo(f'Dataset    {kept.name}, version {kept.version}: {kept.rows:,} rows ({kept.fingerprint[:12]})'
+    echo(f'Dataset    {kept.name}, version {kept.version}: {kept.rows:,} rows ({kept.fingerprint[:12]})'
                +('' if kept.new else ', which was there already'))
 
 # %% ../../nbs/90_cli/10_store.ipynb #84b16026
@@ -87,7 +87,7 @@ def export_command(output:Annotated[Path, typer.Option(help='File to write: .csv
     "Write a table to a file, oldest row first"
     from amulet_hybrid.store.datasets import export_table
     rows = export_table(output, table, since, _database(database_url, journal_dir))
-    typer.echo(f'{rows:,} rows of {table} in {output}')
+    echo(f'{rows:,} rows of {table} in {output}')
 
 # %% ../../nbs/90_cli/10_store.ipynb #2d560655
 @commands.command('prune', epilog='Example: amulet store prune --older-than 90')
@@ -97,4 +97,4 @@ def prune_command(older_than:Annotated[float, typer.Option('--older-than', min=0
     "Delete predictions and feedback that are older than so many days; datasets stay"
     from amulet_hybrid.store.predictions import prune as prune_store
     for table,rows in prune_store(older_than, _database(database_url, journal_dir)).items():
-        typer.echo(f'{rows:10,d} rows of {table} deleted')
+        echo(f'{rows:10,d} rows of {table} deleted')

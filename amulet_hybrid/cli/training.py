@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Hint, Verbose, config_command, late_command, new_app, print_notes, start_log
+from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_notes, start_log
 
 # %% ../../nbs/90_cli/30_training.ipynb #bb5fae34
 commands = new_app()
@@ -29,15 +29,15 @@ def print_summary(
     unit:str='photos' # What was held out
 ) -> None:
     "Print what `train` and `run` end with"
-    typer.echo(f'\nHeld out: {result["test_photos"]} {unit} of {result["test_groups"]} groups')
+    echo(f'\nHeld out: {result["test_photos"]} {unit} of {result["test_groups"]} groups')
     for name,f in result['figures'].items():
-        typer.echo(f'  {name.replace("_", " "):18s} {f["value"]:.3f}  [{f["low"]:.3f}, {f["high"]:.3f}]')
-    for text in result['notes']: typer.echo(f'  ! {text}')
-    typer.echo(f'\nReport     {result["report"]}')
-    if notebook: typer.echo(f'Notebook   {notebook}')
-    typer.echo(f'Bundle     {result["bundle"]}  ({result["digest"][:12]})\nServe it   amulet serve --model-dir '
+        echo(f'  {name.replace("_", " "):18s} {f["value"]:.3f}  [{f["low"]:.3f}, {f["high"]:.3f}]')
+    print_notes(('warning', text) for text in result['notes'])
+    echo(f'\nReport     {result["report"]}')
+    if notebook: echo(f'Notebook   {notebook}')
+    echo(f'Bundle     {result["bundle"]}  ({result["digest"][:12]})\nServe it   amulet serve --model-dir '
                f'{result["bundle"]}')
-    if runs_command: typer.echo(f'Compare    {runs_command}')
+    if runs_command: echo(f'Compare    {runs_command}')
 
 # %% ../../nbs/90_cli/30_training.ipynb #df4ba4d0
 def recorded_runs(
@@ -143,7 +143,7 @@ def _run(settings):
     output,config = Path(parameters['output_dir']),RunConfig.from_dict(parameters) # a mistake ends here, not in an hour
     # outside of the notebook: it is whole only when it ended
     with make_tracker(track, output.parent).run(output.name, run_parameters(config.to_dict())) as record:
-        typer.echo(f'Executing train.ipynb on {settings["data_dir"]}')
+        echo(f'Executing train.ipynb on {settings["data_dir"]}')
         execute_notebook('train.ipynb', parameters, output/'train.ipynb')
         track_output(record, output)
     print_summary(json.loads((output/'result.json').read_text(encoding='utf-8')), output/'train.ipynb',
@@ -170,14 +170,14 @@ def _evaluate(settings, verbose:Verbose=False):
     from amulet_hybrid.jobs.evaluate import EvaluateConfig, headline_figures, run_evaluation
     config = EvaluateConfig.from_dict(settings)
     report,unit = run_evaluation(config)
-    typer.echo(f'Judged: {report.metrics.n} {unit} of {report.metrics.n_groups} groups')
+    echo(f'Judged: {report.metrics.n} {unit} of {report.metrics.n_groups} groups')
     for name,x in headline_figures(report).items():
         words = name.replace('_', ' ').replace('novelty.', 'novelty: ')
-        typer.echo(f'  {words:21s} {x.value:.3f}  [{x.low:.3f}, {x.high:.3f}]')
+        echo(f'  {words:21s} {x.value:.3f}  [{x.low:.3f}, {x.high:.3f}]')
     print_notes(report.notes)
     output_dir = Path(config.output_dir)
-    typer.echo(f'\nReport     {output_dir/"report.html"}\nFigures    {output_dir/"figures.json"}')
-    if runs := recorded_runs(config.track, output_dir): typer.echo(f'Compare    {runs}')
+    echo(f'\nReport     {output_dir/"report.html"}\nFigures    {output_dir/"figures.json"}')
+    if runs := recorded_runs(config.track, output_dir): echo(f'Compare    {runs}')
 
 # %% ../../nbs/90_cli/30_training.ipynb #b857256b
 @late_command(commands, 'evaluate',

@@ -7,12 +7,6 @@ __all__ = ['FORMATS', 'LIMITS', 'ImageLimits', 'ImageInfo', 'ImageFile', 'open_i
            'decoded_share', 'resize_image']
 
 # %% ../../nbs/10_data/10_images.ipynb #b9d79cfa
-import io
-import re
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..core import Config, ConfigError, ImageError, setting
+from ..core import AmuletError, Config, ConfigError, ImageError, setting
+from .container import Container, Flood, exif_tags, read_container
+from .decoder import decode_file
+from .decoding import ends_early, open_still
 
 # %% ../../nbs/10_data/10_images.ipynb #d7b68416
 FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP') # That are read, told by content
@@ -31,15 +28,18 @@ class ImageLimits(Config):
     "Which files are read"
     max_bytes:int = setting(50*2**20, 'Largest file, bytes')
     min_side:int = setting(10, 'Shortest side allowed, pixels', ge=1)
-    max_side:int = setting(5000, 'Longest side allowed, pixels', ge=1)
-    max_pixels:int = setting(100_000_000, 'Most pixels; a header that promises more is taken for an attack (Pillow '
-                                          'never opens more than 179 million)', ge=1)
+    max_side:int = setting(32_767, 'Longest side allowed, pixels, which is what OpenCV can address; 0: any', ge=0)
+    max_pixels:int = setting(64*2**20, 'Most pixels: 64 megapixels let phones of 50 and panoramas in; Pillow never '
+                                       'opens more than 179 million', ge=1)
+    max_scans:int = setting(100, 'Most passes over a JPEG; encoders write about ten', ge=1)
+    decode_seconds:float = setting(10., 'Processor time for one photo: whose container says that it may take longer is '
+                                        'refused, whoever does is stopped', gt=0, le=3600)
     min_decoded:float = setting(1., 'Least share of the rows of a truncated file that must decode', gt=0, le=1)
     formats:tuple[str,...] = setting(FORMATS, 'Formats that are read, by content', choices=FORMATS)
 
     def validate(self):
         "The shortest side allowed may not be longer than the longest"
-        if self.min_side > self.max_side:
+        if self.max_side and self.min_side > self.max_side:
             raise ConfigError(f'`min_side` must be at most `max_side`, got {self.min_side} and {self.max_side}')
 
 # %% ../../nbs/10_data/10_images.ipynb #8aa1c28a
@@ -62,38 +62,15 @@ class ImageInfo:
     camera:str='' # Make and model, from EXIF
     software:str='' # What saved it, from EXIF
 
-# %% ../../nbs/10_data/10_images.ipynb #a2311a33
-_FILTER_LOCK = threading.Lock()
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    "Without Pillow's warnings"
-    with _FILTER_LOCK, warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield
-
-# %% ../../nbs/10_data/10_images.ipynb #13630278
-def _webp_size(data:bytes) -> tuple[int,int]|None:
-    "Width and height from the first chunk of a WEBP file"
-    if len(data)<30 or data[:4]!=b'RIFF' or data[8:12]!=b'WEBP': return None
-    kind = data[12:16]
-    if kind==b'VP8X': return int.from_bytes(data[24:27], 'little')+1, int.from_bytes(data[27:30], 'little')+1
-    if kind==b'VP8L':
-        bits = int.from_bytes(data[21:25], 'little')
-        return (bits & 0x3fff)+1, (bits>>14 & 0x3fff)+1
-    if kind==b'VP8 ':
-        return int.from_bytes(data[26:28], 'little') & 0x3fff, int.from_bytes(data[28:30], 'little') & 0x3fff
-    return None
-
 # %% ../../nbs/10_data/10_images.ipynb #f85f2bc4
 def _check_size(size, limits, where):
     "Refuse what is too large to decode, or no photo at all"
     width,height = size
     seen = f'{width} x {height} pixels'
     if width*height > limits.max_pixels:
-        raise ImageError(f'its header promises {seen}; at most {limits.max_pixels/1e6:g} million are decoded',
-                         code='decompression_bomb', where=where, advice='Leave it out')
-    if max(width, height) > limits.max_side:
+        raise ImageError(f'its header promises {seen}; at most {limits.max_pixels/1e6:.3g} million are decoded',
+                         code='decompression_bomb', where=where, advice='Scale it down, or leave it out')
+    if limits.max_side and max(width, height) > limits.max_side:
         raise ImageError(f'{seen}; no side may be longer than {limits.max_side}', code='too_large', where=where,
                          advice='Scale it down')
     if min(width, height) < limits.min_side:
@@ -129,32 +106,45 @@ def _looks_like(data):
     kind = 'HEIC or AVIF' if data[4:8]==b'ftyp' else _OTHER_FORMATS.get(data[:4])
     return f'; it looks like {kind}' if kind else ''
 
-# %% ../../nbs/10_data/10_images.ipynb #5f31fe91
-def _ends_early(error, data):
-    "Whether a decoder failed because the data ended, in the words of Pillow 9 to 13"
-    if data[8:12]==b'WEBP': return len(data) < int.from_bytes(data[4:8], 'little')+8
-    return any(words in str(error).lower() for words in ('truncated', 'not enough image data',
-                                                         'cannot load this image'))
-
 # %% ../../nbs/10_data/10_images.ipynb #2397b423
-def _open(data, where, limits):
-    "Lazily opened image whose header is within limits"
-    if size := _webp_size(data): _check_size(size, limits, where)
-    try: image:Any = Image.open(io.BytesIO(data), formats=limits.formats)
+def _container(data, where, limits):
+    "Container of a file that is one of the formats, and within limits"
+    try: file = read_container(data, limits.max_scans)
+    except Flood as error:
+        raise ImageError(str(error), code='decompression_bomb', where=where,
+                         advice='Leave it out, or save it anew in an editor') from error
+    kind = next((kind for magic,kind in _FIRST_BYTES.items() if data.startswith(magic)), file and file.format)
+    if kind not in limits.formats:
+        raise ImageError(f'not one of {", ".join(limits.formats)}' + _looks_like(data), code='unsupported_format',
+                         where=where, advice='Convert it to JPEG or PNG')
+    if file is None: raise _unreadable(f'it begins like a {kind}', where)
+    if file.width and file.height: _check_size((file.width, file.height), limits, where)
+    return file
+
+def _unreadable(why, where):
+    return ImageError(f'the header cannot be read: {why}', where=where, advice='Copy it again, or leave it out')
+
+def _no_rows(where):
+    return ImageError('it ends before the first row of pixels', code='truncated', where=where, advice='Copy it again')
+
+# %% ../../nbs/10_data/10_images.ipynb #cc5e4d54
+def _open(file, where, limits):
+    "Lazily opened image of a container; None for WEBP, whose container tells all"
+    if file.format=='WEBP':
+        if not file.still: raise _unreadable('it begins like a WEBP', where) if file.whole else _no_rows(where)
+        return None
+    try: image = open_still(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f'its header promises too many pixels ({error})', code='decompression_bomb', where=where,
                          advice='Leave it out') from error
     except Exception as error: # decoders raise all sorts
-        kind = next((kind for magic,kind in _FIRST_BYTES.items() if data.startswith(magic)), None)
-        if isinstance(error, Image.UnidentifiedImageError) and kind not in limits.formats:
-            raise ImageError(f'not one of {", ".join(limits.formats)}' + _looks_like(data), code='unsupported_format',
-                             where=where, advice='Convert it to JPEG or PNG') from error
-        if _ends_early(error, data):
-            raise ImageError('it ends before the first row of pixels', code='truncated', where=where,
-                             advice='Copy it again') from error
-        what = f'it begins like a {kind}' if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ImageError(f'the header cannot be read: {what}', where=where,
-                         advice='Copy it again, or leave it out') from error
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        if unknown and file.format=='BMP': # two letters, with which a text may begin as well
+            raise ImageError('it begins like a BMP, but is none', code='unsupported_format', where=where,
+                             advice='Convert it to JPEG or PNG') from error
+        if ends_early(error, file): raise _no_rows(where) from error
+        raise _unreadable(f'it begins like a {file.format}' if unknown else error, where) from error
+    file.width,file.height = image.size # the decoder's word counts
     _check_size(image.size, limits, where)
     return image
 
@@ -171,113 +161,12 @@ def _jpeg_quality(image):
     table = (getattr(image, 'quantization', None) or {}).get(0)
     return None if not table else 1+int(np.abs(np.array(_SUMS)-sum(table)).argmin())
 
-# %% ../../nbs/10_data/10_images.ipynb #b16508e7
-def _exif(image, data):
-    "EXIF tags, none if there is no such block or it is broken"
-    # asking Pillow would decode a PNG to its end
-    if 'exif' not in image.info and not (image.format=='PNG' and b'eXIf' in data): return {}
-    try: return dict(image.getexif())
-    except Exception: return {} # a broken block is no reason to refuse the pixels
-
 # %% ../../nbs/10_data/10_images.ipynb #2d9c469b
 def _exif_text(tags, *numbers):
     "Text of EXIF tags, printable and short"
     parts = [''.join(c for c in tags[n].split('\0')[0] if c.isprintable()).strip()[:40]
              for n in numbers if isinstance(tags.get(n), str)]
     return parts[-1] if parts and parts[-1].startswith(parts[0]) else ' '.join(parts) # models often repeat the make
-
-# %% ../../nbs/10_data/10_images.ipynb #bfcabe73
-def _count_frames(image, data, limits):
-    "Number of frames; a GIF beyond 1 MB says only whether it moves, as counting walks through all of it"
-    try:
-        if image.format!='GIF': return max(1, int(getattr(image, 'n_frames', 1)))
-        second:Any = Image.open(io.BytesIO(data), formats=limits.formats) # counting moves the file's position
-        return second.n_frames if len(data) <= 2**20 else 1+second.is_animated
-    except Exception: return 1 # hostile headers raise all sorts; the first frame may still be good
-
-# %% ../../nbs/10_data/10_images.ipynb #ed615769
-_T = Image.Transpose
-_TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
-          7: _T.TRANSVERSE, 8: _T.ROTATE_90} # EXIF orientation -> what makes it upright
-
-# %% ../../nbs/10_data/10_images.ipynb #a31ab913
-def _to_rgb(image):
-    "8-bit RGB with alpha laid over white"
-    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
-        px = np.asarray(image, dtype=np.float64)
-        px = px/257 if image.mode.startswith('I;16') or px.max() > 255 else px
-        return Image.fromarray(np.clip(px.round(), 0, 255).astype(np.uint8)).convert('RGB')
-    if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
-        rgba = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba).convert('RGB')
-    return image.convert('RGB')
-
-# %% ../../nbs/10_data/10_images.ipynb #0b121db5
-_NOISE = bytes(range(254, 0, -1))*4
-_SCAN_END = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')
-
-def _last_scan(data):
-    "Whether the scan in which a cut JPEG ends is the last (successive approximation: ITU-T T.81, G.1.1.1)"
-    todo,at = {},2 # component -> lowest bit of each of its 64 coefficients that a scan brought
-    while at+4 <= len(data):
-        kind,size = data[at+1],int.from_bytes(data[at+2:at+4], 'big')
-        part = data[at+4:at+2+size]
-        if data[at]!=0xff or kind==0xd9: break
-        if 0xc0 <= kind <= 0xcf and kind not in (0xc4, 0xc8, 0xcc): todo = {c: [99]*64 for c in part[6:6+3*part[5]:3]}
-        at += 2+size
-        if kind==0xda:
-            first,last,bits = part[1+2*part[0]:4+2*part[0]]
-            for c in part[1:1+2*part[0]:2]: todo[c][first:last+1] = [bits & 15]*(last+1-first)
-            at = found.start() if (found := _SCAN_END.search(data, at)) else len(data)
-    return bool(todo) and not any(any(bits) for bits in todo.values())
-
-# %% ../../nbs/10_data/10_images.ipynb #50799805
-def _two_endings(data):
-    "A cut JPEG ended at once, and ended after noise (with restart markers, in case it waits for one)"
-    data = data.rstrip(b'\xff') # the first half of a marker
-    next_restart = 1+max(range(8), key=lambda i: data.rfind(bytes((0xff, 0xd0+i))))
-    noise = _NOISE + b''.join(bytes((0xff, 0xd0+(next_restart+i)%8))+_NOISE for i in range(8))
-    return data+b'\xff\xd9', data+noise+b'\xff\xd9'
-
-# %% ../../nbs/10_data/10_images.ipynb #3639d47f
-def _load_partial(data, limits, at_least, canvas=None):
-    "Image with the rows that decode, on a canvas of the level `canvas`"
-    with _no_warnings(): image:Any = Image.open(io.BytesIO(data), formats=limits.formats)
-    if at_least and image.format in ('JPEG', 'MPO'): image.draft(None, (at_least, at_least))
-    prepare = image.load_prepare
-    def on_canvas():
-        prepare()
-        if canvas is not None: image.im.paste(canvas, (0, 0, *image.size))
-    image.load_prepare = on_canvas
-    try: image.load()
-    except Exception: image.tile = [] # there is no more to come: `load` now gives what there is
-    image.load()
-    return image
-
-# %% ../../nbs/10_data/10_images.ipynb #7abc38ca
-def _salvage(data, limits, at_least, jpeg):
-    "Image of the rows that decode, and their share"
-    try:
-        if jpeg and not _last_scan(data): return None,0.
-        a,b = (_load_partial(d, limits, at_least, c)
-               for d,c in (zip(_two_endings(data), (None, None)) if jpeg else ((data, 0), (data, 255))))
-        same = (np.asarray(a)==np.asarray(b)).reshape(a.height, -1).all(1)
-    except Exception: return None,0. # all or nothing: WEBP, run-length BMP, or an end within the header
-    bad = np.r_[-1, np.flatnonzero(~same), a.height]
-    run = 0 if jpeg else int(np.diff(bad).argmax()) # a BMP is decoded from its foot
-    top,foot = int(bad[run])+1,int(bad[run+1])
-    return (a.crop((0, top, a.width, foot)), (foot-top)/a.height) if foot > top else (None,0.)
-
-# %% ../../nbs/10_data/10_images.ipynb #43b15dfd
-def _decode(image, data, limits, at_least):
-    "Loaded image, cut to the rows that decode, and their share"
-    jpeg = image.format in ('JPEG', 'MPO')
-    if at_least and jpeg: image.draft(None, (at_least, at_least))
-    try: image.load()
-    except Exception as error:
-        if not _ends_early(error, data): raise
-        return _salvage(data, limits, at_least, jpeg)
-    return image,1.
 
 # %% ../../nbs/10_data/10_images.ipynb #5f428325
 def _percent(share): # rounded down: 99.9 % is not all
@@ -293,51 +182,62 @@ class ImageFile:
     decoded:float=float('nan') # Share of the rows that decoded, known after `read`
 
     def __post_init__(self):
-        with _no_warnings():
-            self._image:Any = _open(self.data, self.where, self.limits)
-            self._tags = _exif(self._image, self.data)
+        self._file:Container = _container(self.data, self.where, self.limits)
+        self._image:Any = _open(self._file, self.where, self.limits)
+        self._tags = exif_tags(self._file.exif)
         turn = self._tags.get(0x0112, 1)
-        self._turn = turn if turn in _TURNS else 1
+        self._turn = turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
 
     def _opened(self):
         "The opened image; decoding uses it up, so there is a new one each time"
         image,self._image = self._image,None
-        if image is not None: return image
-        with _no_warnings(): return _open(self.data, self.where, self.limits)
+        return image or _open(self._file, self.where, self.limits)
 
     @cached_property
     def info(self) -> ImageInfo:
         "Facts from the header"
         image = self._image = self._opened()
-        w,h = image.size[::-1] if self._turn >= 5 else image.size
-        alpha = image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info
-        deep = image.mode.startswith('I') or (image.format=='PNG' and '16' in str(image.tile[:1]))
-        with _no_warnings(): frames = _count_frames(image, self.data, self.limits)
-        return ImageInfo('JPEG' if image.format=='MPO' else str(image.format), w, h, image.mode, len(self.data),
-                         frames, self._turn!=1, alpha, deep,
-                         _jpeg_quality(image), _exif_text(self._tags, 0x010F, 0x0110), _exif_text(self._tags, 0x0131))
+        file = self._file
+        w,h = (file.height, file.width) if self._turn >= 5 else (file.width, file.height)
+        mode = image.mode if image else 'RGBA' if file.alpha else 'RGB'
+        alpha = mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or (image and 'transparency' in image.info)
+        return ImageInfo(file.format, w, h, mode, len(self.data), file.frames, self._turn!=1, bool(alpha),
+                         file.sixteen_bit, _jpeg_quality(image), _exif_text(self._tags, 0x010F, 0x0110),
+                         _exif_text(self._tags, 0x0131))
+
+    def _decode(self, at_least):
+        "Pixels and the share of the rows; None where not one decodes"
+        seconds = self.limits.decode_seconds
+        try: return decode_file(self._file, at_least, self._turn, seconds, image=self._opened())
+        except AmuletError: raise
+        except Exception as error:
+            if not ends_early(error, self._file): raise
+        try: return decode_file(self._file, at_least, self._turn, seconds, partly=True)
+        except AmuletError:
+            if self.limits.min_decoded < 1: raise
+            return None,0. # refused whatever the share is
 
     def read(self,
         # Short side that will do, pixels: a JPEG is then decoded at a half, a quarter or an eighth, which is several
         # times faster
         at_least:int|None=None
     ) -> np.ndarray: # (height, width, 3) uint8, RGB, upright
-        "Pixels; raises `ImageError` with a code"
-        image,where = self._opened(),self.where
-        try:
-            image,self.decoded = _decode(image, self.data, self.limits, at_least)
-            if self.decoded < self.limits.min_decoded:
-                raise ImageError(f'it ends too early: {_percent(self.decoded)} of its rows can be decoded',
-                                 code='truncated', where=where, advice='Copy it again, or leave it out')
-            image = _to_rgb(image)
-            return np.array(image if self._turn==1 else image.transpose(_TURNS[self._turn]))
-        except ImageError: raise
+        "Pixels; raises `ImageError` with a code, or `ResourceError` where this machine lacks memory"
+        where = self.where
+        try: pixels,self.decoded = self._decode(at_least)
+        except AmuletError as error:
+            error.where = error.where or (str(where) if where else None)
+            raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ImageError(f'it promises too many pixels ({error})', code='decompression_bomb', where=where,
                              advice='Leave it out') from error
         except Exception as error:
             raise ImageError(f'the pixels cannot be decoded: {error}', where=where,
                              advice='Copy it again, or leave it out') from error
+        if pixels is None or self.decoded < self.limits.min_decoded:
+            raise ImageError(f'it ends too early: {_percent(self.decoded)} of its rows can be decoded',
+                             code='truncated', where=where, advice='Copy it again, or leave it out')
+        return pixels
 
 # %% ../../nbs/10_data/10_images.ipynb #5f2ac15f
 def open_image(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import DatasetError, log
+from ..base.csv_files import csv_values
+from ..core import DatasetError, log, printable
 
 # %% ../../nbs/10_data/30_manifest.ipynb #460f966b
 SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test',
@@ -22,6 +23,10 @@ def _hidden(name): # left behind by a computer
     return name.startswith('.') or name.lower() in _SYSTEM_FILES
 
 # %% ../../nbs/10_data/30_manifest.ipynb #1273c1e3
+def _as_text(name):
+    "A name that every file can hold; bytes that are no UTF-8 are written out"
+    return name.encode('utf-8', 'backslashreplace').decode()
+
 def _walk(root):
     "Files below the class folders, as paths relative to `root`; links to folders are not followed"
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not _hidden(p.name)):
@@ -39,8 +44,11 @@ def scan_folder(
     paths = list(_walk(root))
     tops = {p.parts[0] for p in paths}
     parted = bool(tops) and all(t.lower() in SPLITS for t in tops)
-    rows = [(p.as_posix(), p.parts[1] if parted else p.parts[0], SPLITS[p.parts[0].lower()] if parted else '')
+    rows = [(_as_text(p.as_posix()), _as_text(p.parts[int(parted)]), SPLITS[p.parts[0].lower()] if parted else '')
             for p in paths if len(p.parts) > 1+parted]
+    if odd := [p for p in paths if _as_text(str(p))!=str(p)]:
+        log.warning('%d files have names that are no UTF-8, and count as files that are not there: rename %s', len(odd),
+                    printable(odd[0]))
     if not rows:
         raise DatasetError('no photos in class folders', code='no_photos', where=root,
                            advice='Make a folder for each class and put its photos into it: '
@@ -50,7 +58,7 @@ def scan_folder(
 # %% ../../nbs/10_data/30_manifest.ipynb #58549ab9
 def _read_csv(path, columns):
     "CSV of strings that has the columns asked for"
-    try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try: table = csv_values(pd.read_csv(path, dtype=str, keep_default_na=False))
     except FileNotFoundError as error: raise DatasetError('no such file', code='no_such_file', where=path) from error
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise DatasetError(f'not a CSV: {error}', code='bad_table', where=path) from error

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import bytes_digest, log, progress
+from ..core import ResourceError, bytes_digest, log, progress
 from ..base.parallel import parallel_map
 from .duplicates import PRINT_VERSION, photo_print
 from .images import LIMITS, ImageLimits
@@ -137,7 +137,10 @@ class _FileScan:
         if isinstance(data, dict): return '',{'row': json.dumps(data).encode()},None,False
         sha = bytes_digest(data)
         if found := self.recall(sha): return sha,found,(full, *state, sha),False
-        return sha,self.measure(data),(full, *state, sha),True
+        try: return sha,self.measure(data),(full, *state, sha),True
+        except ResourceError as error: # no fault of the photo: it may not be left out for that
+            error.where = full
+            raise
 
 # %% ../../nbs/10_data/60_scan.ipynb #aa457ae9
 @dataclass

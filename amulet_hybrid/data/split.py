@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from sklearn.model_selection import BaseCrossValidator
 
 from ..base.checks import column, complete_column, group_codes, is_missing, same_length
-from ..core import DatasetError, SplitError, derive_seed, log
+from ..core import DatasetError, SplitError, derive_seed, log, printable
 
 # %% ../../nbs/10_data/70_split.ipynb #a9de1d4d
 def _labels_groups(labels, groups) -> tuple[np.ndarray,np.ndarray]:
@@ -394,7 +394,8 @@ class Distribution:
         table,widest = self._table(),self.classes['photos'].max()
         table.insert(0, ' ', ['#'*max(1, round(24*n/widest)) for n in table['photos']])
         table[' '] = table[' '].str.ljust(24)
-        return table.rename_axis(None).to_string() + '\n\n' + '\n'.join(self.notes())
+        shown = printable(table.rename_axis(None).to_string(), keep='\n')
+        return '\n'.join([shown, '', *map(printable, self.notes())])
 
     def _repr_html_(self):
         table,widest = self._table(),self.classes['photos'].max()

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..base.csv_files import csv_values
 from ..core import DatasetError, driver_message, hide_password, require
 
 # %% ../../nbs/10_data/80_tables.ipynb #39acd0eb
 def _read_csv(path):
     "CSV with the separator that its first line uses"
     with path.open(encoding='utf-8-sig', errors='strict') as file: head = file.readline()
-    return pd.read_csv(path, sep=max(',;\t|', key=head.count), encoding='utf-8-sig', skipinitialspace=True,
-                       low_memory=False)
+    return csv_values(pd.read_csv(path, sep=max(',;\t|', key=head.count), encoding='utf-8-sig', skipinitialspace=True,
+                                  low_memory=False))
 
 # %% ../../nbs/10_data/80_tables.ipynb #ef7e926e
 def _read_file(path):

@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ..base.checks import class_codes, class_names, group_codes, label_codes, probabilities
-from ..core import ConfigError
+from ..core import ConfigError, printable
 from .intervals import Interval, check_bootstrap, clopper_pearson_low, count_words, group_weights
 from .intervals import percentile_limits
 from ..learn.calibration import CalibrationReport, evaluate_calibration
@@ -351,7 +351,7 @@ def print_report(
     names = [k for k in m.overall.index if given or k in ('accuracy', 'balanced_accuracy', 'macro_f1', 'mcc')]
     lines = [f'{count_words(m.n, m.n_groups)}; ranges hold {m.confidence:.0%}', '',
              table.rename_axis(None).to_string(), '', *(f'{k:<18}  {m.interval(k)}' for k in names)]
-    print('\n'.join(lines), file=file)
+    print(printable('\n'.join(lines), keep='\n'), file=file)
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #18202255
 def _metric_value(metric, y, p) -> Any:

@@ -9,9 +9,9 @@ __all__ = ['POOLS', 'export_backbone', 'count_multiplications', 'NetFeatures', '
 import json
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 
 from ..core import FeatureError, atomic_write, bytes_digest, file_digest, json_digest, log, require
 from .contract import EXTRACTORS, BaseFeatureExtractor, Photo
+from .onnx_files import embed_weights, onnx_session
 from .weights import BACKBONES, find_weights, load_weights, timm_net, user_cache
 
 # %% ../../nbs/20_features/60_cnn.ipynb #12ee94df
@@ -145,18 +146,13 @@ def _strip(model):
         del part.metadata_props[:]
 
 # %% ../../nbs/20_features/60_cnn.ipynb #8035bff8
-def _session(path, threads=1):
+def _session(data, where=None, threads=1):
     "What runs an ONNX file, on a GPU if there is one"
     import onnxruntime as ort
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     providers:list[Any] = ['CPUExecutionProvider']
     if 'CUDAExecutionProvider' in ort.get_available_providers():
         providers.insert(0, ('CUDAExecutionProvider', {'use_tf32': '0'})) # float32 that is float32
-    return ort.InferenceSession(Path(path).read_bytes(), options, providers=providers)
+    return onnx_session(data, where, tuple(providers), intra_op_num_threads=threads)
 
 # %% ../../nbs/20_features/60_cnn.ipynb #1f792c3e
 def _to_onnx(net):
@@ -191,7 +187,7 @@ def export_backbone(
     if half: net,tolerance = _embedder(backbone, weights, layer, True, gem_power),max(tolerance, .02)
     with atomic_write(path) as part:
         onnx.save(_to_onnx(net), part)
-        got = _session(part).run(None, {'photos': photos})
+        got = _session(part.read_bytes(), path).run(None, {'photos': photos})
         gap = max(float(np.abs(g-w).max()/max(1, np.abs(w).max())) for g,w in zip(got, want))
         if not gap <= tolerance:
             raise FeatureError(f'the exported {backbone} differs from torch by {gap:.1e}', code='onnx_parity',
@@ -209,16 +205,13 @@ def _node_multiplications(op, inputs, output):
     return 0
 
 # %% ../../nbs/20_features/60_cnn.ipynb #6afc878e
-def _node_shapes(path, feed):
+def _node_shapes(data, feed):
     "Kind, input shapes and output shape of every node that ran"
     import onnxruntime as ort
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL # the graph as it is written
-    options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = f'{folder}/nodes'
-        session = ort.InferenceSession(Path(path).read_bytes(), options, providers=['CPUExecutionProvider'])
+        session = onnx_session(data, log_severity_level=4, enable_profiling=True, # the graph as it is written:
+                               graph_optimization_level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+                               profile_file_prefix=f'{folder}/nodes')
         session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
     for node in (e['args'] for e in events if e['name'].endswith('_kernel_time')):
@@ -228,24 +221,21 @@ def _node_shapes(path, feed):
 
 # %% ../../nbs/20_features/60_cnn.ipynb #f6d70fa1
 def count_multiplications(
-    path:str|Path, # An ONNX file
+    net:str|Path|bytes, # An ONNX file, or what is in it
     feed:Mapping[str,np.ndarray] # Input name -> array of one photo
 ) -> int: # The same on every machine
     "Multiplications of one run of a net, in convolutions and matrix products"
-    return sum(_node_multiplications(*node) for node in _node_shapes(path, dict(feed)))
+    data = net if isinstance(net, bytes) else Path(net).read_bytes()
+    return sum(_node_multiplications(*node) for node in _node_shapes(data, dict(feed)))
 
 # %% ../../nbs/20_features/60_cnn.ipynb #0d7c64a2
 def _with_meanmax(rows): return rows | {'meanmax': np.concatenate([rows['mean'], rows['max']], axis=1)}
 
 # %% ../../nbs/20_features/60_cnn.ipynb #41a914fa
 class _OnnxNet:
-    "A file that onnxruntime runs"
-    def __init__(self, path, threads=1):
-        try: self.session = _session(path, threads)
-        except Exception as error:
-            raise FeatureError(f'onnxruntime cannot read it: {str(error)[:200]}', code='bad_onnx',
-                               where=path) from error
-        self.path = path
+    "Bytes that onnxruntime runs"
+    def __init__(self, data, where=None, threads=1):
+        self.session = _session(data, where, threads)
         self.gpu = self.session.get_providers()[0]!='CPUExecutionProvider'
         self.batch = 32 if self.gpu else 1
         self._counted:dict[int,int] = {}
@@ -253,20 +243,20 @@ class _OnnxNet:
     def feed(self, photos): # (n, side, side, 3) uint8 -> input name: array
         raise NotImplementedError
 
-    def multiplications(self, side): # Of one photo at this size
+    def multiplications(self, side, read): # Of one photo at this size; `read` gives the file once more
         if side not in self._counted:
             photo = np.zeros((1,side,side,3), np.uint8)
-            self._counted[side] = count_multiplications(self.path, self.feed(photo))
+            self._counted[side] = count_multiplications(read(), self.feed(photo))
         return self._counted[side]
 
 # %% ../../nbs/20_features/60_cnn.ipynb #4f6ccb72
 class _ExportedNet(_OnnxNet):
     "A file of ours"
-    def __init__(self, path, threads=1):
-        super().__init__(path, threads)
+    def __init__(self, data, where=None, threads=1):
+        super().__init__(data, where, threads)
         self.names = [o.name.removeprefix('pooled_') for o in self.session.get_outputs()]
         if 'mean' not in self.names:
-            raise FeatureError('this file was not exported by us', code='bad_onnx', where=path,
+            raise FeatureError('this file was not exported by us', code='bad_onnx', where=where,
                                advice='For your own file there is onnx:PATH')
         side = self.session.get_inputs()[0].shape[1]
         self.fixed = side if isinstance(side, int) else 0
@@ -288,7 +278,7 @@ class _TorchNet:
         self.side = self.net.side
         self.fixed = self.net.side if self.net.fixed else 0
 
-    def multiplications(self, side): # Of one photo at this size, as torch counts them
+    def multiplications(self, side, read): # Of one photo at this size, as torch counts them
         counter = require('torch.utils.flop_counter', 'cnn').FlopCounterMode(display=False)
         attention = require('torch.nn.attention', 'cnn') # fused attention is not counted
         with counter, attention.sdpa_kernel(attention.SDPBackend.MATH): self.run(np.zeros((1,side,side,3), np.uint8))
@@ -303,30 +293,91 @@ class _TorchNet:
 # torch's exporter must not run twice at once, nor a net be loaded twice
 _EXPORT_LOCK = threading.Lock()
 _SESSION_LOCK = threading.Lock()
+_NETS:OrderedDict[tuple,Any] = OrderedDict() # What a net is made of -> the net; the latest that were used
 
-@lru_cache(maxsize=16)
-def _shared_net(kind, path, modified, *args): return kind(path, *args)
+def _shared_net(
+    key:tuple, # Digest of the file, and all that changes the net
+    make:Callable[[],Any], # Loads it
+    most:int=16 # Nets that are kept
+) -> Any: # A net
+    "One net for all who ask for the same bytes"
+    with _SESSION_LOCK:
+        if key not in _NETS: _NETS[key] = make()
+        _NETS.move_to_end(key)
+        while len(_NETS) > most: _NETS.popitem(last=False)
+        return _NETS[key]
+
+# %% ../../nbs/20_features/60_cnn.ipynb #4d71b91c
+class _NetFile:
+    "The file of a net as it was when it was first read"
+    def __init__(self):
+        self.where = None # Where it lies
+        self.digest = '' # Of its bytes
+        self._data:bytes|None = None # Kept until the net is loaded
+
+    def find(self, where, data=None) -> str: # Its digest
+        "Read it, unless this is the file that is known already"
+        if self.where!=where or data is not None:
+            self._data = self._from_disk(where) if data is None else data
+            self.digest = bytes_digest(self._data)
+            self.where = where
+        return self.digest
+
+    def read(self) -> bytes:
+        "The same bytes again, or `FeatureError`"
+        data = self._data or self._from_disk(self.where)
+        if bytes_digest(data)!=self.digest:
+            raise FeatureError('the file is not the one that was read before', code='changed_file', where=self.where,
+                               advice='Make a new extractor for the new file')
+        return data
+
+    def release(self):
+        "Let the bytes go: they are loaded"
+        self._data = None
+
+    def _from_disk(self, where):
+        try: return Path(where).read_bytes()
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            why = 'there is no such file' if gone else f'cannot be read: {error.strerror}'
+            raise FeatureError(why, code='missing_file', where=where) from error
+
+    def __getstate__(self): return vars(self) | {'_data': None}
 
 # %% ../../nbs/20_features/60_cnn.ipynb #79e644c7
 class NetFeatures(BaseFeatureExtractor):
     "What all nets have in common: sizes, mirror images, and a pass that blocks share"
     packages = ('onnxruntime',)
     neural = True
+    file_setting = '' # Setting that names its ONNX file
     side:Any # Of the photo, pixels; several: side by side; 0: the net's own
     mirror:bool # Mean of the photo and its mirror image
 
-    def _key(self) -> tuple: raise NotImplementedError # What `_shared_net` is asked for
+    def _key(self) -> tuple: raise NotImplementedError # Digest of the net's file, and all that changes the net
+    def _make(self) -> Any: raise NotImplementedError # The net of that key
     def _pool(self) -> str: raise NotImplementedError # One of `POOLS`, or 'meanmax'
     def _pass(self) -> list: raise NotImplementedError # What a pass depends on besides sizes and mirror images
     def _title(self) -> str: return self.name
+
+    @property
+    def _file(self) -> _NetFile: return self.__dict__.setdefault('_read_file', _NetFile())
+
+    def use_bytes(self,
+        data:bytes # Of the file that `file_setting` names
+    ):
+        "Use these bytes, which somebody has checked, and not what lies in the file by now"
+        self._path = Path(getattr(self, self.file_setting))
+        self._file.find(str(self._path), data)
 
     def _net(self):
         "The net, its key, and the sizes at which it sees a photo"
         if self._pool() not in (*POOLS, 'meanmax'):
             raise FeatureError(f'no pooling is called {self._pool()!r}', code='unknown_pooling',
                                advice=f'Known: {", ".join(POOLS)}, meanmax')
-        key = self._key()
-        with _SESSION_LOCK: net = _shared_net(*key)
+        known,key = self.__dict__.get('_loaded'),self._key()
+        if known is None or known[0]!=key: self._loaded = known = key,_shared_net(key, self._make)
+        self._file.release()
+        net = known[1]
         sides = tuple(s or net.fixed or net.side for s in (self.side if isinstance(self.side, tuple) else (self.side,)))
         if wrong := [s for s in sides if not isinstance(s, int) or s < 32 or s > 4096 or net.fixed not in (0, s)]:
             raise FeatureError(f'this net does not take photos of side={wrong[0]}', code='bad_side',
@@ -343,7 +394,7 @@ class NetFeatures(BaseFeatureExtractor):
     def cost(self) -> float: # Millions of multiplications a photo
         "Those of the net, counted at each size; twice as many with the mirror image"
         net,_,sides = self._net()
-        return (2 if self.mirror else 1)*sum(net.multiplications(side) for side in sides)/1e6
+        return (2 if self.mirror else 1)*sum(net.multiplications(side, self._file.read) for side in sides)/1e6
 
     def prepare(self):
         "Find or export the net and load it"
@@ -373,6 +424,9 @@ class NetFeatures(BaseFeatureExtractor):
         return [f'{self._title()}@{self._pool()}_{f"{side}_" if len(sides)>1 else ""}{i}' for side in sides
                 for i in range(each)]
 
+    def __getstate__(self):
+        return {k: v for k,v in super().__getstate__().items() if k not in ('_path', '_loaded')}
+
 # %% ../../nbs/20_features/60_cnn.ipynb #1a12e81a
 def _run_once(net, key, way, photos):
     "One pass at a size, mirrored or not; each photo keeps its rows"
@@ -401,6 +455,7 @@ class CNNFeatures(NetFeatures):
     "What a backbone says at one of its layers"
     name = 'cnn'
     machine = ('cache_dir', 'weights', 'threads')
+    file_setting = 'onnx'
     version = _GRAPH_VERSION
     def __init__(self,
         # One of `BACKBONES`, or 'timm/NAME'; with '@max', '@texture', '@gem' or '@meanmax' another pooling than the
@@ -458,12 +513,15 @@ class CNNFeatures(NetFeatures):
         if self.engine not in ('onnx', 'torch') or (self.engine=='torch' and self.onnx is not None):
             raise FeatureError(f'engine={self.engine!r} cannot run this net', code='bad_setting',
                                advice="Known: 'onnx', and 'torch' where no ONNX file is given")
-        path = self._weights() if self.engine=='torch' else self.onnx_path()
-        if path is not None and not path.is_file():
-            raise FeatureError('there is no such file', code='missing_file', where=path)
-        file = path and str(path),path and path.stat().st_mtime_ns
-        if self.engine=='onnx': return (_ExportedNet, *file, self.threads)
-        return (_TorchNet, *file, self._title(), self.layer, self.half, float(self.gem_power))
+        if self.engine=='onnx': return _ExportedNet,self._file.find(str(self.onnx_path())),self.threads
+        path = self._weights()
+        digest = 'random' if path is None else self._file.find(str(path))
+        return _TorchNet,digest,self._title(),self.layer,self.half,float(self.gem_power)
+
+    def _make(self):
+        kind,_,*more = self._key()
+        if kind is _ExportedNet: return kind(self._file.read(), self.onnx_path(), *more)
+        return kind(self._weights(), *more)
 
     def prepare(self):
         "Find or export the net and load it"
@@ -480,13 +538,11 @@ class CNNFeatures(NetFeatures):
         files = self.files()
         # the exported file says it all
         net = [] if 'onnx' in files else [self._title(), self.layer, self.half, float(self.gem_power)]
-        return [net, {k: file_digest(p) for k,p in files.items()}]
+        return [net, {k: self._file.find(str(p)) for k,p in files.items()}]
 
     def fingerprint(self) -> str:
         "Depends on the net, not on the place where its file lies"
         return json_digest([self.name, self.version, str(self.side), self.mirror, self._pool(), *self._pass()])[:16]
-
-    def __getstate__(self): return {k: v for k,v in super().__getstate__().items() if k!='_path'}
 
 EXTRACTORS['cnn'] = CNNFeatures
 
@@ -533,8 +589,8 @@ def _pool_map(out, channels_last, gem_power):
 # %% ../../nbs/20_features/60_cnn.ipynb #0c258a97
 class _UserNet(_OnnxNet):
     "A user's file"
-    def __init__(self, path, output, mean, std, channels_last, gem_power, threads=1):
-        super().__init__(path, threads)
+    def __init__(self, data, path, output, mean, std, channels_last, gem_power, threads=1):
+        super().__init__(data, path, threads)
         self.channels_last = channels_last
         self.gem_power = gem_power
         self.mean,self.std = [255*np.asarray(values, np.float32) for values in (mean, std)]
@@ -562,29 +618,14 @@ class _UserNet(_OnnxNet):
                                code='bad_onnx')
         return _pool_map(out, self.channels_last, self.gem_power)
 
-# %% ../../nbs/20_features/60_cnn.ipynb #c9f278ab
-def _needs_other_files(path):
-    "Whether a net keeps its weights in another file: without its folder it does not find them"
-    import onnxruntime as ort
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try: ort.InferenceSession(path.read_bytes(), options, providers=['CPUExecutionProvider'])
-    except Exception as error: return 'xternal' in str(error) # `_UserNet` says what else is wrong with it
-    return False
-
 # %% ../../nbs/20_features/60_cnn.ipynb #c9727314
 def _self_contained(path, cache_dir):
     "The file itself, or a copy in the cache that holds its weights too"
-    if not _needs_other_files(path): return path
-    try: data = require('onnx', 'cnn').load(path).SerializeToString(deterministic=True)
-    except ImportError: raise
-    except Exception as error:
-        raise FeatureError(f'its weights cannot be read: {str(error)[:200]}', code='bad_onnx', where=path,
-                           advice='Keep the file with its weights beside it') from error
-    out = cache_dir/'backbones'/f'own-{bytes_digest(data)[:16]}.onnx'
+    data = path.read_bytes()
+    if (whole := embed_weights(path, data)) is data: return path
+    out = cache_dir/'backbones'/f'own-{bytes_digest(whole)[:16]}.onnx'
     if not out.exists():
-        with atomic_write(out) as part: part.write_bytes(data)
+        with atomic_write(out) as part: part.write_bytes(whole)
     return out
 
 # %% ../../nbs/20_features/60_cnn.ipynb #28fd9480
@@ -592,6 +633,7 @@ class ONNXFeatures(NetFeatures):
     "What a user's own net says"
     name = 'onnx'
     machine = ('cache_dir', 'threads')
+    file_setting = 'path'
     def __init__(self,
         path:str|Path='', # The file; its input is (n, 3, height, width) or (n, height, width, 3), float or uint8
         side:int|tuple[int,...]=0, # Photo is measured at this size, pixels; 0: what the file says, or 224
@@ -623,27 +665,27 @@ class ONNXFeatures(NetFeatures):
     def _pool(self): return self.pool
 
     def _key(self):
-        path = self.files()['path']
+        digest = self._file.find(str(self.files()['path']))
         if len(self.mean)!=3 or len(self.std)!=3 or not min(self.std) > 0 or not self.gem_power > 0:
             raise FeatureError(f'mean={self.mean}, std={self.std}, gem_power={self.gem_power}: three numbers each, and '
                                f'std and power above 0', code='bad_setting')
-        return (_UserNet, str(path), path.stat().st_mtime_ns, self.output, tuple(self.mean), tuple(self.std),
-                self.channels_last, self.gem_power, self.threads)
+        return (_UserNet, digest, self.output, tuple(self.mean), tuple(self.std), self.channels_last, self.gem_power,
+                self.threads)
+
+    def _make(self): return _UserNet(self._file.read(), self.files()['path'], *self._key()[2:])
 
     def files(self) -> dict[str,Path]: # Setting -> file
         "The user's file; a copy that is whole where its weights lie in another file"
-        if not (path := Path(self.path)).is_file():
-            raise FeatureError('there is no such file', code='missing_file', where=self.path,
-                               advice='Name it after the colon: onnx:nets/mine.onnx')
         with _EXPORT_LOCK:
             if '_path' not in self.__dict__:
+                if not (path := Path(self.path)).is_file():
+                    raise FeatureError('there is no such file', code='missing_file', where=self.path,
+                                       advice='Name it after the colon: onnx:nets/mine.onnx')
                 self._path = _self_contained(path, Path(self.cache_dir) if self.cache_dir else user_cache())
         return {'path': self._path}
 
     def _pass(self):
-        return [file_digest(self.files()['path']), self.output, [float(x) for x in (*self.mean, *self.std)],
+        return [self._file.find(str(self.files()['path'])), self.output, [float(x) for x in (*self.mean, *self.std)],
                 self.channels_last, float(self.gem_power)]
-
-    def __getstate__(self): return {k: v for k,v in super().__getstate__().items() if k!='_path'}
 
 EXTRACTORS['onnx'] = ONNXFeatures

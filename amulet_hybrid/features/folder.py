@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..base.csv_files import csv_table, csv_values
 from ..core import FeatureError, atomic_write, json_digest, log
 from .extractor import HybridFeatureExtractor
 
@@ -64,8 +65,8 @@ class FeatureFolder:
     @property
     def photos(self) -> pd.DataFrame: # The manifest's columns, error_code and error_message ('' where all is well)
         "What each row is of"
-        table = pd.read_csv(self.folder/'photos.csv', dtype=str,
-                            keep_default_na=False).iloc[:self.done].assign(error_code='', error_message='')
+        photos = csv_values(pd.read_csv(self.folder/'photos.csv', dtype=str, keep_default_na=False))
+        table = photos.iloc[:self.done].assign(error_code='', error_message='')
         for e in self.errors():
             table.loc[e['row'], ['error_code', 'error_message']] = e['error_code'],e['error_message']
         return table
@@ -122,7 +123,7 @@ def _begin(about, manifest, folder, overwrite):
     (folder/'done.json').unlink(missing_ok=True)
     for name in ('features.json', 'errors.jsonl', *(p.name for p in folder.glob('[0-9][0-9]_*.npy'))):
         (folder/name).unlink(missing_ok=True)
-    with atomic_write(folder/'photos.csv') as part: manifest.to_csv(part, index=False)
+    with atomic_write(folder/'photos.csv') as part: csv_table(manifest).to_csv(part, index=False)
     with atomic_write(folder/'features.json') as part:
         part.write_text(json.dumps(about, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
     return FeatureFolder(folder)

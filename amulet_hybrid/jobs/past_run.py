@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..base.csv_files import csv_values
 from ..core import BundleError, file_digest, json_digest
 from ..model.bundle import Bundle
 
@@ -69,7 +70,7 @@ def past_run(
     folder = Path(bundle.folder).resolve().parent
     try:
         config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-        manifest = pd.read_csv(folder/'manifest.csv', keep_default_na=False, dtype=str)
+        manifest = csv_values(pd.read_csv(folder/'manifest.csv', keep_default_na=False, dtype=str))
         # augmented photos were trained on, and never tested on
         if 'made_from' in manifest: manifest = manifest[manifest['made_from']=='']
         used = manifest[manifest['split'].isin(['train', 'test'])].reset_index(drop=True)

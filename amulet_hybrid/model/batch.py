@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.csv_files import csv_cell
 from ..base.parallel import parallel_map
 from ..core import ConfigError, DatasetError, atomic_write, progress
 from .prediction import Failure, Prediction
@@ -86,14 +87,16 @@ def write_answers(
     output,count = Path(output),Counter({'files': 0, 'named': 0, 'unsure': 0, 'unreadable': 0})
     if output.suffix not in ('.jsonl', '.csv'):
         raise ConfigError(f'`output` must end on .jsonl or .csv, got {output.name!r}')
-    with atomic_write(output) as part, part.open('w', encoding='utf-8', newline='') as file:
-        table = csv.DictWriter(file, table_columns(classes))
-        if output.suffix=='.csv': table.writeheader()
+    with atomic_write(output) as part, part.open('w', encoding='utf-8', newline='', errors='backslashreplace') as file:
+        columns,table = table_columns(classes),csv.writer(file)
+        if output.suffix=='.csv': table.writerow(map(csv_cell, columns))
         for name,answer in answers:
             count['files'] += 1
             if isinstance(answer, Failure): count['unreadable'] += 1
             else: count['named' if answer.label is not None else 'unsure'] += 1
-            if output.suffix=='.csv': table.writerow(table_row(name, answer, classes))
+            if output.suffix=='.csv':
+                row = table_row(name, answer, classes)
+                table.writerow(csv_cell(row.get(column, '')) for column in columns)
             else: file.write(json.dumps({'path': name, **answer.to_dict()}, ensure_ascii=False)+'\n')
     return dict(count)
 

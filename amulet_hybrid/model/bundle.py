@@ -16,6 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,9 @@ from ..core import BundleError, ConfigError, FeatureError, file_digest
 from ..features.config import FeatureConfig
 from ..features.contract import EXTRACTORS, make_extractor, parse_block
 from ..features.extractor import HybridFeatureExtractor
-from .bundle_files import FORMAT, MANIFEST, MODEL, REQUIREMENTS, TRAINING, file_entry, maker_of
-from .bundle_files import read_verified, refuse_bundle, write_manifest
+from .bundle_files import FORMAT, MANIFEST, MODEL, MOST_CLASSES, MOST_FILES, REQUIREMENTS, TRAINING
+from .bundle_files import file_entry, maker_of
+from .bundle_files import read_verified, refuse_bundle, signed_at, write_manifest
 from .inference import TIERS, Cascade, ServedModel, Tier
 from .model_card import card_html, card_markdown, card_parts
 
@@ -109,6 +111,9 @@ class Bundle:
     extractor:HybridFeatureExtractor # With the blocks that its tiers need
     table:list[dict] = field(default_factory=list) # What each tier did out of fold
     notes:list[str] = field(default_factory=list) # What a reader of the table should know, in words
+    card:str='' # Its MODEL_CARD.md
+    # When it was signed, as text that sorts by time; '' where no signature was asked for, or it does not say
+    signed_at:str=''
 
     @property
     def model(self) -> ServedModel:
@@ -133,23 +138,42 @@ def _unknown_block(folder, error):
                        advice='An extractor of your own must be in EXTRACTORS before the bundle is loaded')
 
 # %% ../../nbs/50_model/50_bundle.ipynb #c9aee347
-def _make_block(folder, name, stored, files):
-    "The extractor that a manifest describes"
-    params = {k: tuple(v) if isinstance(v, list) else v for k,v in stored['params'].items()}
-    for setting,file in stored.get('files', {}).items():
-        if file not in files: refuse_bundle(f'{str(file)[:100]!r} is not listed', 'missing_file', folder)
-        params[setting] = folder/file
+def _check_params(kind, name, stored, content, folder):
+    "Refuse settings that name a place on this machine, and files that are not in the bundle"
+    files = stored.get('files', {})
+    for file in files.values():
+        if file not in content: refuse_bundle(f'{str(file)[:100]!r} is not listed', 'missing_file', folder)
+    if (setting := getattr(kind, 'file_setting', '')) and set(files)!={setting}:
+        refuse_bundle(f'the block {name[:60]} has no net of its own', 'missing_file', folder)
+    if outside := [k for k,v in stored['params'].items() if k in getattr(kind, 'machine', ()) and v!='random']:
+        refuse_bundle(f'the block {name[:60]} names a place on another machine: {outside[0]}', 'bad_manifest', folder)
+
+def _private_copy(files, content) -> Path: # A folder that only this process writes to
+    "Files of a block as they were when they were checked"
+    place = Path(tempfile.mkdtemp(prefix='amulet-block-'))
+    for file in files: (place/file).write_bytes(content[file])
+    return place
+
+def _make_block(folder, name, stored, content):
+    "The extractor that a manifest describes, with the bytes that were checked"
     kind = parse_block(name)[0]
+    _check_params(EXTRACTORS[kind], name, stored, content, folder)
+    files,is_net = dict(stored.get('files', {})),bool(getattr(EXTRACTORS[kind], 'file_setting', ''))
+    params = {k: tuple(v) if isinstance(v, list) else v for k,v in stored['params'].items()}
     # whoever asks a bundle waits for it
     if 'threads' in inspect.signature(EXTRACTORS[kind]).parameters: params['threads'] = min(4, os.cpu_count() or 1)
-    return make_extractor(kind, **params)
+    place = _private_copy(files.values(), content) if files and not is_net else folder
+    block:Any = make_extractor(kind, **params, **{setting: place/file for setting,file in files.items()})
+    if is_net: block.use_bytes(content[files[block.file_setting]])
+    elif files: weakref.finalize(block, shutil.rmtree, place, ignore_errors=True)
+    return block
 
 # %% ../../nbs/50_model/50_bundle.ipynb #c16b8fb7
-def _load_block(folder, name, stored, manifest):
+def _load_block(folder, name, stored, manifest, content):
     "The extractor, if it measures here as it did where the model was trained"
-    try: block = _make_block(folder, name, stored, manifest['files'])
+    try: block = _make_block(folder, name, stored, content)
     except FeatureError as error: raise _unknown_block(folder, error) from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f'the block {name[:60]} is not described as we do: {error}', code='bad_manifest',
                           where=folder) from error
     if block.fingerprint()!=stored.get('fingerprint'):
@@ -158,22 +182,25 @@ def _load_block(folder, name, stored, manifest):
                           advice=f'Install {maker_of(manifest)}, or train again')
     try: block.prepare()
     except FeatureError as error:
-        raise BundleError(f'the block {name[:60]} cannot be used: {error.message}', code='bad_net',
+        code = error.code if error.code in ('external_data', 'unsupported_net') else 'bad_net'
+        raise BundleError(f'the block {name[:60]} cannot be used: {error.message}', code=code,
                           where=error.where or folder, advice=error.advice) from error
     return block
 
 # %% ../../nbs/50_model/50_bundle.ipynb #ff32fe47
-def _load_extractor(folder, manifest):
+def _load_extractor(folder, manifest, content):
     "The extractor with all blocks of the bundle"
     try:
         if any(str(b).partition(':')[0]=='table' for b in manifest['blocks']):
             from amulet_hybrid.features import table # noqa: F401 (registers its block, and needs pandas)
+        if len(manifest['blocks']) > MOST_FILES: raise ValueError(f'{len(manifest["blocks"])} blocks')
+        if isinstance(manifest['features'].get('preprocessing'), str): raise ValueError('preprocessing is a name')
         settings = FeatureConfig.from_dict(manifest['features'])
         stored = [(str(name), dict(about)) for name,about in manifest['blocks'].items()]
     except (KeyError, TypeError, ValueError, FeatureError) as error:
         raise BundleError(f'cannot be read: {error}', code='bad_model', where=folder/MANIFEST) from error
     except ConfigError as error: raise _unknown_block(folder, error) from error # a setting or block of another version
-    extractors = {name: _load_block(folder, name, about, manifest) for name,about in stored}
+    extractors = {name: _load_block(folder, name, about, manifest, content) for name,about in stored}
     return HybridFeatureExtractor(settings, extractors=extractors)
 
 # %% ../../nbs/50_model/50_bundle.ipynb #47210ba5
@@ -188,6 +215,21 @@ def _load_tier(folder, about, arrays, manifest, extractors):
     measured = dict(manifest['measured'].get('tiers', {}).get(about['name'], {}))
     return Tier(about['name'], model, float(about['threshold']), measured, str(about.get('rules', '')))
 
+# %% ../../nbs/50_model/50_bundle.ipynb #c4e47bee
+def _check_classes(classes, folder):
+    "Refuse what are no names"
+    fine = all(isinstance(c, str) and len(c) <= 1000 for c in classes)
+    if not fine or not 2 <= len(classes) <= MOST_CLASSES or len(set(classes))!=len(classes):
+        refuse_bundle('its classes are no two or more different names', 'bad_manifest', folder)
+
+def _check_measured(measured, folder):
+    "Refuse milliseconds that are none; they are not part of the digest"
+    def number(value): return type(value) in (int, float) and 0 <= value < 1e9
+    tiers = measured.get('tiers', {})
+    if measured and not (number(measured.get('decode')) and isinstance(tiers, dict) and all(
+            isinstance(row, dict) and all(map(number, row.values())) for row in tiers.values())):
+        refuse_bundle('what its tiers cost is not given in milliseconds', 'bad_manifest', folder)
+
 # %% ../../nbs/50_model/50_bundle.ipynb #79a05e11
 def load_bundle(
     folder:str|Path, # What `save_bundle` wrote
@@ -197,8 +239,8 @@ def load_bundle(
     folder = Path(folder)
     manifest,content = read_verified(folder, public_key)
     classes,about = manifest['classes'],parse_json(content[MODEL], folder/MODEL)
-    if len(classes) < 2 or len(set(map(str, classes)))!=len(classes) or not all(isinstance(c, str) for c in classes):
-        refuse_bundle('its classes are no two or more different names', 'bad_manifest', folder)
+    _check_classes(classes, folder)
+    _check_measured(manifest['measured'], folder)
     try:
         names = [t['name'] for t in about['tiers']]
         if not names or names[-1]!='ensemble' or names!=[t for t in TIERS if t in names]:
@@ -207,11 +249,12 @@ def load_bundle(
         raise BundleError(f'cannot be read: {error}', code='bad_model', where=folder/MODEL) from error
     if lacking := [name for name in names if f'{name}.npz' not in content]:
         refuse_bundle(f'{lacking[0]}.npz is not listed', 'missing_file', folder)
-    extractor = _load_extractor(folder, manifest)
+    extractor = _load_extractor(folder, manifest, content)
     tiers = [_load_tier(folder, t, content.pop(f'{t["name"]}.npz'), manifest, extractor.extractors)
              for t in about['tiers']]
     return Bundle(folder, manifest, tiers, extractor, list(about.get('cascade', [])),
-                  [*about.get('notes', []), *_savings(tiers)])
+                  [*about.get('notes', []), *_savings(tiers)], content['MODEL_CARD.md'].decode('utf-8', 'replace'),
+                  signed_at(content))
 
 # %% ../../nbs/50_model/50_bundle.ipynb #29cccc3e
 def _savings(tiers):

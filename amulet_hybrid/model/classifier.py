@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core import Config, ConfigError, FeatureError, ImageError, log, setting
+from ..core import Config, ConfigError, FeatureError, ImageError, ResourceError, log, printable, setting
 from ..data.images import LIMITS, ImageLimits, open_image
 from .answer_cache import make_cache
 from .batch import BatchMixin
@@ -173,7 +173,7 @@ def first_that_answers(
     failed:list[str] = []
     for name in names:
         try: found = ask(name)
-        except (ImageError, ConfigError): raise # no tier can help
+        except (ImageError, ConfigError, ResourceError): raise # no tier can help
         except Exception as error:
             log.warning('%s failed: %s', name, error)
             failed.append(f'{name} failed ({type(error).__name__}: {str(error)[:100]})')
@@ -287,4 +287,4 @@ class HybridClassifier(BatchMixin):
 
     def print_rules(self):
         "Show the rules tier"
-        print(self.rules or 'This bundle has no rules: it was saved without a cascade.')
+        print(printable(self.rules or 'This bundle has no rules: it was saved without a cascade.', keep='\n'))

@@ -15,6 +15,7 @@ import numpy as np
 from ..base.estimators import softmax
 from ..base.projection import unit_rows
 from ..core import BundleError, require
+from ..features.onnx_files import onnx_session
 from ..learn.calibration import log_proba
 
 # %% ../../nbs/50_model/10_export.ipynb #2b2a253a
@@ -96,12 +97,7 @@ def _boosting_logits(a, Z):
 
 # %% ../../nbs/50_model/10_export.ipynb #aa16ebcc
 def _onnx_logits(a, Z):
-    import onnxruntime as ort
-    if '_session' not in a:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads,options.log_severity_level = 1,3
-        a['_session'] = ort.InferenceSession(np.asarray(a['model']).tobytes(), options,
-                                             providers=['CPUExecutionProvider'])
+    if '_session' not in a: a['_session'] = onnx_session(np.asarray(a['model']).tobytes())
     return log_proba(np.asarray(a['_session'].run([str(a['output'])], {'rows': Z})[0], float), 1e-3)
 
 # %% ../../nbs/50_model/10_export.ipynb #e2f34a5e

@@ -19,6 +19,7 @@ from ..features.contract import join_blocks
 from ..learn.calibration import log_proba, scaler_from_arrays
 from ..learn.conformal import ConformalPredictor
 from ..learn.ood_selection import NoveltyDetector
+from .checks import check_calibrator, check_conformal, check_head, check_numbers, check_projection
 from .export import ClassifierHead, convert_model
 
 # %% ../../nbs/50_model/20_inference.ipynb #a7511970
@@ -180,14 +181,35 @@ def _model_arrays(model):
             **_prefixed('part', {k: v.to_arrays() for k,v in learned.items() if v is not None})}
 
 # %% ../../nbs/50_model/20_inference.ipynb #40b14782
+_MOST = 1000 # Members of an ensemble, and joins
+
+def _load_members(about, heads, n_classes, widths):
+    "Members from their descriptions and arrays; they agree on the columns of their joins"
+    if not 0 < len(about) <= _MOST: raise ValueError(f'{len(about)} members')
+    members = []
+    for i,m in enumerate(about):
+        head,blocks,direct = ClassifierHead.from_arrays(heads[str(i)]),tuple(map(str, m['blocks'])),bool(m['direct'])
+        weight,temperature = float(m['weight']),float(m['temperature'])
+        if not (np.isfinite(weight) and 0 < temperature < 1e12): raise ValueError(f'{weight=}, {temperature=}')
+        columns = check_head(head.kind, head.classes, head.arrays, n_classes, widths.get((blocks, direct)))
+        if columns: widths[blocks,direct] = columns
+        members.append(EnsembleMember(blocks, str(m['title']), weight, temperature, head, direct))
+    return members
+
 def _load_model(cls, about, arrays, classes, extractors):
     "What `_model_dict` and `_model_arrays` wrote"
     heads,parts,axes = (_unprefixed(arrays, k) for k in ('voice', 'part', 'projection'))
-    members = [EnsembleMember(tuple(map(str, m['blocks'])), str(m['title']), float(m['weight']),
-                              float(m['temperature']), ClassifierHead.from_arrays(heads[str(i)]), bool(m['direct']))
-               for i,m in enumerate(about['voices'])]
-    projections = {tuple(join): Projection(**(axes[str(i)] | {'power': float(axes[str(i)]['power'])}))
-                   for i,join in enumerate(about['projections'])}
+    joins = [tuple(map(str, join)) for join in about['projections'][:_MOST]]
+    widths:dict[tuple,int] = {} # Blocks, and whether their columns are seen as they are -> how many
+    for i,join in enumerate(joins): widths[join,True],widths[join,False] = check_projection(axes[str(i)])
+    members = _load_members(about['voices'], heads, len(classes), widths)
+    projections = {join: Projection(**(axes[str(i)] | {'power': float(axes[str(i)]['power'])}))
+                   for i,join in enumerate(joins)}
+    if lacking := [m.blocks for m in members if not m.direct and m.blocks not in projections]:
+        raise ValueError(f'no axes for {lacking[0]}')
+    check_calibrator(parts['calibrator'], len(classes))
+    if 'conformal' in about['parts']: check_conformal(_part_arrays(arrays, 'conformal'), len(classes))
+    if 'novelty' in about['parts']: check_numbers(_part_arrays(arrays, 'novelty'))
     encoders = {b: extractors[b].encoder().from_arrays(a) for b,a in _unprefixed(arrays, 'encoder').items()}
     def part(name, build): return build(_part_arrays(arrays, name)) if name in about['parts'] else None
     return cls(list(classes), members, projections, scaler_from_arrays(parts['calibrator']), encoders,

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..core import printable
+
 # %% ../../nbs/50_model/40_model_card.ipynb #a632216f
 @dataclass
 class Table:
@@ -130,9 +132,9 @@ def card_parts(
             Part('What it must not be used for', [[*NOT_FOR, *not_for]]), Part('Made with', [software+'.'])]
 
 # %% ../../nbs/50_model/40_model_card.ipynb #ccab54a6
-_SPECIAL = str.maketrans({c: f'\\{c}' for c in '\\`*_[]<>|#'})
+_SPECIAL = str.maketrans({c: f'\\{c}' for c in '\\`*_[]<>|#$&~'})
 
-def _escape_markdown(text): return ' '.join(str(text).split()).translate(_SPECIAL)
+def _escape_markdown(text): return printable(' '.join(str(text).split())).translate(_SPECIAL)
 
 def _markdown(x):
     "A text, a list or a table"

@@ -28,17 +28,22 @@ class PhotoSource:
 def _refuse(why, code='bad_array'):
     raise ImageError(why, code=code, advice='Give (height, width, 3) RGB of type uint8')
 
+def _refuse_size(width, height, limits):
+    _refuse(f'{width} x {height} pixels; at most {limits.max_pixels/1e6:.3g} million are looked at',
+            'decompression_bomb')
+
 # %% ../../nbs/50_model/76_photo_source.ipynb #b323c1f5
 def rgb_pixels(
     pixels:np.ndarray, # (height, width), (height, width, 1), (height, width, 3) or (height, width, 4) uint8
-    limits:ImageLimits=LIMITS # Sides that are allowed
+    limits:ImageLimits=LIMITS # Pixels and sides that are allowed
 ) -> np.ndarray: # (height, width, 3) uint8
     "An array of any usual kind as RGB; raises `ImageError`"
     shape,fourth = pixels.shape,pixels.ndim==3 and pixels.shape[2]==4
     if pixels.dtype!=np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim==3 and shape[2] not in (1, 3, 4)):
         _refuse(f'a photo is (height, width, 3) uint8, got {shape} {pixels.dtype}')
     height,width = shape[:2]
-    if max(height, width) > limits.max_side:
+    if height*width > limits.max_pixels: _refuse_size(width, height, limits)
+    if limits.max_side and max(height, width) > limits.max_side:
         _refuse(f'{width} x {height} pixels; no side may be longer than {limits.max_side}', 'too_large')
     if min(height, width) < limits.min_side:
         _refuse(f'{width} x {height} pixels; each side must be at least {limits.min_side}', 'too_small')
@@ -55,11 +60,9 @@ def pil_pixels(
 ) -> np.ndarray: # (height, width, 3) uint8
     "A PIL image upright and as RGB; raises `ImageError`"
     from PIL import ImageOps
-    try: pixels,most = image.width*image.height,limits.max_pixels
+    try: width,height = image.size
     except Exception as error: raise _undecodable(error) from error
-    if pixels > most:
-        _refuse(f'{image.width} x {image.height} pixels; at most {most/1e6:g} million are looked at',
-                'decompression_bomb')
+    if width*height > limits.max_pixels: _refuse_size(width, height, limits)
     try:
         upright = ImageOps.exif_transpose(image)
         clear = 'A' in upright.mode or 'transparency' in upright.info

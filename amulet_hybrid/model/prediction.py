@@ -9,7 +9,7 @@ __all__ = ['Prediction', 'Failure']
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
-from ..core import AmuletError, log
+from ..core import AmuletError, lack_of_memory, log
 
 # %% ../../nbs/50_model/75_prediction.ipynb #4c60f51a
 @dataclass(frozen=True, repr=False)
@@ -62,6 +62,7 @@ class Failure:
         error:Exception # An `AmuletError`, or a fault of ours, which is logged
     ) -> 'Failure':
         "The failure that an exception stands for"
+        error = lack_of_memory(error) or error
         if isinstance(error, AmuletError): return cls(**error.to_dict())
         log.error('classification failed', exc_info=error)
         return cls('internal_error', f'{type(error).__name__}: {str(error)[:200]}', None,

@@ -12,17 +12,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from html import escape
 from typing import Any
 
 from .. import __version__
-from ..core import AmuletError
+from ..core import AmuletError, ConfigError, log
+from ..data.decoder import set_decoding_patience
 from .auth import ApiKeys
 from .middleware import AccessControl, AccessPolicy, ServiceMiddleware
 from .multipart import MultipartForm
 from .openapi_page import docs_page
-from .request_body import check_depth, decode_image_data
-from .schemas import ANY_ERRORS, BODY_ERRORS, HTTP_ERRORS, PHOTO_ERRORS, ROW_ERRORS
+from .request_body import check_json, decode_image_data
+from .schemas import ANY_ERRORS, BODY_ERRORS, HTTP_ERRORS, PHOTO_ERRORS, RECORD_ERRORS, ROW_ERRORS
 from .schemas import BatchRequest, BatchResponse, Classifier, FeedbackRequest, FeedbackResponse
 from .schemas import Health, Info, Options, PredictRequest, PredictResponse, ProbeStatus, Recorder
 from .schemas import Reloaded, error_responses, failure_body, json_response, read_options
@@ -60,6 +62,9 @@ def _check_size(photo, settings):
     return photo
 
 # %% ../../nbs/70_serve/80_app.ipynb #6d2fc670
+_JSON_COPIES = 4 # Of a body while it is read: as it came, unescaped by the parser (twice), and as Python's text
+_FORM_COPIES = 2 # The pieces, and the photo that is joined from them
+
 async def read_json(
     request:Request, # Its body is not yet read
     model:Any, # pydantic model of the body
@@ -71,9 +76,9 @@ async def read_json(
     if kind!='application/json' and not (kind.startswith('application/') and kind.endswith('+json')):
         raise AmuletError('the body is to be JSON', code='wrong_content_type',
                           advice='Send the header Content-Type: application/json')
-    data = await request.scope['context'].body.read(limit, settings.body_seconds)
+    data = await request.scope['context'].body.read(limit, settings.body_seconds, _JSON_COPIES)
     def parse(data):
-        check_depth(data, settings.json_depth)
+        check_json(data, settings.json_depth)
         try: return model.model_validate_json(data)
         except ValidationError as error: raise validation_error(error) from None
     return await offload(parse, data, len(data))
@@ -90,8 +95,10 @@ async def read_form(
     if len(query)!=len(dict(query)):
         raise AmuletError('an option is there twice', code='bad_request', advice='See /docs for the fields')
     body = request.scope['context'].body
-    await body.feed(form.write, settings.max_batch_bytes+2**16, settings.body_seconds)
+    try: await body.feed(form.write, settings.max_batch_bytes+2**16, settings.body_seconds, _FORM_COPIES)
+    except BaseException: form.forget(); raise
     form.close()
+    body.keep(sum(map(len, form.files)))
     if query and form.fields: read_options(dict(query)) # what is overridden has to be right, too
     return form.files,read_options({**dict(query), **form.fields})
 
@@ -137,16 +144,19 @@ def _add_prediction_routes(app, service, settings):
         return json_response(await while_connected(context.body.receive, work, settings.timeout_seconds))
 
     @app.post('/predict', response_model=PredictResponse, openapi_extra=_json_body('PredictRequest'),
-              responses=error_responses('bad_base64', *ANY_ERRORS, *BODY_ERRORS, *PHOTO_ERRORS, *ROW_ERRORS))
+              responses=error_responses('bad_base64', *ANY_ERRORS, *BODY_ERRORS, *PHOTO_ERRORS, *RECORD_ERRORS,
+                                        *ROW_ERRORS))
     async def predict(request:Request) -> Response:
         "Name a photo sent as base64 inside JSON, or a row of a table sent as `features`"
         service.pool.check()
         asked = await read_json(request, PredictRequest, _base64_bytes(settings.max_bytes)+2**16, settings)
         if 'features' in asked.model_fields_set: return await classify(request, asked.features, asked)
         photo = await offload(decode_image_data, asked.image_data, len(asked.image_data))
+        asked.image_data = ''
+        request.scope['context'].body.keep(len(photo))
         return await classify(request, [_check_size(photo, settings)], asked)
 
-    @app.post('/predict/file', responses=error_responses(*ANY_ERRORS, *BODY_ERRORS, *PHOTO_ERRORS),
+    @app.post('/predict/file', responses=error_responses(*ANY_ERRORS, *BODY_ERRORS, *PHOTO_ERRORS, *RECORD_ERRORS),
               response_model=PredictResponse,
               openapi_extra=_form_body('Photos of one object, seen from several sides', settings))
     async def predict_file(request:Request) -> Response:
@@ -154,6 +164,7 @@ def _add_prediction_routes(app, service, settings):
         The options may stand in the form or in the query"""
         service.pool.check() # before the photo is read
         photos,options = await read_form(request, settings)
+        service.count_photos(request.scope['context'], len(photos))
         return await classify(request, photos, options)
 
 # %% ../../nbs/70_serve/80_app.ipynb #0b0c3af0
@@ -172,14 +183,16 @@ def _add_batch_routes(app, service, settings):
             limit = _base64_bytes(settings.max_batch_bytes)+2**16
             options = await read_json(request, BatchRequest, limit, settings)
             photos = options.images
+            context.body.keep(2*context.body.bytes) # the texts, and those that are photos at the moment
         if len(photos) > settings.max_photos:
             raise AmuletError(f'{len(photos)} photos; at most {settings.max_photos}', code='too_many_photos',
                               advice='Send them in several requests')
-        if len(photos) > 1: service.rate_limit.take(context.caller, len(photos)-1, admitted=True)
+        service.count_photos(context, len(photos))
         work = answer_batch(service, context, photos, options)
         return json_response(await while_connected(context.body.receive, work, settings.timeout_seconds+1))
 
-    @app.post('/feedback', responses=error_responses(*ANY_ERRORS, *BODY_ERRORS, 'unknown_prediction', 'database_down'),
+    @app.post('/feedback', responses=error_responses(*ANY_ERRORS, *BODY_ERRORS, *RECORD_ERRORS, 'unknown_prediction',
+                                                 'database_down'),
               response_model=FeedbackResponse, openapi_extra=_json_body('FeedbackRequest'))
     async def feedback(request:Request) -> Response:
         "Say what the photo of an earlier answer really showed"
@@ -189,7 +202,7 @@ def _add_batch_routes(app, service, settings):
 # %% ../../nbs/70_serve/80_app.ipynb #43e15d8d
 def _add_health_routes(app, service):
     "`/health`, `/health/live`, `/health/ready`"
-    @app.get('/health', responses=error_responses('internal_error'), response_model=Health)
+    @app.get('/health', responses=error_responses('wrong_host', 'internal_error'), response_model=Health)
     async def health(request:Request) -> Response:
         "Whether the service is well, and how it has been"
         status = 'degraded' if service.records.failing else 'ok'
@@ -201,25 +214,41 @@ def _add_health_routes(app, service):
                               'average_response_time_ms': round(service.total_ms/max(service.count, 1), 3),
                               'queue_depth': len(service.pool), 'records': service.records.stats()})
 
-    @app.get('/health/live', responses=error_responses('internal_error'), response_model=ProbeStatus)
+    @app.get('/health/live', responses=error_responses('internal_error', 'not_ready'), response_model=ProbeStatus)
     async def live(request:Request) -> Response:
-        "Whether the process answers at all; if not, restart it"
+        "Whether the process answers at all, and has a worker left; if not, restart it"
+        if service.pool.exhausted:
+            raise AmuletError('no worker is left', code='not_ready', advice='Restart the service')
         return json_response({'status': 'alive'})
 
-    @app.get('/health/ready', responses=error_responses('internal_error', 'busy'), response_model=ProbeStatus)
+    @app.get('/health/ready', responses=error_responses('internal_error', 'busy', 'not_ready', *RECORD_ERRORS),
+             response_model=ProbeStatus)
     async def ready(request:Request) -> Response:
-        "Whether to send requests here: not while it is being stopped"
+        "Whether to send requests here: not while it is being stopped, nor while a worker does not come to an end"
         if service.stopping: raise AmuletError('the service is being stopped', code='busy', advice='Ask another one')
-        return json_response({'status': 'ready'})
+        if (n := service.pool.overdue):
+            raise AmuletError(f'{n} of {service.pool.workers} workers have been at one photo for too long',
+                              code='not_ready', advice='Ask another one')
+        service.records.check()
+        return json_response({'status': 'ready', 'records': service.records.state})
 
 # %% ../../nbs/70_serve/80_app.ipynb #cde0dff2
-def _add_model_routes(app, service, settings):
+def _asked_rollback(query) -> bool|None: # None: it does not say
+    "Whether an older bundle may come back"
+    if not query: return None
+    if len(query) > 1 or query[0][0]!='allow_rollback' or query[0][1] not in ('true', 'false'):
+        raise AmuletError('the query knows allow_rollback=true or false only', code='bad_request', advice='See /docs')
+    return query[0][1]=='true'
+
+def _add_model_routes(app, service, settings, keys):
     "`/info`, `/metrics`, `/admin/reload`"
-    @app.get('/info', responses=error_responses('no_key', 'internal_error'), response_model=Info)
+    @app.get('/info', responses=error_responses('no_key', 'wrong_host', 'internal_error'), response_model=Info)
     async def info(request:Request) -> Response:
         "What the model is, what it knows, how well it does, and what it must not be asked"
         model = service.model
-        limits = {n: int(getattr(settings, n)) for n in ('max_bytes', 'max_photos', 'max_batch_bytes')}
+        room = service.body_budget.limit//_FORM_COPIES # where the memory is small
+        limits = {'max_bytes': min(settings.max_bytes, room), 'max_photos': settings.max_photos,
+                  'max_batch_bytes': min(settings.max_batch_bytes, room)}
         return json_response({'model_version': model.version, 'version': __version__,
                               'classes': list(model.classifier.classes),
                               'columns': list(getattr(model.classifier, 'columns', ())),
@@ -227,18 +256,24 @@ def _add_model_routes(app, service, settings):
 
     text = {'description': 'In the text format of Prometheus',
             'content': {'text/plain': {'schema': {'type': 'string'}}}}
-    @app.get('/metrics', responses=error_responses('no_key', 'internal_error'), response_class=Response,
+    @app.get('/metrics', responses=error_responses('no_key', 'wrong_host', 'internal_error'), response_class=Response,
              openapi_extra={'responses': {'200': text}})
     async def metrics(request:Request) -> Response:
         "Numbers for Prometheus"
         return Response(service.metrics.render(), media_type='text/plain; version=0.0.4; charset=utf-8')
 
     @app.post('/admin/reload', response_model=Reloaded,
-              responses=error_responses('no_key', 'not_allowed', 'reload_failed', 'internal_error'))
+              responses=error_responses('no_key', 'not_allowed', 'cross_site', 'wrong_host', 'reload_failed',
+                                        'bad_request', 'internal_error'),
+              openapi_extra={'parameters': [{'name': 'allow_rollback', 'in': 'query', 'required': False,
+                                             'schema': {'type': 'boolean'},
+                                             'description': 'Accept a bundle that was signed before the one that '
+                                                            'answers'}]})
     async def reload(request:Request) -> Response:
-        """Read the bundle anew from the folder with which the service was started.
-        If it cannot be used, the old one goes on"""
-        done = await service.slot.reload()
+        """Read the bundle anew from the folder with which the service was started, and the file of keys.
+        If one cannot be used, the old one goes on"""
+        _refresh_keys(keys, settings)
+        done = await service.slot.reload(_asked_rollback(request.query_params.multi_items()))
         return json_response({'success': True, 'request_id': request.scope['context'].request_id, **done})
 
 # %% ../../nbs/70_serve/80_app.ipynb #d77c250e
@@ -274,16 +309,24 @@ def _openapi(app, service, policy):
 # %% ../../nbs/70_serve/80_app.ipynb #40c93bb7
 _DOCS_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; "
                 "base-uri 'none'") # There is no script, and the styles are ours
+_BASE = '{base}' # In the page, until it is known how the service was called
 
 def _add_pages(app):
     "`/`, `/docs`, `/openapi.json`"
+    made:dict[str,Any] = {}
+    def documents():
+        "Both documents as bytes, made once for each kind of model"
+        if made.get('spec') is not (spec := app.openapi()):
+            made.update(json=json_response(spec).body, page=docs_page(spec, _BASE).encode(), spec=spec)
+        return made
+
     @app.get('/docs', include_in_schema=False)
     async def docs(request:Request) -> Response:
-        page = docs_page(app.openapi(), str(request.base_url))
+        page = documents()['page'].replace(_BASE.encode(), escape(str(request.base_url)).encode())
         return HTMLResponse(page, headers={'Content-Security-Policy': _DOCS_POLICY})
 
     @app.get('/openapi.json', include_in_schema=False)
-    async def document(request:Request) -> Response: return json_response(app.openapi())
+    async def document(request:Request) -> Response: return Response(documents()['json'], media_type='application/json')
 
     page = try_page('amulet_hybrid')
     @app.get('/', include_in_schema=False)
@@ -291,25 +334,43 @@ def _add_pages(app):
         nonce = secrets.token_urlsafe(16)
         return HTMLResponse(page.replace('{nonce}', nonce), headers={'Content-Security-Policy': page_policy(nonce)})
 
+# %% ../../nbs/70_serve/80_app.ipynb #e62a56f9
+def _refresh_keys(keys, settings):
+    "Read the file of keys anew; the log says who came and who went"
+    if settings.api_keys_file is None: return
+    try: added,gone = keys.refresh(settings.api_keys, settings.api_keys_file)
+    except ConfigError as error: return log.error('the API keys cannot be read anew, the old ones stay: %s', error)
+    log.info('API keys read anew: %d; new: %s; gone: %s', len(keys), ', '.join(added) or 'none',
+             ', '.join(gone) or 'none')
+
 # %% ../../nbs/70_serve/80_app.ipynb #eac03685
-def _lifespan(service):
+def _lifespan(service, keys):
     "What the app does at its beginning and at its end"
     async def reload():
-        try: await service.slot.reload()
-        except AmuletError: pass # it is in the log
+        _refresh_keys(keys, service.settings)
+        with suppress(AmuletError): await service.slot.reload() # why it failed is in the log
+
+    async def stop_when_exhausted():
+        "Only a new process has workers again"
+        while not service.pool.exhausted: await asyncio.sleep(1)
+        log.critical('no worker is left: the service ends, so that whoever watches over it starts it anew')
+        signal.raise_signal(signal.SIGTERM)
 
     @asynccontextmanager
     async def lifespan(app):
-        if hasattr(signal, 'SIGHUP') and threading.current_thread() is threading.main_thread():
-            tasks,loop = set(),asyncio.get_running_loop()
-            def on_hangup():
-                task = loop.create_task(reload())
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        tasks = set()
+        def begin(work):
+            task = asyncio.get_running_loop().create_task(work())
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        if threading.current_thread() is threading.main_thread():
+            begin(stop_when_exhausted)
+            if hasattr(signal, 'SIGHUP'):
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, begin, reload)
         try: yield
         finally:
             service.stopping = True
+            for task in tasks: task.cancel()
             service.pool.close()
             if service.records.recorder is not None: await asyncio.to_thread(service.records.recorder.close)
     return lifespan
@@ -364,7 +425,7 @@ def create_app(
     service = PredictionService(classifier or _NoModel(), settings, load, recorder)
     policy = _policy(settings, keys)
     app = FastAPI(title='amulet_hybrid', version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
-                  redirect_slashes=False, lifespan=_lifespan(service),
+                  redirect_slashes=False, lifespan=_lifespan(service, keys),
                   description='Names a photo, and says so when it is unsure. Every failure has `success: false`, a '
                               'code, a message, an advice and the id of the request. '
                               'Every address is there under /v1, too.')
@@ -377,7 +438,7 @@ def create_app(
     _add_prediction_routes(app, service, settings)
     _add_batch_routes(app, service, settings)
     _add_health_routes(app, service)
-    _add_model_routes(app, service, settings)
+    _add_model_routes(app, service, settings, keys)
     routes.update({(m, r.path): r.endpoint for r in app.routes if isinstance(r, APIRoute) for m in r.methods or ()})
     _add_pages(app)
     app.add_exception_handler(HTTPException, _framework_error)
@@ -385,11 +446,14 @@ def create_app(
     return app
 
 # %% ../../nbs/70_serve/80_app.ipynb #57dcf287
+_PATIENCE = 2. # Seconds that a photo may wait for memory or for a decoder, in a thread that could answer others
+
 def serve(
     classifier:Classifier|FastAPI, # Loaded, or an app around it
     settings:Settings|None=None, # None: those of the app, or the defaults
     sock:Any=None # Bound socket; None: by the settings
 ):
     "Answer requests until Ctrl-C or SIGTERM"
+    set_decoding_patience(_PATIENCE)
     app = classifier if isinstance(classifier, FastAPI) else create_app(classifier, settings)
     run_server(app, settings or app.state.settings, sock)

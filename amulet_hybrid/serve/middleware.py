@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core import AmuletError
-from .auth import ApiKeys, Cors, RateLimit, request_id, sent_key
+from .auth import ApiKeys, RateLimit, request_id, sent_key
 from .request_body import BodyBudget, ClientGone, RequestBody
 from .schemas import HTTP_ERRORS, RequestContext, error_response
 from .settings import Settings
 from .telemetry import ServiceMetrics, access_log
+from .web_origins import AllowedHosts, Cors, check_site
 from .worker_pool import Busy
 
 # %% ../../nbs/70_serve/60_middleware.ipynb #1691dad8
@@ -25,7 +26,7 @@ from starlette.requests import Request
 
 # %% ../../nbs/70_serve/60_middleware.ipynb #b56f09d3
 SECURITY_HEADERS = ((b'x-content-type-options', b'nosniff'), (b'x-frame-options', b'DENY'),
-                    (b'referrer-policy', b'no-referrer'), (b'cross-origin-resource-policy', b'same-origin'))
+                    (b'referrer-policy', b'same-origin'), (b'cross-origin-resource-policy', b'same-origin'))
 # Where the answer has none of its own
 _DEFAULT_HEADERS = ((b'cache-control', b'no-store'),
                     (b'content-security-policy', b"default-src 'none'; frame-ancestors 'none'"))
@@ -39,6 +40,7 @@ def wrap_send(
 ) -> Callable: # Of ASGI
     "`send` that adds our headers, and drains a body that was not read"
     async def wrapped(message):
+        if context.method=='HEAD' and message['type']=='http.response.body': message = {**message, 'body': b''}
         if message['type']=='http.response.start':
             context.status = message['status']
             headers = list(message.get('headers', ()))
@@ -125,6 +127,8 @@ async def _preflight(headers, send):
     await send({'type': 'http.response.body', 'body': b''})
 
 # %% ../../nbs/70_serve/60_middleware.ipynb #d23742c0
+_PROBES = ('/health/live', '/health/ready') # They tell nothing, and whoever asks uses names of their own
+
 class ServiceMiddleware:
     "ASGI middleware around the whole app"
     def __init__(self,
@@ -142,6 +146,8 @@ class ServiceMiddleware:
         self.body_budget = body_budget
         self.routes = {} if routes is None else routes
         self.cors = Cors(settings.cors_origins)
+        self.hosts = AllowedHosts(settings.allowed_hosts, settings.host)
+        self.check_hosts = bool(settings.allowed_hosts) or not access.keys # a foreign page has no key
         self.active = 0 # Requests with limits that are inside
 
     async def __call__(self, scope, receive, send):
@@ -161,27 +167,41 @@ class ServiceMiddleware:
 
     async def _respond(self, scope, headers, send):
         "Let it in and answer, or answer why not"
-        context,client,limited = scope['context'],scope.get('client'),False
-        try:
-            if context.method=='OPTIONS' and b'access-control-request-method' in headers:
-                if allowed := self.cors.headers(headers, preflight=True): return await _preflight(allowed, send)
-            self.access.check(context, headers, client[0] if client else '')
-            if context.path in self.access.policy.limited:
-                if self.active >= self.max_requests: raise Busy(1)
-                self.active += 1
-                limited = True
-            await self._dispatch(scope, context, send)
+        context,refusal = scope['context'],None
+        try: await self._answer(scope, context, headers, send)
         except ClientGone: context.status,context.error_code = 499,'client_gone'
         except Exception as error:
             what = f'{context.method} {context.path[:100]}'
-            response,context.error_code = error_response(error, context.request_id, what)
-            if not context.status: await response(scope, context.body.receive, send)
+            refusal,context.error_code = error_response(error, context.request_id, what)
+        context.body.release() # the error is gone, and with it what was read: a refusal may take its time
+        if refusal is not None and not context.status: await refusal(scope, context.body.receive, send)
+
+    async def _answer(self, scope, context, headers, send):
+        "Let it in and answer, or raise why not"
+        self._check_browser(scope, context, headers)
+        if context.method=='OPTIONS' and b'access-control-request-method' in headers:
+            if allowed := self.cors.headers(headers, preflight=True): return await _preflight(allowed, send)
+        client = scope.get('client')
+        self.access.check(context, headers, client[0] if client else '')
+        limited = context.path in self.access.policy.limited
+        if limited and self.active >= self.max_requests: raise Busy(1)
+        self.active += limited
+        try: await self._dispatch(scope, context, send)
         finally: self.active -= limited
+
+    def _check_browser(self, scope, context, headers):
+        "Refuse what a page of another web site sends, under its own name or under ours"
+        if sum(name==b'host' for name,_ in scope['headers']) > 1:
+            raise AmuletError('the header Host is there twice', code='bad_request', advice='Send one')
+        if self.check_hosts and context.path not in _PROBES: self.hosts.check(headers.get(b'host'))
+        check_site(context.method, headers, self.cors, self.hosts)
 
     async def _dispatch(self, scope, context, send):
         "Call what answers this method and path"
         receive = context.body.receive
-        if (answer := self.routes.get((context.method, context.path))) is None:
-            return await self.app(scope, receive, send)
+        method = 'GET' if context.method=='HEAD' else context.method # `wrap_send` leaves out the body
+        if (answer := self.routes.get((method, context.path))) is None:
+            return await self.app({**scope, 'method': method}, receive, send)
         response = await answer(Request(scope, receive))
+        context.body.release()
         await response(scope, receive, send)

@@ -21,7 +21,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 # %% ../../nbs/70_serve/17_multipart.ipynb #4d65e6b7
 logging.getLogger('python_multipart').setLevel(logging.CRITICAL) # its warnings repeat what callers send, a line each
-_MAX_FIELDS = 16 # Fields of one form
+_MAX_FIELDS = 16 # Fields of one form, those of files that were not chosen included
 _MAX_FIELD = 1000 # Bytes of one field
 
 def _bad_form(why):
@@ -92,9 +92,10 @@ class MultipartForm:
         self.files:list[bytes] = []
         self.fields:dict[str,str] = {}
         self._ended = False
+        self._others = 0 # Parts that are no photos
         self._part = _Part()
         try:
-            self._parser = MultipartParser(options[b'boundary'], self._events(), max_header_count=8,
+            self._parser:Any = MultipartParser(options[b'boundary'], self._events(), max_header_count=8,
                                            max_header_size=4096)
         except FormParserError as error: raise _bad_form(error) from error
 
@@ -115,13 +116,15 @@ class MultipartForm:
         if part.is_file and len(self.files)==self.max_files:
             raise AmuletError(f'more than {self.max_files} photos', code='too_many_photos',
                               advice='Send them in several requests')
-        if not part.is_file and (part.name in self.fields or len(self.fields)==_MAX_FIELDS):
+        self._others += not part.is_file or part.is_unnamed
+        if self._others > _MAX_FIELDS or (not part.is_file and part.name in self.fields):
             raise _bad_form(f'field {part.name[:40]!r} is there twice, or there are too many')
 
     def _end_part(self):
         part = self._part
         if not part.is_file: self.fields[part.name] = part.text()
         elif part.size or not part.is_unnamed: self.files.append(b''.join(part.pieces))
+        part.pieces.clear() # at once: the next part may be long in coming
 
     def _end(self): self._ended = True
 
@@ -132,8 +135,14 @@ class MultipartForm:
         try: self._parser.write(piece)
         except FormParserError as error: raise _bad_form(error) from error
 
+    def forget(self):
+        "Let go of the parser and of what is half read: they refer to this form, and only the collector would find them"
+        self._parser = None
+        self._part = _Part()
+
     def close(self) -> 'MultipartForm': # Itself, with `files` and `fields`
         "Nothing more comes; raises for a form that is cut or holds no photo"
+        self.forget()
         if not self._ended: raise _bad_form('it ends too early')
         if not self.files:
             raise AmuletError('the form holds no photo', code='bad_request',

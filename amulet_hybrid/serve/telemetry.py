@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ..core import log, require
+from ..core import PrintableFormatter, log, printable, require
 
 # %% ../../nbs/70_serve/35_telemetry.ipynb #11012f3a
 require('prometheus_client', 'serve');
@@ -114,14 +114,14 @@ class PredictionMetrics:
         if cached: self.cache_hits.inc()
 
     def count_feedback(self,
-        right:bool|None # Whether the answer was right; None: the model had not been sure
+        right:bool|None, # Whether the answer was right; None: the model had not been sure
+        replaced:Sequence[bool|None]=() # The same, as it was counted for this prediction before; (): it was not
     ):
-        "Count one piece of feedback"
-        self.feedback.labels('unsure' if right is None else 'right' if right else 'wrong').inc()
-        if right is None: return
-        self._right += right
-        self._judged += 1
-        self.agreement.set(self._right/self._judged)
+        "Count what is said about a prediction, once"
+        if not replaced: self.feedback.labels('unsure' if right is None else 'right' if right else 'wrong').inc()
+        elif replaced[0] is not None: self._right -= replaced[0]; self._judged -= 1
+        if right is not None: self._right += right; self._judged += 1
+        self.agreement.set(self._right/self._judged if self._judged else float('nan'))
 
 # %% ../../nbs/70_serve/35_telemetry.ipynb #e0e54509
 class ServiceMetrics:
@@ -200,7 +200,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(out, default=str)
 
 # %% ../../nbs/70_serve/35_telemetry.ipynb #10cf3a71
-class TextFormatter(logging.Formatter):
+class TextFormatter(PrintableFormatter):
     "Log records as lines for people"
     def format(self,
         record:logging.LogRecord # To be written
@@ -208,8 +208,8 @@ class TextFormatter(logging.Formatter):
         "A record as text"
         more = ' '.join(f'{k}={v}' for k,v in _extras(record).items() if v not in ('', None))
         text = (f'{self.formatTime(record, "%H:%M:%S")} {record.levelname.lower():7s} '
-                f'{ascii(record.getMessage())[1:-1]} {ascii(more)[1:-1]}').rstrip()
-        return text+('\n'+self.formatException(record.exc_info) if record.exc_info else '')
+                f'{printable(record.getMessage())} {printable(more)}').rstrip()
+        return text+self.traceback(record)
 
 # %% ../../nbs/70_serve/35_telemetry.ipynb #696dce99
 access_log = logging.getLogger(f'{log.name}.access') # One record a request

@@ -18,9 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.csv_files import csv_cell
 from ..core import StoreError, atomic_write, hide_password, require
 from .database import Database, metadata, open_database, parse_time, shape_row
-from .journal import as_json
+from .segments import as_json
 
 # %% ../../nbs/65_store/40_datasets.ipynb #685619a4
 if TYPE_CHECKING: import pandas as pd # late: a service has none
@@ -120,7 +121,8 @@ def get_training_data(
 # %% ../../nbs/65_store/40_datasets.ipynb #9fb445c7
 @contextmanager
 def _csv_writer(path, table) -> Iterator[Callable[[list[dict]], Any]]:
-    def plain(value): return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
+    def plain(value):
+        return csv_cell(json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value)
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow(metadata().tables[table].columns.keys())

@@ -24,6 +24,7 @@ from amulet_hybrid.store.database import (
     HEAD,
     PRIMARY_KEYS,
     Database,
+    feedback_key,
     metadata,
     migrate,
     open_database,
@@ -32,12 +33,11 @@ from amulet_hybrid.store.database import (
 )
 from amulet_hybrid.store.journal import (
     Journal,
-    JournalRecord,
-    as_json,
+    JournalKeeper,
     find_in_journal,
     journal_status,
-    read_segment,
 )
+from .segments import JournalRecord, as_json, read_segment
 
 # %% ../../nbs/65_store/30_predictions.ipynb #254925c3
 TABLES = {'prediction': 'predictions', 'feedback': 'feedback'} # Kind of row -> table
@@ -54,6 +54,8 @@ def _complete(kind, row):
         raise StoreError(f'{table} has no column {min(unknown)!r}', code='bad_row',
                          advice=f'There are: {", ".join(_columns(table))}')
     row = {k: v for k,v in row.items() if v is not None}
+    if table=='feedback' and isinstance(row.get('prediction_id'), str):
+        row['feedback_id'] = feedback_key(row['prediction_id'])
     if PRIMARY_KEYS[table] not in row: row[PRIMARY_KEYS[table]] = uuid.uuid4().hex
     if 'created_at' not in row: row['created_at'] = datetime.now(UTC).isoformat()
     return row
@@ -252,7 +254,6 @@ class UploadThread:
 
     def _round(self, closing):
         due = self._timers.due
-        if self.journal.fsync=='second' and due('sync', 1): self.journal.sync()
         if not closing and due('recover', 10): self._recover()
         if not due('database', self.interval/2) and not closing: return
         if not self._migrated: self._migrate()
@@ -291,16 +292,17 @@ class PredictionLog:
         interval:float=.2, # Seconds between batches
         patience:float=10., # Seconds between two tries, at most, while the database is down
         max_bytes:int=2**30, # That may wait in the journal; beyond it `record` raises
-        fsync:str='second' # See `Journal`
+        durability:str='second' # See `Journal`
     ):
         self.database = Database(url, Path(journal_dir).absolute().parent/'amulet.db')
         metadata() # a package that is missing is missed now
-        self.journal = Journal(journal_dir, max_bytes, fsync=fsync)
+        self.journal = Journal(journal_dir, max_bytes, min(4*2**20, max_bytes), durability)
+        self.keeper = JournalKeeper(self.journal)
         self.upload = UploadThread(self.journal, self.database, batch, interval, patience)
 
     def record(self,
         kind:str, # 'prediction' or 'feedback'
-        row:Mapping[str,Any] # Columns of its table; id and time are added where missing
+        row:Mapping[str,Any] # Columns of its table; id and time are added, feedback has the id of `feedback_key`
     ):
         "Keep a row without waiting; raises `StoreError`: 'bad_row', 'journal_full', 'bad_journal', 'closed'"
         if self.upload.stopping: raise StoreError('the log is closed', code='closed')
@@ -334,12 +336,14 @@ class PredictionLog:
             if error.code=='bad_row': return None # no id
             self.upload.state = 'down'
 
-    def stats(self) -> dict: # journaled, journal_bytes, written, rejected, database ('up' or 'down'), lag_seconds
-        "Rows that wait, were written and rejected; state of the database"
+    # journaled, journal_bytes, written, rejected, lag_seconds; database and journal: 'up' or 'down'
+    def stats(self) -> dict:
+        "Rows that wait, were written and rejected; whether the database answers, and whether rows can be kept"
         uploader = self.upload.uploader
         return {'journaled': uploader.waiting(), 'journal_bytes': self.journal.size,
                 'written': uploader.writer.written, 'rejected': self.journal.rejected.count,
-                'database': self.upload.state, 'lag_seconds': round(self.journal.oldest_age(), 3)}
+                'database': self.upload.state, 'journal': 'down' if self.journal.fault.error else 'up',
+                'lag_seconds': round(self.journal.oldest_age(), 3)}
 
     def flush(self,
         seconds:float=5. # To wait at most
@@ -355,6 +359,7 @@ class PredictionLog:
         self.upload.stop(seconds)
         if rows := self.journal.rows:
             log.warning('%d rows wait in %s; the next start takes them over', rows, self.journal.folder)
+        self.keeper.stop()
         self.journal.close()
         self.database.close()
 
