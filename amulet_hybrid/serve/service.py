@@ -346,6 +346,8 @@ def _add_gauges(service):
     gauge('held_bytes', 'Bodies that are held', lambda: service.body_budget.in_use)
     gauge('records_journaled', 'Rows that wait for the database', lambda: service.records.stats().get('journaled', 0))
     gauge('records_failing', 'Whether rows cannot be recorded at this moment', lambda: service.records.failing)
+    gauge('cache_forged', 'Answers in Redis that were not believed',
+          lambda: getattr(getattr(service.model.classifier, 'cache', None), 'forged', 0))
     gauge('database_up', 'Whether rows reach the database', lambda: service.records.stats()['database']=='up')
 
 # %% ../../nbs/70_serve/50_service.ipynb #b43148b9
