@@ -5,6 +5,7 @@ So coverage counts a lesson for the code that it teaches, and a traceback names 
 tests/notebook.py nbs/10_data/70_split.ipynb
 """
 import ast
+import multiprocessing
 import os
 import re
 import sys
@@ -73,6 +74,9 @@ def run_in_fork(path:str, output:str):
     os.environ['AMULET_PROGRESS'] = 'off'
     os.chdir(ROOT)
     passed = run_notebook(Path(path))[0]
+    if multiprocessing.active_children(): # joblib's, which are idle for five minutes before they end by themselves
+        from joblib.externals.loky import get_reusable_executor
+        get_reusable_executor().shutdown(wait=True)
     sys.stdout.flush()
     sys.stderr.flush()
     measured = sys.modules.get('coverage')
