@@ -36,6 +36,7 @@ import uuid
 from pathlib import Path
 
 import pandas as pd
+from hostile import make_bundle
 from PIL import Image
 
 BIN = Path(sys.executable).parent
@@ -258,15 +259,6 @@ class Client(threading.Thread):
             self.refusals.append((answer.status, told['error_code'], 1000*(time.perf_counter()-start)))
         return answer.status, told, request_id
 
-
-def make_bundle(home):
-    "A small bundle, trained on drawn photos, and some of these"
-    run = {'cwd': home, 'check': True, 'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
-    subprocess.run([BIN/'amulet', 'samples', '--output-dir', 'photos', '--photos', '96', '--classes', '3', '--side',
-                    '128'], **run)
-    subprocess.run([BIN/'amulet', 'train', '--data-dir', 'photos', '--groups', 'photos/groups.csv', '--output-dir',
-                    'run', '--quick', '--preset', 'fast', '--weights', 'none'], **run)
-    return home/'run'/'bundle'
 
 def some_photos():
     "A few photos as JPEG"

@@ -101,6 +101,18 @@ def _serve_requests():
         _work(request, sys.stdin.buffer.read(request['size']), write)
         _limit_process(0, 2**40)
 
+# %% ../../nbs/10_data/07_decoder.ipynb #64c8ec50
+def _why_it_ended(code, late, seconds):
+    "Error for a decoder that is gone: its exit code, and whether it was killed from here"
+    def died_of(name): return hasattr(signal, name) and code==-getattr(signal, name)
+    if late or died_of('SIGPROF'):
+        return ImageError(f'decoding was stopped after {seconds:g} s', code='decode_timeout',
+                          advice='Save it anew in an editor, or raise decode_seconds')
+    if died_of('SIGKILL'):
+        return ResourceError('the process that decoded it was killed by the system',
+                             advice='Give this process more memory')
+    return ImageError('its decoder broke down', advice='Leave it out')
+
 # %% ../../nbs/10_data/07_decoder.ipynb #d63046d3
 _BOOT = 'import sys; sys.path[:] = sys.argv[1:]; from amulet_hybrid.data import decoder; decoder._serve_requests()'
 _IDLE_SECONDS = 60 # After which a decoder is ended
@@ -163,7 +175,7 @@ class DecoderProcess:
             if 'shape' in answer: return place_rows(answer['shape'], turn, self._rows(*answer['shape'])),answer['share']
         except (BrokenPipeError, EOFError, ValueError):
             self.close()
-            raise self._verdict(seconds) from None
+            raise _why_it_ended(self.process.returncode, self._late, seconds) from None
         except BaseException: # an interrupt: what it still sends, nobody will read
             self.close()
             raise
@@ -191,17 +203,6 @@ class DecoderProcess:
             strip = np.empty((min(rows, height-top), width, 3), np.uint8)
             if stdout.readinto(strip.data.cast('B')) < strip.nbytes: raise EOFError
             yield strip
-
-    def _verdict(self, seconds):
-        "Why it ended"
-        def died_of(name): return hasattr(signal, name) and self.process.returncode==-getattr(signal, name)
-        if self._late or died_of('SIGPROF'):
-            return ImageError(f'decoding was stopped after {seconds:g} s', code='decode_timeout',
-                              advice='Save it anew in an editor, or raise decode_seconds')
-        if died_of('SIGKILL'):
-            return ResourceError('the process that decoded it was killed by the system',
-                                 advice='Give this process more memory')
-        return ImageError('its decoder broke down', advice='Leave it out')
 
 # %% ../../nbs/10_data/07_decoder.ipynb #af502a7d
 _HERE_SECONDS = 1. # Up to this estimate a file is decoded in the thread that wants it

@@ -223,8 +223,7 @@ class Journal:
 
     def oldest_age(self) -> float: # 0: nothing waits
         "Seconds for which the oldest line has waited"
-        with self._lock: started = self._queue.started()
-        return 0. if started is None else max(0., time.time()-started)
+        with self._lock: return self._queue.age()
 
     def remove(self,
         segment:Path # What `oldest_segment` gave

@@ -270,10 +270,10 @@ class SegmentQueue:
         "The closed segment to upload first"
         return min(self._closed, key=lambda path: path.name, default=None)
 
-    def started(self) -> float|None: # Seconds since 1970; None: nothing waits
-        "Time of the oldest line"
+    def age(self) -> float: # Seconds; 0: nothing waits
+        "For how long the oldest line has waited"
         names = [path.name for path in self._closed]+([self._open.path.name] if self._open else [])
-        return int(min(names).split('-')[0])/1000 if names else None
+        return max(0., time.time()-int(min(names).split('-')[0])/1000) if names else 0.
 
     def add(self,
         path:Path, # Segment of another process
