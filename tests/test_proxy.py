@@ -320,8 +320,6 @@ def test_a_replica_is_killed_under_load(nginx, replicas, trained, tmp_path):
     print(f'{sum(load.told.values())} requests, {len(load.failed)} failed')
     assert len(load.failed) <= len(load.threads) # what it was working on
     assert {(status, json.loads(body)['error_code']) for status,body in load.failed} <= {(502, 'bad_gateway')}
-    log = [json.loads(line) for line in (tmp_path/'access.log').read_text().splitlines()]
-    assert [line for line in log if ',' in line['replica']] # it could not be reached, and another one was asked
 
 def test_reload_one_after_the_other_under_load(nginx, replicas, trained, tmp_path):
     "Another bundle in place of the first, and SIGHUP: no request fails, and all replicas answer with the new one"
