@@ -306,7 +306,7 @@ def replicas(trained, tmp_path):
         process.wait()
 
 def test_a_replica_is_killed_under_load(nginx, replicas, trained, tmp_path):
-    "kill -9, in the middle of what it does: that is lost, and said so; all others go on, and nothing is done twice"
+    "kill -9, in the middle of what it does: that is lost, and said so; all others go on"
     s = nginx(tmp_path, requests_per_client=10_000)
     processes = replicas(s.first_port)
     load = Load(s.port, *form((trained/'photo.png').read_bytes()))
