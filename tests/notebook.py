@@ -73,6 +73,7 @@ def run_in_fork(path:str, output:str):
         os.dup2(file.fileno(), 2)
     os.environ['AMULET_PROGRESS'] = 'off'
     os.chdir(ROOT)
+    multiprocessing.set_start_method(None, force=True) # the usual one, not the one that made this process
     passed = run_notebook(Path(path))[0]
     if multiprocessing.active_children(): # joblib's, which are idle for five minutes before they end by themselves
         from joblib.externals.loky import get_reusable_executor
