@@ -34,7 +34,7 @@ def verdict(data, at_least=224, limits=LIMITS):
     try: return 'read' if read_image(data, limits, at_least).ndim==3 else ''
     except AmuletError as error: return error.code
 
-def quickly(work, seconds=.5):
+def quickly(work, seconds=5.): # The attacks took minutes; a bar of half a second is one that coverage can break
     "What `work` gives; it may take so much processor time"
     start = time.process_time()
     found = work()

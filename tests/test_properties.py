@@ -1,6 +1,5 @@
 """What must hold for any input (Hypothesis): splits part no group, a manifest loses no file, duplicates are a
-partition,
-and a request means the same however it is cut into pieces"""
+partition, and JSON is refused exactly when it is nested too deep"""
 import json
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from amulet_hybrid.core import AmuletError, SplitError
 from amulet_hybrid.data.duplicates import clusters, near_hashes
 from amulet_hybrid.data.manifest import groups_from_csv, make_manifest
 from amulet_hybrid.data.split import assign_groups, check_groups, folds, holdout, leakage, split_dataset_stratified
-from amulet_hybrid.serve.request_body import check_depth
+from amulet_hybrid.serve.request_body import check_json
 
 # The same examples on every machine, and no limit of time: a busy machine finds no other bugs
 always = settings(derandomize=True, deadline=None, max_examples=60)
@@ -133,13 +132,13 @@ def depth_of(value) -> int:
 @given(values, st.integers(0, 6), st.booleans())
 def test_depth_is_counted_without_parsing(value, limit, plain):
     data = json.dumps(value, ensure_ascii=plain).encode()
-    if depth_of(value) <= limit: check_depth(data, limit)
+    if depth_of(value) <= limit: check_json(data, limit)
     else:
-        with pytest.raises(AmuletError): check_depth(data, limit)
+        with pytest.raises(AmuletError): check_json(data, limit)
 
 @always
 @given(st.binary(max_size=200))
 def test_depth_of_anything(data):
     "Bytes that are no JSON are counted or refused, never an error of ours"
-    try: check_depth(data, 8)
+    try: check_json(data, 8)
     except AmuletError: pass
