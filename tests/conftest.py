@@ -15,6 +15,7 @@ SKIP = shutil.ignore_patterns('.*', '*.egg-info', '__pycache__', 'build', 'dist'
 # These stand on the image, the wheel or the bundle of another file's tests: made once
 SAME_WORKER = dict.fromkeys(('test_production.py', 'test_wheel.py', 'test_proxy.py'), 'test_deploy.py')
 
+@pytest.hookimpl(tryfirst=True) # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     "The tests of a file share what they stand on, so one worker runs them; notebooks share nothing"
     items.sort(key=lambda item: item.path.name=='test_notebooks.py') # last: small ones fill both workers to the end

@@ -177,6 +177,7 @@ def test_stops_gracefully(server, stop):
     def is_closed():
         try: socket.create_connection(('127.0.0.1', server.port), timeout=SECONDS).close()
         except ConnectionRefusedError: return True
+        except ConnectionResetError: return False # it is about to close
     until(is_closed, 'the end of listening')
     assert not answers and server.poll() is None
     server.open_gate()

@@ -62,7 +62,7 @@ def _over_white(image):
 @dataclass
 class Picture:
     "What a decoder gave, and how its rows become RGB"
-    image:Any # PIL image, or (height, width, 3 or 4) uint8 BGR(A)
+    image:Any # PIL image, or uint8: (height, width, 3) RGB, (height, width, 4) BGRA
     file:Container # That it is from
     at_least:int|None=None # Short side that will do, pixels
     top:int=0 # First row that is real
@@ -88,7 +88,7 @@ class Picture:
         "Some rows of the image"
         if isinstance(self.image, np.ndarray):
             rows = self.image[top:foot]
-            if rows.shape[2]==3 or not self.file.alpha: return rows[...,2::-1]
+            if rows.shape[2]==3: return rows
             return np.asarray(_over_white(Image.fromarray(rows[...,[2,1,0,3]])))
         whole = top==0 and foot==self.image.height
         rows = self.image if whole else self.image.crop((0, top, self.image.width, foot))
@@ -117,14 +117,15 @@ class Picture:
 
 # %% ../../nbs/10_data/05_decoding.ipynb #c7253c13
 def _load_webp(file):
-    "(height, width, 3 or 4) BGR(A) of the still"
+    "(height, width, 3) RGB, or (height, width, 4) BGRA, of the still"
     import cv2
-    try: found = cv2.imdecode(np.frombuffer(file.still, np.uint8), cv2.IMREAD_UNCHANGED)
+    kind = cv2.IMREAD_UNCHANGED if file.alpha else cv2.IMREAD_COLOR_RGB
+    try: found = cv2.imdecode(np.frombuffer(file.still, np.uint8), kind)
     except cv2.error as error:
         if error.code==cv2.Error.StsNoMem: raise MemoryError from error
         raise OSError(error.err) from error
     if found is None: raise OSError('broken data stream' if file.whole else 'the file is truncated')
-    return found
+    return found[...,::-1] if file.alpha and found.shape[2]==3 else found
 
 def decode_still(
     file:Container, # From `read_container`
