@@ -184,14 +184,14 @@ class Chaos(threading.Thread):
     def kill_one(self):
         replica = self.draw.choice(self.system.replicas)
         targets = {'database': self.system.database, 'redis': self.system.redis, 'replica': replica}
-        if children := replica.children(): targets['child'] = replica
+        if children := replica.children(): targets['decoder'] = replica
         kind = self.draw.choice(sorted(targets))
         server, start = targets[kind], time.monotonic()
-        pid = self.draw.choice(children) if kind=='child' else server.process.pid
+        pid = self.draw.choice(children) if kind=='decoder' else server.process.pid
         before = server.starts
         with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
         def back(): # a new process that answers; for the database, the replicas have to see it, too
-            if kind=='child': return pid not in replica.children() and server.ready()
+            if kind=='decoder': return pid not in replica.children() and server.ready()
             if server.starts==before or not server.ready(): return False
             return kind!='database' or all(get(r.port, '/health').get('records', {}).get('database')=='up'
                                            for r in self.system.replicas)
@@ -202,9 +202,9 @@ class Chaos(threading.Thread):
 
 class Client(threading.Thread):
     "Asks one replica or the other, as a proxy would choose, and remembers what it was told"
-    def __init__(self, system, photos, number, seed, over):
+    def __init__(self, system, photos, large, number, seed, over):
         super().__init__(daemon=True)
-        self.ports, self.photos = [r.port for r in system.replicas], photos
+        self.ports, self.photos, self.large = [r.port for r in system.replicas], photos, large
         self.draw = random.Random(f'{seed} {number}')
         self.over, self.connections = over, {}
         self.predictions = {} # id of a prediction that is recorded -> id of its request
@@ -219,6 +219,7 @@ class Client(threading.Thread):
             if chance < .25 and self.predictions: self.say(self.draw.choice([*self.predictions][-50:]))
             elif chance < .29: self.ask(b'this is no photo')
             elif chance < .31: self.say(uuid.uuid4().hex)
+            elif chance < .312: self.ask(self.large)
             else: self.ask(self.photo())
             self.over.wait(.02)
 
@@ -272,6 +273,13 @@ def some_photos():
         photos.append(out.getvalue())
     return photos
 
+def large_photo():
+    "A progressive JPEG of 48 megapixels: estimated at more than a second, so a decoder process gets it"
+    import io
+    out = io.BytesIO()
+    Image.linear_gradient('L').resize((8000, 6000)).convert('RGB').save(out, 'JPEG', progressive=True, quality=60)
+    return out.getvalue()
+
 def look(system, clients):
     "What the database has of what the clients were told: rows of a table, and faults"
     import psycopg
@@ -299,7 +307,8 @@ def run(seconds=600, clients=6, replicas=2, every=5, seed=0, bundle=None):
         system = System(home, Path(bundle).resolve() if bundle else make_bundle(home), replicas)
         over, load_over = threading.Event(), threading.Event()
         chaos = Chaos(system, every, seed, over)
-        load = [Client(system, some_photos(), n, seed, load_over) for n in range(clients)]
+        photos, large = some_photos(), large_photo()
+        load = [Client(system, photos, large, n, seed, load_over) for n in range(clients)]
         try:
             system.start()
             start = time.monotonic()

@@ -476,8 +476,7 @@ def by_kind(rows):
     return rows.groupby('kind').agg(
         files=('ms', 'size'), verdicts=('verdict', lambda v: ', '.join(f'{k} {n}' for k,n in v.value_counts().items())),
         worst_ms=('ms', 'max'), worst_mb=('mb', 'max'), decoder_mb=('decoder_mb', 'max'),
-                                    elsewhere=('elsewhere', 'sum'),
-        stopped=('verdict', lambda v: (v=='decode_timeout').sum())).round(0)
+        elsewhere=('elsewhere', 'sum'), stopped=('verdict', lambda v: (v=='decode_timeout').sum())).round(0)
 
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,14 +15,19 @@ SKIP = shutil.ignore_patterns('.*', '*.egg-info', '__pycache__', 'build', 'dist'
 # These stand on the image, the wheel or the bundle of another file's tests: made once
 SAME_WORKER = dict.fromkeys(('test_production.py', 'test_wheel.py', 'test_proxy.py'), 'test_deploy.py')
 
-@pytest.hookimpl(tryfirst=True) # before xdist reads the groups
 def pytest_collection_modifyitems(items):
+    "Notebooks come last: small pieces of work fill all workers to the end"
+    items.sort(key=lambda item: item.path.name=='test_notebooks.py')
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     "The tests of a file share what they stand on, so one worker runs them; notebooks share nothing"
-    items.sort(key=lambda item: item.path.name=='test_notebooks.py') # last: small ones fill both workers to the end
-    for item in items:
-        alone = item.path.name=='test_notebooks.py'
-        name = SAME_WORKER.get(item.path.name, item.path.name)
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else name))
+    from xdist.scheduler import LoadScopeScheduling
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition('::')[0].rpartition('/')[2]
+            return nodeid if file=='test_notebooks.py' else SAME_WORKER.get(file, file)
+    return ByFile(config, log)
 
 @pytest.fixture(scope='session')
 def built(tmp_path_factory):

@@ -67,13 +67,18 @@ def test_one_in_a_hundred_is_broken(tmp_path):
     assert all(path in report for path in cut)
     assert len(pd.read_csv(tmp_path/'out'/'manifest.csv'))==200
 
-def inspect(name, groups=True, **settings):
-    "A set as its owner published it, and the codes of what was found"
-    csv = data(name).parent/f'{name}_groups.csv'
-    found = DatasetInspector(InspectionConfig(**settings)).inspect(data(name), csv if groups and csv.exists() else None)
-    return found,{f.code: f for f in found.findings}
+@pytest.fixture(scope='module')
+def inspect(tmp_path_factory):
+    cache = tmp_path_factory.mktemp('measured')
+    def inspect(name, groups=True, **settings):
+        "A set as its owner published it, and the codes of what was found; no file is measured twice"
+        csv = data(name).parent/f'{name}_groups.csv'
+        inspector = DatasetInspector(InspectionConfig(**settings), cache/name)
+        found = inspector.inspect(data(name), csv if groups and csv.exists() else None)
+        return found,{f.code: f for f in found.findings}
+    return inspect
 
-def test_amulets_inspected():
+def test_amulets_inspected(inspect):
     "Two amulets lie on black among red; backs that are named front stand out from their names"
     found,codes = inspect('amulet6')
     odd = found.manifest[found.manifest['issues'].str.contains('odd_background')]
@@ -82,7 +87,7 @@ def test_amulets_inspected():
     assert (named[named['label']=='waek_man']['word']=='front').sum() >= 2 and 'name_conflicts' in codes
     assert not {'label_conflict', 'unreadable', 'no_honest_split'} & set(codes)
 
-def test_coins_inspected():
+def test_coins_inspected(inspect):
     "Sources of one class, a coin under two labels, and sources that only the file names betray"
     found,codes = inspect('coins')
     assert '25 of 86' in codes['one_class_groups'].text and found.findings[0].code=='label_conflict'
@@ -93,14 +98,14 @@ def test_coins_inspected():
     suggested = hidden.tables['group_suggestions'].query('plausible')
     assert suggested['groups'].iloc[0]==pd.read_csv(data('coins_groups.csv'))['group'].nunique()==86
 
-def test_tiles_inspected():
+def test_tiles_inspected(inspect):
     "Nearly all have a twin, some under another label, and a random split would shine"
     found,codes = inspect('magtile')
     assert (len(found.duplicates) >= 941 and found.duplicates['conflict'].sum() >= 14
             and found.findings[0].code=='label_conflict')
     assert found.facts['group_gap']['gap']['low'] > .5 and 'instead of' in codes['random_split_flatters'].text
 
-def test_leaks_found():
+def test_leaks_found(inspect):
     "69 of 71 test sources are in training too; at least 60 show without being told the sources"
     found,codes = inspect('amulet6_leaky', quick_mode=True)
     assert '69 of 71 groups of the test part are also in train' in codes['split_leaks'].text
