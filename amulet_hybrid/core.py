@@ -280,7 +280,7 @@ class Config:
             yield Setting(f.name, f.type, default, cls, **f.metadata)
 
     @classmethod
-    # Name -> setting, in the order of the fields; those of parts in the place of the part
+    # Name -> setting: first those that must be given, then in the order of the fields, those of parts in its place
     def settings(cls) -> dict[str,Setting]:
         "Every setting, also of the parts: configs that are fields of this one"
         out:dict[str,Setting] = {}
@@ -288,7 +288,7 @@ class Config:
         for f in cls._fields():
             for name,s in (parts[f.name].settings() if f.name in parts else {f.name: own[f.name]}).items():
                 out.setdefault(name, s)
-        return out
+        return dict(sorted(out.items(), key=lambda item: item[1].default is not dataclasses.MISSING))
 
     def to_dict(self) -> dict: # Setting name -> plain Python value, those of parts too
         "Settings as a flat dict that JSON can hold"

@@ -52,12 +52,12 @@ def test_new_option_arrives(tmp_path):
     assert (config.training.patience, config.features.blocks, config.training.novelty)==(7, ('hog', 'lbp'), False)
 
 def test_new_field_is_in_the_json(tmp_path):
-    config = PatientRun('photos').replace(patience=9)
+    config = PatientRun(data_dir='photos').replace(patience=9)
     assert config.to_dict()['patience']==9
     config.save(tmp_path/'config.json')
     assert json.loads((tmp_path/'config.json').read_text())['patience']==9
     assert PatientRun.load(tmp_path/'config.json')==config
-    assert TrainingRun(PatientRun('photos'), patience=4).config.training.patience==4
+    assert TrainingRun(PatientRun(data_dir='photos'), patience=4).config.training.patience==4
 
 def test_new_field_is_a_parameter_of_the_notebook():
     cell = parameters_cell(PatientRun)
@@ -65,7 +65,7 @@ def test_new_field_is_a_parameter_of_the_notebook():
     values:dict = {}
     exec(cell, values)
     given = {name: values[name] for name in PatientRun.settings()}
-    assert PatientRun.from_dict({**given, 'data_dir': 'photos'})==PatientRun('photos')
+    assert PatientRun.from_dict({**given, 'data_dir': 'photos'})==PatientRun(data_dir='photos')
 
 def test_out_of_range_is_a_wrong_call(tmp_path):
     done,seen = command('--data-dir', tmp_path, '--patience', 0)

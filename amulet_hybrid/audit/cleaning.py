@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..base.checks import alike_names
 from ..base.csv_files import csv_table, csv_values
 from ..core import DatasetError, atomic_write, file_digest, progress
 from ..data.images import read_image
@@ -20,7 +21,8 @@ from .inspection import Inspection
 from ..data.quality import FATAL, ISSUES, SUFFIXES, has_issue
 
 # %% ../../nbs/55_audit/40_cleaning.ipynb #1bec573a
-ACTIONS = {'keep': 'copied as it is', 'rename': 'copied under a name that fits its content',
+ACTIONS = {'keep': 'copied as it is', 'relabel': 'copied into the class whose name reads the same',
+           'rename': 'copied under a name that fits its content',
            'crop': 'saved as PNG without the rows that are lost', 'leave_out': 'not copied'}
 
 def _equal_photos(m, usable):
@@ -48,16 +50,19 @@ def _actions(m, reasons):
     return action,reason
 
 # %% ../../nbs/55_audit/40_cleaning.ipynb #c35d33c4
-def _targets(table, formats):
+def _targets(table, formats, labels):
     "Where each file goes: its own path, with the right ending, and never the path of another"
     taken,targets = set(table['path']),[]
-    for row,kind in zip(table.itertuples(), formats):
+    for row,kind,label in zip(table.itertuples(), formats, labels):
         path = PurePosixPath(row.path)
+        if (moved := row.label!=label) and label in path.parts[:-1]:
+            at = path.parts.index(label)
+            path = PurePosixPath(*path.parts[:at], row.label, *path.parts[at+1:])
         elsewhere = path.is_absolute() or '..' in path.parts
         if elsewhere: path = PurePosixPath(row.split or '.')/row.label/path.name
         if row.action in ('rename', 'crop'):
             path = path.with_suffix('.png' if row.action=='crop' else SUFFIXES[kind][0])
-        if row.action in ('rename', 'crop') or elsewhere:
+        if row.action in ('rename', 'crop') or elsewhere or moved:
             stem,n = path.stem,1
             while str(path) in taken: path,n = path.with_name(f'{stem}-{n}{path.suffix}'),n+1
             taken.add(str(path))
@@ -71,16 +76,19 @@ def plan_fixes(
 # to_check (what a person should decide)
 ) -> pd.DataFrame:
     "What becomes of each file"
-    m = found.manifest
+    alike = alike_names(found.manifest['label'])
+    m = found.manifest.assign(label=[alike.get(label, label) for label in found.manifest['label']])
     texts = dict(zip(found.unreadable['path'], found.unreadable['reason']))
     lost = {int(i): f'{m["issues"].iloc[i].split()[0]}: {texts[m["path"].iloc[i]]}'
             for i in np.flatnonzero(has_issue(m, FATAL))}
     action,reason = _actions(m, lost)
+    for i in np.flatnonzero((m['label']!=found.manifest['label']) & (action=='keep')):
+        action[i],reason[i] = 'relabel',f'{found.manifest["label"].iloc[i]!r} reads like {m["label"].iloc[i]!r}'
     to_check = [', '.join(c for c in ('label_conflict', 'label_suspect', 'near_duplicate') if c in codes.split())
                 if a!='leave_out' else '' for codes,a in zip(m['issues'], action)]
     table = pd.DataFrame({'path': m['path'], 'label': m['label'], 'action': action, 'target': '', 'reason': reason,
                           'to_check': to_check, 'group': m['group'], 'split': m['split']})
-    table['target'] = _targets(table, m['format'])
+    table['target'] = _targets(table, m['format'], found.manifest['label'])
     return table
 
 # %% ../../nbs/55_audit/40_cleaning.ipynb #00e1be2a

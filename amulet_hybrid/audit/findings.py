@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ..base.checks import alike_names
 from ..data.quality import FATAL, ISSUES
 
 # %% ../../nbs/55_audit/18_findings.ipynb #21ae2dbe
@@ -119,6 +120,18 @@ def _name_findings(tables):
                       f'{_count(len(named), "file name contradicts its", "file names contradict their")} picture, for '
                       f'example {named["path"].iloc[0]}.', 'See the report.')
 
+# %% ../../nbs/55_audit/18_findings.ipynb #246b2940
+def _alike_findings(manifest):
+    "Classes whose names read the same"
+    families = pd.Series(alike_names(manifest['label']), dtype=object)
+    for name,family in families.groupby(families):
+        others = [repr(n) for n in family.index if n!=name]
+        yield Finding('warning', 'class_names_alike',
+                      f'The classes {name!r} and {_some(others)} differ only in case, blanks, invisible signs or '
+                      f'Unicode form.',
+                      f'A model would take them for different classes. Give their folders one name; --fix writes a '
+                      f'copy in which all are {name!r}.')
+
 # %% ../../nbs/55_audit/18_findings.ipynb #2e374881
 def _group_findings(good, facts):
     "A group that is too large, or no groups at all"
@@ -171,12 +184,12 @@ def find_problems(
     manifest:pd.DataFrame, # A row for every file, with the column `issues`
     good:pd.DataFrame, # Usable photos with their groups
     tables:dict[str,pd.DataFrame], # classes, unreadable, duplicates; those of probes where they were asked
-    facts:dict # cv, balance, leakage, groups_given; those of probes where they were asked
+    facts:dict # cv, balance, leakage, groups_given, notes of the manifest; those of probes where they were asked
 ) -> list[Finding]: # What to mend first comes first
     "All findings, in the order in which to act on them"
     rest = [*_split_findings(tables, facts), *_lost_findings(manifest, tables), *_group_gap_findings(facts),
             *_suspect_findings(tables), *_shortcut_findings(tables, facts), *_name_findings(tables),
-            *_group_findings(good, facts), *_duplicate_findings(tables['duplicates']),
+            *_alike_findings(manifest), *_group_findings(good, facts), *_duplicate_findings(tables['duplicates']),
             *_size_findings(tables['classes'], facts),
-            *_mark_findings(manifest)]
+            *_mark_findings(manifest), *(Finding(*note) for note in facts.get('notes', ()))]
     return [*_conflict_findings(tables['duplicates']), *sorted(rest, key=lambda f: LEVELS.index(f.level))]

@@ -21,6 +21,7 @@ from .model_checks import probe_extractors, run_model_checks
 from ..base.checks import dataset_size
 from ..core import DatasetError, json_digest, log
 from ..data.duplicates import chain_pairs, clusters, duplicate_table, near_duplicates, perceptual_hashes
+from ..data.folder_layout import check_apart
 from ..data.manifest import make_manifest
 from ..data.quality import FATAL, has_issue, quality_score, set_issues
 from ..data.scan import ScanCache, scan_files, unchanged_digests
@@ -154,6 +155,7 @@ def evaluate_scan(
     if good['split'].nunique() > 1: tables['leakage'] = leakage(good)
     facts = {'cv': vars(recommend_cv(good['label'], good['group'])), 'augmentation': _augmentation(good),
              'balance': _balance(good), 'groups_given': bool((given!='').any()),
+             'notes': [list(note) for note in manifest.attrs.get('notes', ())],
              'leakage': _leakage_facts(good, given) if 'leakage' in tables else []}
     if not config.quick_mode:
         more,answers = run_model_checks(good, usable.blocks, given, config)
@@ -195,11 +197,12 @@ class DatasetInspector:
         data:str|Path|pd.DataFrame, # Folder, CSV with columns path and label, or a manifest
         groups:str|Path|None=None, # CSV with columns path and group
         group_by:str|None=None, # The same as a regular expression on the path
-        root:str|Path|None=None # Where the paths of a CSV or manifest begin
+        root:str|Path|None=None, # Where the paths of a CSV or manifest begin
+        allow_partial_groups:bool=False # Also where groups are known for fewer than half of the photos
     ) -> Inspection:
         "Read every file once; a bad one is reported, never raised"
         if isinstance(data, pd.DataFrame): manifest,root = _checked(data),Path(root or '.')
-        else: manifest,root = make_manifest(data, groups, group_by, root)
+        else: manifest,root = make_manifest(data, groups, group_by, root, allow_partial_groups)
         extractors = {} if self.config.quick_mode else probe_extractors(self.config, self.cache_dir)
         keys = {name: e.fingerprint() for name,e in extractors.items()}
         def describe(rgb):
@@ -218,13 +221,16 @@ class DatasetInspector:
         data:str|Path, # Folder, or CSV with columns path and label
         output_dir:str|Path, # Where the report goes; measurements are kept below it unless `cache_dir` says otherwise
         groups:str|Path|None=None, # CSV with columns path and group
-        group_by:str|None=None # The same as a regular expression on the path
+        group_by:str|None=None, # The same as a regular expression on the path
+        allow_partial_groups:bool=False # Also where groups are known for fewer than half of the photos
     ) -> Inspection:
         "Inspect and write the report; nothing is done twice where nothing has changed"
         output_dir = Path(output_dir)
+        check_apart(output_dir, data)
         if self.cache_dir is None:
-            return DatasetInspector(self.config, output_dir/'cache').run(data, output_dir, groups, group_by)
-        manifest,root = make_manifest(data, groups, group_by)
+            kept = DatasetInspector(self.config, output_dir/'cache')
+            return kept.run(data, output_dir, groups, group_by, allow_partial_groups)
+        manifest,root = make_manifest(data, groups, group_by, None, allow_partial_groups)
         if kept := self._kept(manifest, root, output_dir, self.cache_dir/STORE): return kept
         found = self.inspect(manifest, root=root)
         found.title,found.facts['scanned'] = Path(data).resolve().name,Path(data).is_dir()

@@ -20,26 +20,26 @@ from .folder import AugmentationPipeline, AugmentedFolder, AugmentFolderConfig
 from .label_safety import BlockClassifier, LabelSafety, label_safety, photo_fidelity
 from .ablation import BASELINE, AugmentationStudy, StudyConfig, evaluate_augmentation
 from .transforms import PRESETS
-from ..core import Config, DatasetError, atomic_write, setting
+from ..core import DatasetError, atomic_write, setting
 from ..features.weights import user_cache
 from ..features.extractor import HybridFeatureExtractor
 from ..features.config import FeatureConfig
 from .fidelity import FidelityReport
+from ..data.folder_layout import check_apart
 from ..data.images import read_image
 from ..audit.inspector import DatasetInspector
 from ..audit.inspection import InspectionConfig
 from ..base.html import render_page, section_parts
+from ..data.manifest import GroupsConfig
 from ..data.split import check_groups, holdout
 
 # %% ../../nbs/60_augment/70_run.ipynb #63a9fcd5
-@dataclass(frozen=True)
-class AugmentRunConfig(Config):
+@dataclass(frozen=True, kw_only=True)
+class AugmentRunConfig(GroupsConfig):
     "One run from a folder of photos to a larger one; made by `AugmentRunConfig.from_dict`"
     input_dir:str = setting(help='Folder of class folders, or of train/val/test folders, or a CSV with columns path '
                                  'and label')
     output_dir:str = setting('runs/augment', 'New folder for real and made photos; an interrupted run goes on there')
-    groups:str = setting('', 'CSV with columns path and group')
-    group_by:str = setting('', 'The same as a regular expression on the path')
     test_size:float = setting(.2, 'Share put aside first where the folder brings no split; 0: none, test photos are '
                                   'kept elsewhere', ge=0, le=.9)
     folder:AugmentFolderConfig = AugmentFolderConfig() # How many photos are made, how, and what they must pass
@@ -90,7 +90,7 @@ def split_for_augmentation(
 ) -> tuple[pd.DataFrame,Path,list[str]]: # Manifest with splits, root, and what a person should know
     "Read, group and split the photos; a split that the folder brings is kept, and refused if it parts a group"
     inspector = DatasetInspector(InspectionConfig(quick_mode=True, jobs=config.jobs))
-    found = inspector.inspect(config.input_dir, config.groups or None, config.group_by or None)
+    found = inspector.inspect(config.input_dir, **config.known())
     m,notes = found.usable.copy(),[]
     if len(found.unreadable): notes.append(f'{len(found.unreadable)} files cannot be read and were left out')
     given = m['split'].fillna('')!=''
@@ -134,6 +134,7 @@ def run_augmentation(
     config:AugmentRunConfig # Where photos are, what is made of them
 ) -> AugmentRun:
     "Split, check which operations are safe, make photos, compare them with real ones, report"
+    check_apart(config.output_dir, config.input_dir)
     manifest,root,notes = split_for_augmentation(config)
     run = AugmentRun(config, manifest, root, notes=notes)
     train = manifest[manifest['split']=='train'].reset_index(drop=True)

@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMALL_DATASET', 'LARGE_DATASET', 'plain_array', 'column', 'same_length', 'is_missing', 'complete_column',
-           'class_names', 'class_codes', 'label_codes', 'finite_matrix', 'probabilities', 'group_codes', 'dataset_size']
+           'class_names', 'class_codes', 'label_codes', 'composed', 'match_names', 'alike_names', 'finite_matrix',
+           'probabilities', 'group_codes', 'dataset_size']
 
 # %% ../../nbs/05_base/45_checks.ipynb #2137b16a
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,6 +139,38 @@ def label_codes(
         raise ArrayError(f'{unknown[0]!r} is no class', code='bad_labels', where=name,
                          advice=f'Known: {", ".join(names)}')
     return np.array([place[label] for label in given], int)
+
+# %% ../../nbs/05_base/45_checks.ipynb #85871f52
+def composed(
+    text:str # A name
+) -> str: # The same for all that look the same, as far as Unicode says so
+    "Text in Unicode's composed form (NFC)"
+    return unicodedata.normalize('NFC', text)
+
+def match_names(
+    names:Iterable[str], # To be found
+    known:Sequence[str] # Where to look
+) -> np.ndarray: # (n,) int: position in `known`, -1 where there is none
+    "Names that are equal, or equal in Unicode's composed form (NFC)"
+    exact = {name: i for i,name in enumerate(known)}
+    alike = {composed(name): i for i,name in enumerate(known)}
+    return np.array([exact.get(name, alike.get(composed(name), -1)) for name in names], dtype=int)
+
+# %% ../../nbs/05_base/45_checks.ipynb #8256d72f
+def _name_key(name):
+    "What is left of a name without case, invisible signs and surplus blanks"
+    seen = ''.join(c for c in unicodedata.normalize('NFKC', name)
+                   if unicodedata.category(c) not in ('Cf', 'Cc') or c.isspace())
+    return ' '.join(unicodedata.normalize('NFKC', seen.casefold()).split())
+
+def alike_names(
+    names:Iterable[str] # Class names, one a photo
+) -> dict[str,str]: # Name -> the most frequent one that reads the same; names that stand alone are left out
+    "Names that differ only in case, blanks, invisible signs or Unicode form"
+    counts,families = Counter(names),dict[str, list[str]]()
+    for name in sorted(counts): families.setdefault(_name_key(name), []).append(name)
+    return {name: max(family, key=lambda n: counts[n]) for family in families.values() if len(family) > 1
+            for name in family}
 
 # %% ../../nbs/05_base/45_checks.ipynb #eefae40a
 def finite_matrix(

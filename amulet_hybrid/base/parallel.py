@@ -56,6 +56,23 @@ def one_opencv_thread() -> SharedSwitch:
     "Switch: OpenCV works in the thread that calls it"
     return _ONE_OPENCV_THREAD
 
+# %% ../../nbs/05_base/10_parallel.ipynb #7be65d2a
+_POOL:list[int] = [] # Threads that the parent had
+
+def _end_pool():
+    "Before a fork: OpenCV without threads of its own"
+    cv2:Any = sys.modules.get('cv2')
+    if hasattr(cv2, 'setNumThreads'):
+        _POOL.append(cv2.getNumThreads())
+        cv2.setNumThreads(1)
+
+def _begin_pool():
+    "In the parent, after it"
+    if _POOL: sys.modules['cv2'].setNumThreads(_POOL.pop())
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(before=_end_pool, after_in_parent=_begin_pool, after_in_child=_POOL.clear)
+
 # %% ../../nbs/05_base/10_parallel.ipynb #bcf7d0db
 _CONTROLLERS:dict[tuple,Any] = {}
 

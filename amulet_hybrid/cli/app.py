@@ -6,6 +6,13 @@
 __all__ = ['app', 'version_command', 'main']
 
 # %% ../../nbs/90_cli/80_app.ipynb #78dbcb99
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+
 from . import bundles, data, predict, serve, store, training
 from .options import echo, new_app
 
@@ -21,16 +28,54 @@ app.add_typer(store.commands, name='store')
 # %% ../../nbs/90_cli/80_app.ipynb #8ebc90b6
 @app.command('version')
 def version_command():
-    "Version of amulet_hybrid"
+    "Version of amulet_hybrid; also: amulet --version"
     from amulet_hybrid import __version__
     echo(__version__)
 
+def _print_version(asked:bool):
+    if asked:
+        version_command()
+        raise typer.Exit
+
+@app.callback()
+def _options(version:Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True,
+                                                  help='Print the version and end')]=False): pass
+
 # %% ../../nbs/90_cli/80_app.ipynb #5c2ff252
-def main():
-    "Entry point: our errors become a message and exit code 1"
+# Error number -> code, what is wrong, what to do
+_FILE_ERRORS = {
+    errno.ENOSPC: ('disk_full', 'the disk is full', 'Make room, then start again: what was finished is kept'),
+    errno.EDQUOT: ('disk_full', 'your share of the disk is used up', 'Make room, then start again'),
+    errno.EACCES: ('no_access', 'it may not be read or written', 'Ask for the right, or name another place'),
+    errno.EPERM: ('no_access', 'it may not be read or written', 'Ask for the right, or name another place'),
+    errno.EROFS: ('no_access', 'it lies where nothing can be written', 'Name another place'),
+    errno.ENOTDIR: ('not_a_folder', 'a file is where a folder should be', 'Name another folder'),
+    errno.EEXIST: ('not_a_folder', 'a file is where a folder should be', 'Name another folder'),
+    errno.EISDIR: ('not_a_file', 'a folder is where a file should be', 'Name a file'),
+    errno.ENOENT: ('no_such_file', 'no such file or folder', 'Look whether it is still there'),
+    errno.ENAMETOOLONG: ('name_too_long', 'the name is longer than this file system takes', 'Give it a shorter one')}
+
+def _file_error(error):
+    "An error of the file system, as one of ours"
     from amulet_hybrid.core import AmuletError
-    try: app()
-    except AmuletError as error: echo(f'error {error}', err=True); raise SystemExit(1) from None
+    code,what,advice = _FILE_ERRORS.get(error.errno, ('file_error', error.strerror or str(error), ''))
+    return AmuletError(what, code=code, where=error.filename, advice=advice)
+
+# %% ../../nbs/90_cli/80_app.ipynb #691346d3
+def main():
+    "Entry point: our errors, and those of the file system, become a message and exit code 1"
+    for stream in (sys.stdout, sys.stderr): # a name that the terminal's encoding lacks is no reason to stop
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    from amulet_hybrid.core import AmuletError
+    try:
+        try: app()
+        except BrokenPipeError: # whoever read our output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        except OSError as error: raise _file_error(error) from error
+    except AmuletError as error:
+        echo(f'error {error}', err=True)
+        raise SystemExit(1) from None
     except SystemExit as end:
         if end.code==130: echo('interrupted; what was finished is kept, start again to go on', err=True)
         raise

@@ -17,7 +17,13 @@ from .options import echo, new_app
 commands = new_app(no_args_is_help=True,
                    help='Check a bundle, and vouch for it: amulet bundle verify --model-dir runs/photos/bundle')
 
-Model = Annotated[Path, typer.Option('--model-dir', exists=True, file_okay=False, help='Folder of a bundle')]
+def _bundle(path):
+    "The bundle of a run, where the folder of a run was named"
+    from amulet_hybrid.model.bundle_files import bundle_folder
+    return bundle_folder(path)
+
+Model = Annotated[Path, typer.Option('--model-dir', exists=True, file_okay=False, callback=_bundle,
+                                     help='Folder of a bundle, or of a run')]
 PublicKey = Annotated[Path|None, typer.Option('--public-key', exists=True, dir_okay=False,
                                               help='Refuse a bundle that the owner of this key (a .pub file) has not '
                                                    'signed')]

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_notes, start_log
+from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_notes, quoted
+from .options import start_log
 
 # %% ../../nbs/90_cli/20_data.ipynb #b5d0e2d5
 commands = new_app()
@@ -33,8 +34,8 @@ def samples_command(
     if kind not in ('amulets', 'logos'): raise typer.BadParameter("must be 'amulets' or 'logos'", param_hint='--kind')
     table = make_samples(output_dir, kind, photos or None, classes, side, seed, Faults() if faults else NO_FAULTS)
     echo(f'{len(table)} files of {table["label"].nunique()} classes in {output_dir}\n'
-               f'What shows one object is in {output_dir}/groups.csv. Next: amulet run --data-dir {output_dir} '
-               f'--groups {output_dir}/groups.csv')
+               f'What shows one object is in {output_dir}/groups.csv. Next: amulet run --data-dir '
+               f'{quoted(output_dir)} --groups {quoted(output_dir/"groups.csv")}')
 
 # %% ../../nbs/90_cli/20_data.ipynb #806cbb9a
 def _inspect(
@@ -50,9 +51,11 @@ def _inspect(
     start_log(verbose)
     from amulet_hybrid.audit.inspector import DatasetInspector
     from amulet_hybrid.core import printable
+    from amulet_hybrid.data.manifest import GroupsConfig
     from amulet_hybrid.audit.inspection import FILES, InspectionConfig
-    data_dir,groups,group_by = (settings.pop(name, None) for name in ('data_dir', 'groups', 'group_by'))
-    found = DatasetInspector(InspectionConfig.from_dict(settings)).run(data_dir, output_dir, groups, group_by)
+    data_dir = settings.pop('data_dir')
+    known = GroupsConfig.from_dict({name: settings.pop(name) for name in GroupsConfig.settings() if name in settings})
+    found = DatasetInspector(InspectionConfig.from_dict(settings)).run(data_dir, output_dir, **known.known())
     echo(f'{printable(found.verdict)}\n')
     for number,finding in enumerate(found.findings, 1): echo(f'  {number:2d}. {finding.level:7s} {printable(finding)}')
     echo(f'\n{found.classes.to_string()}')
@@ -121,7 +124,7 @@ def _augment(settings, verbose:Verbose=False):
     output_dir = Path(config.output_dir)
     if run.folder:
         echo(f'\nReport     {output_dir/"report.html"}\nPhotos     {output_dir/"manifest.csv"}')
-        if config.originals: echo(f'Train      amulet train --data-dir {output_dir/"photos.csv"}')
+        if config.originals: echo(f'Train      amulet train --data-dir {quoted(output_dir/"photos.csv")}')
 
 # %% ../../nbs/90_cli/20_data.ipynb #2838c695
 @late_command(commands, 'augment',
@@ -148,10 +151,12 @@ def _extract(
     start_log(verbose)
     import time
     from amulet_hybrid.core import file_digest, progress
+    from amulet_hybrid.data.folder_layout import check_apart
     from amulet_hybrid.data.manifest import make_manifest
     from amulet_hybrid.features.config import FeatureConfig
     from amulet_hybrid.features.extractor import HybridFeatureExtractor
     from amulet_hybrid.features.folder import write_features
+    check_apart(output_dir, settings['data_dir'])
     manifest,root = make_manifest(settings.pop('data_dir'))
     if cache_dir:
         manifest['sha256'] = [file_digest(root/p) for p in progress(manifest['path'], 'Reading digests', len(manifest))]
@@ -180,6 +185,7 @@ def _print_features(found, extractor, photos, seconds):
                      'FeatureFolder("features").blocks')
 def extract_command():
     "Measure photos, however many: a memory-mapped array a block; interrupted, it goes on where it stopped"
+    from amulet_hybrid.data.manifest import GroupsConfig
     from amulet_hybrid.features.config import FeatureConfig
     from amulet_hybrid.jobs.config import PhotosConfig
-    return config_command(_extract, PhotosConfig, FeatureConfig, hints=FOLDER, without=('groups', 'group_by'))
+    return config_command(_extract, PhotosConfig, FeatureConfig, hints=FOLDER, without=tuple(GroupsConfig.settings()))

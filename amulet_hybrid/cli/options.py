@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'Verbose', 'value_words', 'setting_words', 'read_value', 'Hint', 'make_option', 'command_settings',
-           'config_command', 'new_app', 'LateGroup', 'late_command', 'parameters_cell', 'start_log', 'echo',
+           'config_command', 'new_app', 'LateGroup', 'late_command', 'parameters_cell', 'start_log', 'echo', 'quoted',
            'print_notes']
 
 # %% ../../nbs/90_cli/05_options.ipynb #0d973392
 import dataclasses
 import inspect
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,13 @@ def echo(
 ) -> None:
     "Print for a person: whatever is in it, no character acts on the terminal"
     typer.echo(printable(text, keep='\n\t'), **options)
+
+# %% ../../nbs/90_cli/05_options.ipynb #c4e4d007
+def quoted(
+    path:Path|str # Of a command that somebody may copy
+) -> str:
+    "A path as a shell takes it for one word"
+    return shlex.quote(printable(path))
 
 # %% ../../nbs/90_cli/05_options.ipynb #a0892e09
 def print_notes(

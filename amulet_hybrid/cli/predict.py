@@ -19,8 +19,8 @@ commands = new_app()
 
 def _predict(
     settings,
-    photos:Annotated[Path, typer.Argument(exists=True, help='A photo, a folder of photos, or for a model of a table a '
-                                                            'CSV or Parquet file')],
+    photos:Annotated[list[str], typer.Argument(help='Photos, folders of photos or patterns; for a model of a table one '
+                                                    'CSV or Parquet file')],
     model_dir:Model,
     output:Annotated[Path|None,
                      typer.Option(help='Write JSON lines (.jsonl) or a table (.csv) instead of printing')]=None,
@@ -32,16 +32,24 @@ def _predict(
     config = ClassifierConfig.from_dict(settings)
     classifier = HybridClassifier(model_dir, config, enable_caching=False, public_key=public_key)
     budget = {'time_budget': time_budget or None}
-    if classifier.columns: _predict_table(classifier, photos, config.confidence_threshold, output)
+    if classifier.columns: _predict_table(classifier, _one_table(photos), config.confidence_threshold, output)
     elif output: _write_predictions(classifier, photos, output, budget)
     else: _print_predictions(classifier, photos, budget)
+
+# %% ../../nbs/90_cli/40_predict.ipynb #39f5e47d
+def _one_table(sources):
+    "The one table that was named"
+    if len(sources)==1 and Path(sources[0]).is_file(): return Path(sources[0])
+    from amulet_hybrid.core import DatasetError
+    raise DatasetError('this bundle names rows of one table', code='no_such_file', where=', '.join(sources),
+                       advice='Name one CSV or Parquet file')
 
 # %% ../../nbs/90_cli/40_predict.ipynb #ddd21c6e
 @late_command(commands, 'predict', epilog='Example: amulet predict photo.jpg --model-dir runs/photos/bundle\n\n'
                                           'Example: amulet predict folder --model-dir runs/photos/bundle --output '
                                           'predictions.jsonl')
 def predict_command():
-    "Name photos; exit code 1 if none could be read"
+    "Name photos, of any number of files and folders; exit code 1 if none could be read"
     from amulet_hybrid.model.classifier import ClassifierConfig
     return config_command(_predict, ClassifierConfig, without=('memory_threshold',))
 

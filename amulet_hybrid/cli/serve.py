@@ -31,14 +31,25 @@ def _recorder(settings):
         log.warning('predictions are not recorded: %s', error)
         return None
 
+# %% ../../nbs/90_cli/50_serve.ipynb #ce18baae
+def _newest_bundle(runs='runs'):
+    "The bundle that was written last below a folder of runs"
+    from amulet_hybrid.core import ConfigError, printable
+    found = sorted(Path(runs).glob('*/bundle/manifest.json'), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ConfigError(f'no bundle is named, and none lies in {runs}/', where='model_dir',
+                          advice='amulet serve --model-dir runs/photos/bundle')
+    echo(f'No --model-dir was given; of {len(found)} in {runs}/ this is the newest: {printable(found[-1].parent)}')
+    return found[-1].parent
+
 # %% ../../nbs/90_cli/50_serve.ipynb #ee47c74b
 def _serve(settings):
     "Take the port, load the bundle, try it, answer requests"
-    from amulet_hybrid.core import ConfigError
     from amulet_hybrid.serve.server import bind_port
     from amulet_hybrid.serve.telemetry import start_logging
-    if settings.model_dir is None:
-        raise ConfigError('no bundle is named', where='model_dir', advice='amulet serve --model-dir runs/photos/bundle')
+    from amulet_hybrid.model.bundle_files import bundle_folder
+    bundle = bundle_folder(settings.model_dir) if settings.model_dir else _newest_bundle()
+    settings = settings.model_copy(update={'model_dir': bundle})
     start_logging(settings.log_format, settings.log_level)
     with bind_port(settings.host, settings.port) as sock:
         from amulet_hybrid.model.answer_cache import make_cache

@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_notes, start_log
+from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_notes, quoted
+from .options import start_log
 
 # %% ../../nbs/90_cli/30_training.ipynb #bb5fae34
 commands = new_app()
@@ -36,7 +37,7 @@ def print_summary(
     echo(f'\nReport     {result["report"]}')
     if notebook: echo(f'Notebook   {notebook}')
     echo(f'Bundle     {result["bundle"]}  ({result["digest"][:12]})\nServe it   amulet serve --model-dir '
-               f'{result["bundle"]}')
+               f'{quoted(result["bundle"])}')
     if runs_command: echo(f'Compare    {runs_command}')
 
 # %% ../../nbs/90_cli/30_training.ipynb #df4ba4d0
@@ -188,5 +189,6 @@ def _evaluate(settings, verbose:Verbose=False):
 def evaluate_command():
     "Judge a bundle: once more on what was held out, on new photos, or on a table"
     from amulet_hybrid.jobs.evaluate import EvaluateConfig
-    return config_command(_evaluate, EvaluateConfig, hints={'model_dir': Hint(exists=True), 'groups': Hint(exists=True),
-                                                            'test_data_dir': Hint(exists=True)})
+    return config_command(_evaluate, EvaluateConfig, hints={
+        'model_dir': Hint(exists=True), 'groups': Hint(exists=True),
+        'test_data_dir': Hint(exists=True, aliases=('--data-dir',))})

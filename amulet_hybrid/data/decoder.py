@@ -22,6 +22,7 @@ import numpy as np
 
 from ..base.memory import MemoryBudget, memory_limit
 from ..core import ImageError, ResourceError
+from .colour import to_srgb
 from .container import Container, ImageCost, image_cost
 from .decoding import decode_rows, decode_still, place_rows
 
@@ -30,19 +31,21 @@ _SHARE = 3/8 # Of the memory of this process, for decoding
 _LOCK = threading.Lock()
 _BUDGET:list[MemoryBudget] = []
 
-def _return_large_blocks():
-    "Have the C library of Linux give blocks of 16 MB and more back to the system when they are freed"
+_LITTLE = 2*2**30 # Bytes of memory, of a small container
+
+def _return_large_blocks(limit):
+    "Have the C library of Linux give large blocks back to the system when they are freed"
     if sys.platform!='linux': return
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(-3, 16*2**20) # M_MMAP_THRESHOLD
-        library.mallopt(-1, 32*2**20) # M_TRIM_THRESHOLD: fixing the first would leave it at 128 kB
+        library.mallopt(-3, (4 if limit < _LITTLE else 16)*2**20) # M_MMAP_THRESHOLD
+        if limit >= _LITTLE: library.mallopt(-1, 32*2**20) # M_TRIM_THRESHOLD: the first alone leaves it at 128 kB
 
 def decoding_budget() -> MemoryBudget: # One for the process
     "Memory that all threads share while they decode"
     with _LOCK:
         if not _BUDGET:
-            _return_large_blocks()
+            _return_large_blocks(memory_limit())
             _BUDGET.append(MemoryBudget(int(_SHARE*memory_limit())))
         return _BUDGET[0]
 
@@ -118,7 +121,7 @@ def _why_it_ended(code, late, seconds):
 # %% ../../nbs/10_data/07_decoder.ipynb #d63046d3
 _BOOT = 'import sys; sys.path[:] = sys.argv[1:]; from amulet_hybrid.data import decoder; decoder._serve_requests()'
 _IDLE_SECONDS = 60 # After which a decoder is ended
-_FACTS = [f.name for f in fields(Container) if f.name not in ('still', 'exif')]
+_FACTS = [f.name for f in fields(Container) if f.name not in ('still', 'exif', 'icc')]
 
 class DecoderProcess:
     "A process that decodes one file after another; killed when one takes too long"
@@ -174,7 +177,9 @@ class DecoderProcess:
         clock.start()
         try:
             answer = self._ask(file, at_least, cost, seconds, partly)
-            if 'shape' in answer: return place_rows(answer['shape'], turn, self._rows(*answer['shape'])),answer['share']
+            if 'shape' in answer:
+                rows = to_srgb(self._rows(*answer['shape']), file.icc)
+                return place_rows(answer['shape'], turn, rows),answer['share']
         except (BrokenPipeError, EOFError, ValueError):
             self.close()
             raise _why_it_ended(self.process.returncode, self._late, seconds) from None
@@ -273,7 +278,8 @@ def decode_file(
     with decoding_budget().hold(cost.memory, _PATIENCE[0]):
         try:
             picture = decode_rows(file, at_least) if partly else decode_still(file, at_least, image)
-            return (None,0.) if picture is None else (place_rows(picture.shape, turn, picture.strips()),picture.share)
+            if picture is None: return None,0.
+            return place_rows(picture.shape, turn, to_srgb(picture.strips(), file.icc)),picture.share
         except MemoryError as error:
             raise ResourceError(f'there was no memory left to decode it ({cost.memory/2**20:.0f} MB)',
                                 advice='Give this process more memory') from error

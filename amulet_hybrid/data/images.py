@@ -185,7 +185,7 @@ class ImageFile:
         self._file:Container = _container(self.data, self.where, self.limits)
         self._image:Any = _open(self._file, self.where, self.limits)
         self._tags = exif_tags(self._file.exif)
-        turn = self._tags.get(0x0112, 1)
+        turn = self._tags.get(0x0112, self._file.xmp_turn or 1)
         self._turn = turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
 
     def _opened(self):

@@ -30,6 +30,8 @@ create table if not exists files(path text primary key, size integer, mtime inte
                                  sha256 text) without rowid;
 create table if not exists found(sha256 text, kind text, value blob, primary key(sha256, kind)) without rowid;'''
 
+_PATIENCE = 30 # Seconds that another process may take
+
 class ScanCache:
     "Results of passes over files, by the digest of their content"
     def __init__(self,
@@ -37,14 +39,21 @@ class ScanCache:
     ):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        try: self._open()
-        except sqlite3.DatabaseError as error:
-            log.warning('%s cannot be used (%s) and is made anew', self.path, error)
-            for end in ('', '-wal', '-shm'): Path(f'{self.path}{end}').unlink(missing_ok=True)
-            self._open()
+        patience = time.monotonic()+_PATIENCE
+        while True:
+            try: return self._open(self.path)
+            except sqlite3.DatabaseError as error:
+                code = getattr(error, 'sqlite_errorcode', sqlite3.SQLITE_CORRUPT) & 0xff
+                if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) and time.monotonic() < patience: time.sleep(.02)
+                elif code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                    log.warning('%s cannot be used (%s) and is made anew', self.path, error)
+                    for end in ('', '-wal', '-shm'): Path(f'{self.path}{end}').unlink(missing_ok=True)
+                else:
+                    log.warning('%s cannot be used here (%s): what is measured is not kept', self.path, error)
+                    return self._open(':memory:')
 
-    def _open(self):
-        self.db = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
+    def _open(self, path):
+        self.db = sqlite3.connect(path, timeout=_PATIENCE, check_same_thread=False)
         try:
             self.db.executescript('pragma journal_mode=wal; pragma synchronous=normal;'+_SCHEMA)
             problem = self.db.execute('pragma quick_check(1)').fetchone()[0]

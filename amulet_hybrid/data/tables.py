@@ -7,6 +7,7 @@ __all__ = ['MAX_CATEGORIES', 'MIN_NUMERIC', 'LEAK_AGREEMENT', 'MAX_COPIES', 'rea
            'TableData', 'read_table', 'read_rows']
 
 # %% ../../nbs/10_data/80_tables.ipynb #a8772126
+import io
 import sqlite3
 from collections.abc import Collection, Sequence
 from contextlib import closing
@@ -19,21 +20,43 @@ import pandas as pd
 
 from ..base.csv_files import csv_values
 from ..core import DatasetError, driver_message, hide_password, require
+from .text_tables import decode_text, find_separator
+
+# %% ../../nbs/10_data/80_tables.ipynb #ee5cfde6
+def _decimal_commas(table, text, where):
+    "Columns of numbers with decimal commas become numbers"
+    for name in table.columns.difference(list(text)):
+        if table[name].dtype.kind in 'biufcM': continue
+        words = table[name].dropna().astype(str).str.strip()
+        comma,point = words.str.fullmatch(r'[+-]?\d*,\d+'),words.str.fullmatch(r'[+-]?\d*\.\d+')
+        if not comma.any() or not (comma | point | words.str.fullmatch(r'[+-]?\d+')).all(): continue
+        if point.any():
+            raise DatasetError(f'the column {name!r} has decimal commas and decimal points', code='bad_table',
+                               where=where, advice=f'Write {words[comma].iloc[0]} and {words[point].iloc[0]} alike')
+        table[name] = pd.to_numeric(table[name].astype(str).str.replace(',', '.'), errors='coerce')
 
 # %% ../../nbs/10_data/80_tables.ipynb #39acd0eb
-def _read_csv(path):
-    "CSV with the separator that its first line uses"
-    with path.open(encoding='utf-8-sig', errors='strict') as file: head = file.readline()
-    return csv_values(pd.read_csv(path, sep=max(',;\t|', key=head.count), encoding='utf-8-sig', skipinitialspace=True,
-                                  low_memory=False))
+def _read_csv(path, text):
+    "CSV by its dialect; the columns in `text` are text, in which only an empty cell is missing"
+    content = decode_text(path.read_bytes(), path)
+    separator = find_separator(content.partition('\n')[0].rstrip('\r'))
+    dialect:Any = {'sep': separator, 'skipinitialspace': True, 'low_memory': False}
+    table = pd.read_csv(io.StringIO(content), **dialect)
+    table.columns = table.columns.str.strip()
+    if asked := [c for c in table if c in text]:
+        words = pd.read_csv(io.StringIO(content), dtype=str, keep_default_na=False, na_values=[''], **dialect)
+        table = table.assign(**words.set_axis(table.columns, axis=1)[asked])
+    if separator!=',': _decimal_commas(table, text, path)
+    return csv_values(table)
 
 # %% ../../nbs/10_data/80_tables.ipynb #ef7e926e
-def _read_file(path):
+def _read_file(path, text=()):
     "CSV or Parquet by the ending of the name"
     if not path.is_file():
         raise DatasetError('no such file', code='no_such_file', where=path,
                            advice='Name a CSV or Parquet file, or the URL of a database (sqlite:///data.db)')
-    try: return pd.read_parquet(path) if path.suffix.lower() in ('.parquet', '.pq') else _read_csv(path)
+    try: return pd.read_parquet(path) if path.suffix.lower() in ('.parquet', '.pq') else _read_csv(path, text)
+    except DatasetError: raise
     except (OSError, ValueError, pd.errors.ParserError) as error:
         raise DatasetError(f'cannot be read: {str(error)[:200]}', code='bad_table', where=path) from error
 
@@ -92,13 +115,14 @@ def _source_name(source): return 'table' if isinstance(source, pd.DataFrame) els
 
 def read_source(
     source:str|Path|pd.DataFrame, # CSV or Parquet file, URL of a database, or a table that is there already
-    query:str|None=None # For a database: name of a table, or a query
+    query:str|None=None, # For a database: name of a table, or a query
+    text:Collection[str]=() # Columns of a CSV that are text: `01` is not `1`, and `NA` is a word
 ) -> pd.DataFrame: # Rows numbered from 0, columns named by text
     "A table as it is; raises `DatasetError`"
     where = _source_name(source)
     if isinstance(source, pd.DataFrame): table = source
     elif '://' in str(source): table = _read_database(str(source), query, where)
-    else: table = _read_file(Path(source))
+    else: table = _read_file(Path(source), text)
     table = table.set_axis([str(c) for c in table.columns], axis=1).reset_index(drop=True)
     if not table.columns.is_unique:
         raise DatasetError(f'the column {table.columns[table.columns.duplicated()][0]!r} is there twice',
@@ -253,7 +277,7 @@ def _class_labels(column, where):
 def _labelled_rows(source, target, group, needed, query):
     "Rows that have a label, the labels, and a note on the rows that have none"
     where = _source_name(source)
-    table = read_source(source, query)
+    table = read_source(source, query, [target, *([group] if group else [])])
     for name in (target, *([group] if group else []), *needed):
         if name not in table:
             raise DatasetError(f'there is no column {name!r}', code='no_such_column', where=where,

@@ -12,8 +12,8 @@ from typing import Any
 from ..audit.inspection import Inspection, InspectionConfig
 from ..audit.inspector import DatasetInspector
 from ..core import BundleError
-from .train import BUNDLE, FinishedRun, TrainingRun
-from ..model.bundle_files import MANIFEST
+from .train import FinishedRun, TrainingRun
+from ..model.bundle_files import MANIFEST, bundle_folder
 from ..model.classifier import HybridClassifier
 
 # %% ../../nbs/85_jobs/50_api.ipynb #71b34890
@@ -21,11 +21,12 @@ def inspect(
     data_dir:str|Path, # Folder of class folders, or a CSV with columns path and label
     groups:str|Path|None=None, # CSV with columns path and group: photos of one group are never parted
     group_by:str='', # The same as a regular expression on the path
+    allow_partial_groups:bool=False, # Also where groups are known for fewer than half of the photos
     **settings # Of `InspectionConfig`, e.g. quick_mode=True
 ) -> Inspection: # Shows its findings in a notebook; `save` writes them
     "Find all that would ruin a model: broken files, duplicates, hidden groups, shortcuts, wrong labels"
     inspector = DatasetInspector(InspectionConfig.from_dict(settings))
-    return inspector.inspect(data_dir, groups or None, group_by or None)
+    return inspector.inspect(data_dir, groups or None, group_by or None, None, allow_partial_groups)
 
 # %% ../../nbs/85_jobs/50_api.ipynb #57dc2377
 def train(
@@ -43,8 +44,7 @@ def load(
     **settings:Any # Of `HybridClassifier`, e.g. confidence_threshold=.9
 ) -> HybridClassifier: # Ready to classify
     "The classifier of a run or of a bundle; every byte of it is checked"
-    found = [p for p in (Path(path), Path(path)/BUNDLE) if (p/MANIFEST).is_file()]
-    if not found:
+    if not (bundle_folder(path)/MANIFEST).is_file():
         raise BundleError('neither a run nor a bundle is there', code='no_bundle', where=path,
                           advice="Name the output folder of amulet train, or the folder 'bundle' in it")
-    return HybridClassifier(found[0], **settings)
+    return HybridClassifier(bundle_folder(path), **settings)

@@ -9,17 +9,16 @@ __all__ = ['PhotosConfig', 'JobConfig', 'RunConfig']
 from dataclasses import dataclass
 
 from ..core import Config, setting
+from ..data.manifest import GroupsConfig
 from ..features.config import FeatureConfig
 from ..learn.config import TrainingConfig
 
 # %% ../../nbs/85_jobs/15_config.ipynb #1ed5e941
-@dataclass(frozen=True)
-class PhotosConfig(Config):
+@dataclass(frozen=True, kw_only=True)
+class PhotosConfig(GroupsConfig):
     "Photos, and what is known of their groups"
     data_dir:str = setting(help='Folder of class folders (class/photo.jpg or train/class/photo.jpg), or a CSV with '
                                 'columns path and label')
-    groups:str = setting('', 'CSV with columns path and group: photos of one group are never parted')
-    group_by:str = setting('', 'The same as a regular expression on the path')
 
 # %% ../../nbs/85_jobs/15_config.ipynb #bfde7957
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class JobConfig(Config):
     cache_dir:str = setting('', 'Where features and finished folds are kept; empty: OUTPUT_DIR/cache')
 
 # %% ../../nbs/85_jobs/15_config.ipynb #e3e48c54
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(JobConfig, PhotosConfig):
     "One training run, from a folder to a bundle"
     cache_gb:float = setting(20., 'Gigabytes of features that are kept, the last used ones; 0: no limit', ge=0)

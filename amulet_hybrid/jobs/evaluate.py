@@ -18,10 +18,13 @@ import pandas as pd
 from ..evaluate.neighbours import nearest_training
 from ..evaluate.learning_curve import learning_curve
 from ..model.bundle import Bundle, load_bundle
-from ..core import BundleError, Config, ConfigError, DatasetError, hide_password, setting
+from ..base.checks import match_names
+from ..core import BundleError, ConfigError, DatasetError, hide_password, setting
 from ..evaluate.report import Evaluation, EvaluationCase, evaluate
 from ..features.extractor import HybridFeatureExtractor
+from ..data.folder_layout import check_apart
 from ..data.images import read_image
+from ..data.manifest import GroupsConfig
 from ..audit.inspector import DatasetInspector
 from ..audit.inspection import InspectionConfig
 from ..evaluate.label_issues import find_label_issues
@@ -262,9 +265,9 @@ def _held_out_photos(run):
          gone[['path', 'label', 'group']])]
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #ab931958
-def _new_photos(data_dir, groups, group_by):
+def _new_photos(data_dir, **known):
     "The same of a folder; and where its paths begin"
-    found = DatasetInspector(InspectionConfig(quick_mode=True)).inspect(data_dir, groups or None, group_by or None)
+    found = DatasetInspector(InspectionConfig(quick_mode=True)).inspect(data_dir, **known)
     sections = [('Classes', 'Files, usable photos and independent groups of each class.', found.classes.reset_index())]
     if len(found.unreadable):
         sections.append(('Files that were left out', 'Each could not be used, for the reason given.', found.unreadable))
@@ -273,8 +276,9 @@ def _new_photos(data_dir, groups, group_by):
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #9f2aa438
 def _bundle_test(bundle, table, notes, where, unit, quick, seed):
     "Photos or rows parted into those of known and of unknown classes, not yet measured, and notes on them"
-    known,unknown = (table[there].reset_index(drop=True)
-                       for there in (table['label'].isin(bundle.classes), ~table['label'].isin(bundle.classes)))
+    place = match_names(table['label'], bundle.classes)
+    table = table.assign(label=np.where(place < 0, table['label'], np.asarray(bundle.classes, object)[place]))
+    known,unknown = (table[there].reset_index(drop=True) for there in (place >= 0, place < 0))
     if not len(known):
         raise DatasetError(f'none of these {unit} has a label that the bundle knows',
                            code='no_photos' if unit=='photos' else 'no_rows', where=where,
@@ -306,6 +310,7 @@ def evaluate_bundle(
     output_dir:str|Path='runs/evaluate', # Where report.html and figures.json go
     groups:str|Path|None=None, # CSV with columns path and group
     group_by:str|None=None, # The same as a regular expression
+    allow_partial_groups:bool=False, # Also where groups are known for fewer than half of the photos
     quick:bool=False, # At most 200 photos, without importance, learning curve and neighbours
     seed:int=0, # Of resamples, and of the photos of a quick look
     # Of one's own, name -> (truth, probabilities) -> figure
@@ -314,7 +319,8 @@ def evaluate_bundle(
     "Evaluate a bundle on labelled photos"
     loaded = _bundle_of(bundle, table=False)
     run = _run_if(loaded, data_dir is None)
-    (table,notes,sections),where = (_new_photos(data_dir, groups, group_by) if data_dir is not None or run is None
+    known = {'groups': groups, 'group_by': group_by, 'allow_partial_groups': allow_partial_groups}
+    (table,notes,sections),where = (_new_photos(data_dir, **known) if data_dir is not None or run is None
                                     else (_held_out_photos(run), run.root))
     found,notes = _bundle_test(loaded, table, notes, where, 'photos', quick, seed)
     extractor,found.left_out = _measuring(loaded, run),run and run.left_out
@@ -400,8 +406,8 @@ def evaluate_table(
         timings=row_speed(block, loaded.model, data.features.iloc[found.test.table['at']]), own_metrics=own_metrics)
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #9fcecfc1
-@dataclass(frozen=True)
-class EvaluateConfig(Config):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(GroupsConfig):
     "One evaluation of a bundle that exists"
     model_dir:str = setting(help='Folder of a bundle')
     test_data_dir:str = setting('', 'Labelled photos, a folder a class; empty: those that were held out in training')
@@ -411,8 +417,6 @@ class EvaluateConfig(Config):
     group:str = setting('', 'With table: column of what belongs together; empty: each row alone')
     query:str = setting('', 'With table and a database: name of a table, or a query')
     output_dir:str = setting('runs/evaluate', 'Where report.html and figures.json go')
-    groups:str = setting('', 'With test_data_dir: CSV with columns path and group')
-    group_by:str = setting('', 'The same as a regular expression on the path')
     quick:bool = setting(False, f'At most {QUICK} photos; no importance, learning curve and neighbours')
     track:str = setting('', "Where it is recorded: 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', "
                             "'wandb:PROJECT', 'auto'; empty: nowhere")
@@ -437,14 +441,14 @@ def run_evaluation(
 ) -> tuple[Evaluation,str]: # The report, and 'photos' or 'rows'
     "Evaluate a bundle as the settings say, and record it where they say"
     c,bundle = config,load_bundle(config.model_dir)
+    if c.test_data_dir: check_apart(c.output_dir, c.test_data_dir)
     rows,output = bool(c.table) or (not c.test_data_dir and names_rows(bundle)),Path(c.output_dir)
     asked = {'bundle': bundle.version, 'data_dir': hide_password(c.table or c.test_data_dir or 'held out'),
              'target': c.target, 'group': c.group, 'quick': c.quick, 'seed': c.seed}
     with make_tracker(c.track, output.resolve().parent).run(output.name, run_parameters(asked)) as record:
         if rows: report = evaluate_table(bundle, c.table or None, c.target, c.group, c.query, output, c.quick, c.seed)
         else:
-            report = evaluate_bundle(bundle, c.test_data_dir or None, output, c.groups or None, c.group_by or None,
-                                     c.quick, c.seed)
+            report = evaluate_bundle(bundle, c.test_data_dir or None, output, **c.known(), quick=c.quick, seed=c.seed)
         track_report(record, headline_figures(report), output, bundle=bundle.version,
                      warnings='; '.join(text for level,text in report.notes if level=='warning'))
     return report,'rows' if rows else 'photos'

@@ -64,7 +64,7 @@ def prepare_photos(
 ) -> tuple[RunData,Inspection]: # `split` is empty, or as the folder has it
     "Usable photos of a folder, and the inspection that found them"
     inspector = DatasetInspector(InspectionConfig(quick_mode=True, jobs=config.training.jobs), cache_dir)
-    found = inspector.inspect(config.data_dir, config.groups or None, config.group_by or None)
+    found = inspector.inspect(config.data_dir, **config.known())
     usable,made = found.usable,pd.DataFrame()
     if 'made_from' in usable:
         usable,made = (usable[rows].reset_index(drop=True)
@@ -92,6 +92,27 @@ def leave_out_small(
     data.notes.insert(0, ('warning', f'Left out, having fewer than {min_groups} groups: {", ".join(small)}.'))
 
 # %% ../../nbs/85_jobs/17_prepare.ipynb #5157d369
+def _given_split(data):
+    "The split that the folder brings, or None; a note where it brings one that cannot be used"
+    m = data.manifest
+    given,parts = m['split'],set(m['split'])-{''}
+    if len(parts) < 2: return None
+    def warn(why):
+        data.notes.insert(0, ('warning', f'The folder comes split, but {why}. Its split was not used: photos of all '
+                                         f'its parts teach, and others are held out.'))
+    if (without := int((given=='').sum())): return warn(f'{without} photos are in no part of it')
+    if 'test' not in parts:
+        data.notes.append(('info', 'The folder has no test part; its part val is held out.'))
+        given = given.replace('val', 'test')
+    given = given.replace('val', 'train')
+    for part in ('train', 'test'):
+        if gone := sorted(set(m['label'])-set(m['label'][given==part])):
+            return warn(f'{", ".join(gone[:6])} {"has" if len(gone)==1 else "have"} no usable photo in {part}')
+    if len(leaks := leakage(m.assign(split=given))):
+        return warn(f'{len(leaks)} groups are on both sides (for example {leaks["group"].iloc[0]})')
+    return given
+
+# %% ../../nbs/85_jobs/17_prepare.ipynb #b3a6e783
 def hold_out(
     data:RunData, # Changed: gets its column `split`
     test_size:float, # Share of photos
@@ -99,16 +120,9 @@ def hold_out(
 ) -> pd.DataFrame: # Photos and groups by class and part
     "Part photos into training and test, whole groups only"
     m = data.manifest
-    given = m['split'].replace('val', 'train')
-    whole = given.isin(['train', 'test']).all() and all(set(given[m['label']==k])=={'train', 'test'}
-                                                        for k in m['label'].unique())
-    leaks = leakage(m.assign(split=given)) if whole else pd.DataFrame()
-    if whole and not len(leaks): m['split'] = given
+    if (given := _given_split(data)) is not None: m['split'] = given
     else:
         check_splittable(m['label'], m['group'], 3) # one group to test on, two to cross-validate with
-        if len(leaks):
-            data.notes.insert(0, ('warning', f'The folder comes split, but {len(leaks)} groups are on both sides (for '
-                                             f'example {leaks["group"].iloc[0]}). Its split was not used.'))
         m['split'] = holdout(m['label'], m['group'], test_size, seed)
     check_groups(m['split'], m['group'])
     if len(data.made): _part_made(data)

@@ -26,6 +26,7 @@ from threading import Thread
 from typing import Any
 
 from ..core import ConfigError, atomic_write, json_digest, log, require
+from ..store.database import sqlite_url
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #76b9dc82
 def _name(text, taken):
@@ -271,7 +272,7 @@ class MLflow(Tracker):
         super().__init__(target, folder, timeout)
         # for those who had imported it before
         with suppress(Exception): require('mlflow.telemetry.client', 'tracking').set_telemetry_client()
-        self.uri = target or os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{(self.folder/"mlflow.db").resolve()}'
+        self.uri = target or os.environ.get('MLFLOW_TRACKING_URI') or sqlite_url((self.folder/'mlflow.db').resolve())
         self.local = self.uri.startswith('sqlite:')
         if self.local:
             for module in ('sqlalchemy', 'alembic'): require(module, 'tracking')
@@ -330,7 +331,7 @@ class MLflow(Tracker):
         "Address of the server, or the command that shows a local store"
         if not self.local: return _without_password(self.uri)
         uri = (self.uri if self.target or 'MLFLOW_TRACKING_URI' in os.environ
-               else f'sqlite:///{(self.folder/"mlflow.db").as_posix()}')
+               else sqlite_url((self.folder/'mlflow.db').as_posix()))
         return f'mlflow ui --backend-store-uri {shlex.quote(uri)}'
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #a189d776

@@ -21,6 +21,7 @@ import pandas as pd
 
 from ..audit.inspection import write_manifest
 from ..core import AmuletError, Config, atomic_write, log
+from ..data.folder_layout import check_apart
 from ..data.images import read_image
 from ..evaluate.neighbours import nearest_training
 from ..evaluate.report import Evaluation, EvaluationCase, evaluate
@@ -232,10 +233,11 @@ class TrainingRun:
         config:Config|str|Path, # Settings (`RunConfig`), or just the folder of photos
         **settings # Changes to the settings
     ):
-        made:Any = config if isinstance(config, Config) else RunConfig(str(config))
+        made:Any = config if isinstance(config, Config) else RunConfig(data_dir=str(config))
         changes = {k: str(v) if isinstance(v, Path) else v for k,v in settings.items()}
         self.config = made.replace(**changes) if changes else made
         self.output = Path(self.config.output_dir)
+        check_apart(self.output, self.config.data_dir)
         self.cache_dir = Path(self.config.cache_dir or self.output/'cache')
 
     def inspect(self) -> Any: # The inspection

@@ -31,7 +31,7 @@ from ..features.config import FeatureConfig
 from ..features.contract import EXTRACTORS, make_extractor, parse_block
 from ..features.extractor import HybridFeatureExtractor
 from .bundle_files import FORMAT, MANIFEST, MODEL, MOST_CLASSES, MOST_FILES, REQUIREMENTS, TRAINING
-from .bundle_files import file_entry, maker_of
+from .bundle_files import bundle_folder, file_entry, maker_of
 from .bundle_files import read_verified, refuse_bundle, signed_at, write_manifest
 from .inference import TIERS, Cascade, ServedModel, Tier
 from .model_card import card_html, card_markdown, card_parts
@@ -232,11 +232,11 @@ def _check_measured(measured, folder):
 
 # %% ../../nbs/50_model/50_bundle.ipynb #79a05e11
 def load_bundle(
-    folder:str|Path, # What `save_bundle` wrote
+    folder:str|Path, # What `save_bundle` wrote, or the folder of a run
     public_key:str|Path|None=None # PEM file of whoever must have signed it; None: signatures are not looked at
 ) -> Bundle:
     "Verify, then load; nothing in it can run code"
-    folder = Path(folder)
+    folder = bundle_folder(folder)
     manifest,content = read_verified(folder, public_key)
     classes,about = manifest['classes'],parse_json(content[MODEL], folder/MODEL)
     _check_classes(classes, folder)

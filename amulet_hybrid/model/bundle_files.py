@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'SIGNATURE', 'TRAINING', 'REQUIREMENTS', 'BUNDLE_FILES', 'MOST_FILES', 'MOST_CLASSES',
-           'file_entry', 'write_manifest', 'refuse_bundle', 'maker_of', 'read_verified', 'verify_bundle', 'sign_bundle',
-           'signed_at']
+           'file_entry', 'write_manifest', 'refuse_bundle', 'maker_of', 'bundle_folder', 'read_verified',
+           'verify_bundle', 'sign_bundle', 'signed_at']
 
 # %% ../../nbs/50_model/45_bundle_files.ipynb #10bc57e6
 import os
@@ -173,6 +173,13 @@ def _check_file(folder, name, entry):
     return data
 
 # %% ../../nbs/50_model/45_bundle_files.ipynb #8eda71c1
+def bundle_folder(
+    path:str|Path # Folder of a bundle, or of a run that has one
+) -> Path: # Folder of the bundle; `path` where there is none
+    "Where the bundle of a run lies"
+    inside = Path(path)/'bundle'
+    return inside if not (Path(path)/MANIFEST).is_file() and (inside/MANIFEST).is_file() else Path(path)
+
 def read_verified(
     folder:str|Path, # A bundle
     public_key:str|Path|None=None # PEM file of whoever must have signed it; None: signatures are not looked at

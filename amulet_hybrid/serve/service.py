@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+from ..base.checks import composed
 from ..core import AmuletError, FeatureError, bytes_digest, log
 from ..model.answer_cache import MemoryCache
 from ..model.prediction import Prediction
@@ -298,7 +299,7 @@ class PredictionRecords:
     ) -> dict[str,Any]: # The values of a `FeedbackResponse`
         "Record what a photo really showed, in place of what was said of the same prediction before"
         key,label = feedback.prediction_id,await self.label_of(feedback.prediction_id)
-        right = None if label is None else label==feedback.true_label
+        right = None if label is None else composed(label)==composed(feedback.true_label)
         row = {'feedback_id': feedback_key(key), 'prediction_id': key, 'created_at': _now(),
                'request_id': context.request_id, 'true_label': feedback.true_label,
                'comment': feedback.comment, 'api_key': context.key_name}

@@ -78,7 +78,7 @@ def load_csv_to_db(
 ) -> DatasetVersion: # The new one, or the one that holds the same rows
     "Keep a table as the next version of `name`"
     from amulet_hybrid.data.tables import read_source
-    table = read_source(source, query)
+    table = read_source(source, query, ('path', target, group))
     for column in (target, *([group] if group else [])):
         if column not in table:
             raise StoreError(f'there is no column {column!r}', code='no_such_column',
