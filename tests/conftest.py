@@ -16,8 +16,10 @@ SKIP = shutil.ignore_patterns('.*', '*.egg-info', '__pycache__', 'build', 'dist'
 SAME_WORKER = dict.fromkeys(('test_production.py', 'test_wheel.py', 'test_proxy.py'), 'test_deploy.py')
 
 def pytest_collection_modifyitems(items):
-    "Notebooks come last: small pieces of work fill all workers to the end"
-    items.sort(key=lambda item: item.path.name=='test_notebooks.py')
+    "Notebooks come last, those of the first folders at the end: small pieces of work fill all workers"
+    notebooks = [item for item in items if item.path.name=='test_notebooks.py']
+    notebooks.sort(key=lambda item: item.nodeid, reverse=True)
+    items[:] = [item for item in items if item.path.name!='test_notebooks.py']+notebooks
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
