@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 from .probes import checked_blocks, quick_proba
 from ..base.checks import same_length
 from ..core import SplitError
-from ..data.manifest import SPLITS, groups_from_pattern
+from ..data.folder_layout import SPLITS
+from ..data.manifest import groups_from_pattern
 from ..data.split import folds
 from ..evaluate.label_issues import find_label_issues
 from ..evaluate.metrics import evaluate_predictions

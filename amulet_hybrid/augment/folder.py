@@ -50,7 +50,8 @@ from amulet_hybrid.core import (
     setting,
 )
 from ..data.images import LIMITS, ImageLimits, read_image
-from ..data.manifest import AUGMENTED, SPLITS
+from ..data.folder_layout import SPLITS
+from ..data.manifest import AUGMENTED
 from ..data.quality import photo_figures, quality_score
 from ..data.split import check_groups
 

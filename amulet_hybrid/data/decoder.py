@@ -45,8 +45,9 @@ def decoding_budget() -> MemoryBudget: # One for the process
     "Memory that all threads share while they decode"
     with _LOCK:
         if not _BUDGET:
-            _return_large_blocks(memory_limit())
-            _BUDGET.append(MemoryBudget(int(_SHARE*memory_limit())))
+            limit = memory_limit()
+            _return_large_blocks(limit)
+            _BUDGET.append(MemoryBudget(int(_SHARE*limit)))
         return _BUDGET[0]
 
 # %% ../../nbs/10_data/07_decoder.ipynb #f2cabc5b

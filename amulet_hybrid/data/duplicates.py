@@ -27,7 +27,7 @@ from ..core import Config, ConfigError, DatasetError, ImageError, derive_seed, p
 # %% ../../nbs/10_data/50_duplicates.ipynb #4f4a8095
 SIDE = 64 # Pixels of the grey copy, each way
 _HALF,_TINT = 32,16 # Of the copy that is hashed, and of the colour copy
-PRINT_VERSION = 2 # Rises when the print of a photo changes
+PRINT_VERSION = 3 # Rises when the print of a photo changes
 PRINT_BYTES = 1 + SIDE*SIDE + 3*_TINT*_TINT # shape, grey, colour
 _GREY,_COLOUR = slice(1, 1+SIDE*SIDE), slice(1+SIDE*SIDE, PRINT_BYTES)
 

@@ -137,7 +137,7 @@ def photo_figures(
             'aspect': max(h, w)/min(h, w), **dict(zip(FIGURES[-4:], _ring(small)))}
 
 # %% ../../nbs/10_data/40_quality.ipynb #2ec27ac6
-QUALITY_VERSION = 1 # Raised when the same file gives another row
+QUALITY_VERSION = 2 # Raised when the same file gives another row
 _ROW = {'sha256': '', 'pixels': '', 'bytes': 0, 'format': '', 'mode': '', 'width': 0, 'height': 0, 'frames': 0,
         'decoded': 0., 'reason': '', 'issues': '',
         **dict.fromkeys(FIGURES, float('nan')), 'jpeg_quality': float('nan'), 'camera': '', 'software': ''}
