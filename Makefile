@@ -69,12 +69,12 @@ check: dev ## Notebooks and modules agree and are clean; ruff; mypy; the documen
 	@$(MAKE) each STAGES='agree lint types docs-check'
 
 test: dev ## Everything that CI checks: the above, every notebook, every test [COVERAGE=1 NEWEST=1]
-	@$(MAKE) each STAGES='agree lint tests' BESIDE=types
+	@$(MAKE) each STAGES=tests BESIDE='agree lint types'
 
-# Every stage runs, whatever became of those before it, and BESIDE, which waits for nothing, while tests wait for
+# Every stage runs, whatever became of those before it, and those of BESIDE meanwhile, for tests often wait for
 # processes; what failed is said at the end
 each:
-	@failed=''; said=$$(mktemp); { [ -z '$(BESIDE)' ] || $(MAKE) $(BESIDE); } >"$$said" 2>&1 & beside=$$!; \
+	@failed=''; said=$$(mktemp); { [ -z '$(BESIDE)' ] || $(MAKE) -k $(BESIDE); } >"$$said" 2>&1 & beside=$$!; \
 	for stage in $(STAGES); do echo "== $$stage"; $(MAKE) $$stage || failed="$$failed $$stage"; done; \
 	[ -z '$(BESIDE)' ] || echo '== $(BESIDE)'; wait $$beside || failed="$$failed $(BESIDE)"; cat "$$said"; rm -f "$$said"; \
 	[ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
