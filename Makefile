@@ -7,6 +7,7 @@ WEIGHTS =
 OUT =
 SEED =
 QUICK =
+ARGS =
 # Coverage of tests and notebooks together; off by default, for it slows Python 3.11 by a third
 COVERAGE =
 MODEL = runs/samples/bundle
@@ -111,8 +112,8 @@ lock: .venv/bin/pip ## Write constraints.txt anew: the newest versions that go t
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest --strip-extras --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --extra all --extra dev setup.py -o constraints.txt
 
-lab: install ## Explore the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+lab: install ## Explore the notebooks in JupyterLab [ARGS=--allow-root, or whatever else jupyter lab takes]
+	@$(BIN)/jupyter lab nbs $(ARGS)
 
 serve: install ## Answer over HTTP with MODEL=runs/samples/bundle at HOST=127.0.0.1 PORT=8000
 	@$(BIN)/amulet serve --model-dir '$(MODEL)' --host '$(HOST)' --port '$(PORT)'

@@ -9,7 +9,7 @@ parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
-known = ('cnn', 'surf', 'ray', 'timm', 'search', 'sql', 'store', 'postgres', 'tracking', 'sign', 'redis', 'convert',
+known = ('cnn', 'surf', 'heif', 'ray', 'timm', 'search', 'sql', 'store', 'postgres', 'tracking', 'sign', 'redis', 'convert',
          'serve', 'notebooks', 'dev')
 extras = {name: cfg[f'{name}_requirements'].split() for name in known}
 everyday = ('cnn', 'surf', 'search', 'sign', 'redis', 'store', 'postgres', 'serve', 'notebooks')

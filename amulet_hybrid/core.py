@@ -10,6 +10,7 @@ __all__ = ['log', 'printable', 'PrintableFormatter', 'AmuletError', 'ConfigError
 
 # %% ../nbs/00_core.ipynb #cedab64f
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import json
@@ -22,6 +23,7 @@ import unicodedata
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Callable, Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
@@ -89,7 +91,7 @@ class AmuletError(Exception):
 
 # %% ../nbs/00_core.ipynb #17887aff
 class ConfigError(AmuletError): "A setting that is unknown or out of range"; code = 'bad_setting'
-class ImageError(AmuletError): "A file that is not a photo we read"; code = 'corrupt_image'
+class ImageError(AmuletError, ValueError): "A file that is not a photo we read"; code = 'corrupt_image'
 class DatasetError(AmuletError): "A folder or table that cannot become a manifest"; code = 'bad_dataset'
 class ArrayError(AmuletError): "Labels, probabilities or groups that do not fit each other"; code = 'bad_arrays'
 class SplitError(AmuletError): "No honest split exists, or one was broken"; code = 'bad_split'
@@ -125,7 +127,8 @@ def require(
     except ModuleNotFoundError as error:
         if error.name and error.name.split('.')[0] != name.split('.')[0]: raise
         raise MissingExtraError(f'this needs the package {name!r}, which is not installed',
-                                advice=f"Install it with: pip install 'amulet_hybrid[{extra}]'") from error
+                                advice=f"Install it with: pip install 'amulet_hybrid[{extra}]', or in a clone: "
+                                       f"pip install -e '.[{extra}]'") from error
 
 # %% ../nbs/00_core.ipynb #c0de1a02
 def hide_password(
@@ -258,6 +261,27 @@ class Setting:
 # %% ../nbs/00_core.ipynb #b0b9efc9
 class Config:
     "Base of all settings: frozen dataclasses that check themselves, load from JSON and save to it"
+    _instead:Mapping[str,str] = MappingProxyType({}) # Name that people try -> what to write in its place
+    _earlier:Mapping[str,str] = MappingProxyType({}) # Name in files of earlier versions -> name now
+
+    def __new__(cls, *args, **given): # before the dataclass says "unexpected keyword argument"
+        names = [f.name for f in cls._fields()]
+        if unknown := [name for name in given if name not in names]: raise cls._unknown(unknown)
+        return super().__new__(cls)
+
+    @classmethod
+    def _now_called(cls, name):
+        found = next((k._earlier[name] for k in (cls, *cls._parts().values()) if name in k._earlier), name)
+        return found if name not in cls.settings() else name
+
+    @classmethod
+    def _unknown(cls, names):
+        known = cls.settings()
+        near = difflib.get_close_matches(names[0], known, 1)
+        advice = cls._instead.get(names[0], f'Did you mean {near[0]!r}?' if near else '')
+        return ConfigError(f'{cls.__name__} has no setting {", ".join(map(repr, names))}', code='unknown_setting',
+                           advice=f'{advice} Known: {", ".join(sorted(known))}'.strip())
+
     def __post_init__(self):
         for s in self._own(): s.check(getattr(self, s.name))
         self.validate()
@@ -305,9 +329,8 @@ class Config:
     ):
         "Settings from a flat dict; an unknown name is an error"
         known = cls.settings()
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError(f'{cls.__name__} has no setting {", ".join(map(repr, unknown))}', code='unknown_setting',
-                              advice=f'Known: {", ".join(sorted(known))}')
+        values = {cls._now_called(k): v for k,v in values.items()}
+        if unknown := sorted(set(values) - set(known)): raise cls._unknown(unknown)
         own = {s.name for s in cls._own()}
         given = {k: tuple(v) if isinstance(v, list) else v for k,v in values.items() if k in own}
         parts = {name: part.from_dict({k: v for k,v in values.items() if k in part.settings()})
@@ -359,6 +382,13 @@ os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
 log = logging.getLogger('amulet_hybrid')
 log.addHandler(logging.NullHandler())
 
+# %% ../nbs/00_core.ipynb #a6f75906
+def _person_at_notebook():
+    "Whether the front end of this process, where it is a kernel, can answer `input()`, as that of a person can"
+    if 'ipykernel' not in sys.modules: return False
+    from IPython import get_ipython
+    return bool(getattr(getattr(get_ipython(), 'kernel', None), '_allow_stdin', False))
+
 # %% ../nbs/00_core.ipynb #aa76b0bc
 def progress(
     items:Iterable, # Anything to loop over
@@ -370,7 +400,7 @@ def progress(
     from tqdm import tqdm
     to = os.environ.get('AMULET_PROGRESS', '')
     file = open(to, 'w') if to.startswith('/') else sys.stderr # noqa: SIM115
-    hidden = to=='off' or not (file.isatty() or 'ipykernel' in sys.modules)
+    hidden = to=='off' or not (file.isatty() or _person_at_notebook())
     try:
         yield from tqdm(items, desc=desc, total=total, unit=unit, file=file, disable=hidden, leave=bool(file.isatty()),
                         dynamic_ncols=True)

@@ -67,6 +67,7 @@ def photos(data, folder, number, seed=0):
             for name in ('amulet6', 'coins', 'magtile')}
     kinds = {f'{name}, as they are': files for name, files in sets.items()}
     sizes = {'JPEG 224 px': (224, 'JPEG', {'quality': 88}), 'JPEG 12 MP': (4000, 'JPEG', {'quality': 88}),
+             'progressive JPEG 12 MP': (4000, 'JPEG', {'quality': 88, 'progressive': True}),
              'progressive JPEG 2 MP': (1600, 'JPEG', {'quality': 85, 'progressive': True}),
              'PNG 1 MP': (1000, 'PNG', {}), 'WEBP 1 MP': (1000, 'WEBP', {'quality': 80})}
     for kind, (side, format, options) in sizes.items():
@@ -90,6 +91,7 @@ def main(args):
         bundle = make_bundle(work)
         rows, sides = [], {'before': Revision(work/'before'), 'after': Revision(ROOT)}
         for kind, files in photos(args.data, work, args.photos).items():
+            if args.only and args.only not in kind: continue
             for door, turns, asked in (('read', args.turns, ''), ('answer', max(args.turns//3, 3), bundle)):
                 best = {side: [float('inf')]*len(files) for side in sides}
                 for _ in range(turns+1):
@@ -113,6 +115,7 @@ if __name__ == '__main__':
     parser.add_argument('--photos', type=int, default=60)
     parser.add_argument('--turns', type=int, default=15)
     parser.add_argument('--output', type=Path, default=ROOT/'benchmarks'/'results'/'decoding.csv')
+    parser.add_argument('--only', default='', help='kinds of photos whose name has this in it')
     parser.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve: serve()

@@ -2,6 +2,7 @@
 
     python benchmarks/hostile.py                                      # 5,000 files against Python
     python benchmarks/hostile.py --service --memory 512               # the worst 2,000 against `amulet serve`, 512 MB
+    python benchmarks/hostile.py --estimate --memory 1024             # the same without the first part
     python benchmarks/hostile.py --files 300 --service --worst 100    # a small one
     python benchmarks/hostile.py --make corpus                        # write them into a folder
 
@@ -28,6 +29,7 @@ import threading
 import time
 import zipfile
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -114,7 +116,8 @@ class Corpus:
                 self.photo('WEBP', mode='RGBA'),
                 self.keep('moving', lambda: encode(scene(), 'GIF', save_all=True, append_images=[scene(seed=1)]*5)),
                 self.keep('apng', lambda: encode(scene(), 'PNG', save_all=True, append_images=[scene(seed=1)]*5)),
-                self.keep('webp', lambda: encode(scene(), 'WEBP', save_all=True, append_images=[scene(seed=1)]*5))]
+                self.keep('webp', lambda: encode(scene(), 'WEBP', save_all=True, append_images=[scene(seed=1)]*5)),
+                self.photo('TIFF'), self.photo('TIFF', compression='tiff_lzw'), *self.boxed()]
 
     def make_repeated_scans(self):
         side = self.side()
@@ -268,6 +271,54 @@ class Corpus:
         size = self.rng.choice(((8000, 8000), (5000, -5000), (2**31-1, 2**31-1), (100, -2**31), (0, 9)))
         return bmp(*size, bytes(self.rng.choice((10, 10_000))), bits, coding)
 
+    def boxed(self):
+        "Honest AVIF files, and HEIC where it can be written"
+        found = [self.photo('AVIF', speed=10), self.photo('AVIF', mode='RGBA', speed=10),
+                 self.photo('AVIF', 1500, 1100, speed=10)]
+        if find_spec('pillow_heif'):
+            from pillow_heif import from_pillow
+            def heic(image):
+                from_pillow(image).save(out := io.BytesIO(), quality=50)
+                return out.getvalue()
+            found += [self.keep('heic', lambda: heic(scene())), self.keep('large heic', lambda: heic(scene(900, 700)))]
+        return found
+
+    def make_box_lies(self):
+        data = bytearray(self.rng.choice(self.boxed()))
+        way,end = self.rng.randrange(5),min(len(data)-8, 400)
+        if way==0: # sizes that the picture does not have
+            at = data.find(b'ispe')+8
+            data[at:at+8] = struct.pack('>II', *self.rng.choice(((8000, 8000), (2**31, 2**31), (1, 1), (0, 9))))
+        elif way==1: # a box that is larger than the file, or has no content
+            at = data.find(self.rng.choice((b'meta', b'iprp', b'ipco', b'iloc', b'mdat', b'av1C')))
+            if at > 4: data[at-4:at] = self.rng.choice((b'\xff\xff\xff\xff', bytes(4), b'\0\0\0\1', b'\0\0\0\x08'))
+        elif way==2:
+            for _ in range(self.rng.randrange(1, 9)): data[8+self.rng.randrange(end)] = self.rng.randrange(256)
+        elif way==3: # in the coded picture
+            for _ in range(self.rng.randrange(1, 30)):
+                data[-1-self.rng.randrange(len(data)//2)] = self.rng.randrange(256)
+        else: return bytes(data[:self.rng.randrange(len(data))])
+        return bytes(data)
+
+    def make_tiff_lies(self):
+        rng,side = self.rng,self.side()
+        size = rng.choice(((side, side), (8000, 8000), (2**31, 2**31), (0, 9), (32_000, 2000)))
+        body = rng.choice((zlib.compress(bytes(20_000_000)), bytes(5000), rng.randbytes(5000), b'\x81\0'*5000))
+        samples = rng.choice((1, 3, 4, 5, 60_000))
+        rows = [(0x100, 4, 1, size[0]), (0x101, 4, 1, size[1]), (0x102, 3, 1, rng.choice((1, 8, 16, 32, 64))),
+                (0x103, 3, 1, rng.choice((1, 3, 4, 5, 7, 8, 32773, 34712, 34925, 50000, 50001))),
+                (0x106, 3, 1, rng.choice((0, 1, 2, 3, 5, 6, 8))), (0x112, 3, 1, rng.randrange(10)),
+                (0x115, 3, 1, samples)]
+        if rng.random() < .5: # strips
+            rows += [(0x111, 4, 1, 200), (0x116, 4, 1, rng.choice((1, 64, 2**31, size[1]))),
+                     (0x117, 4, 1, rng.choice((len(body), 0, 2**32-1)))]
+        else: # tiles
+            rows += [(0x142, 4, 1, rng.choice((16, 256, 65_536, 2**31))),
+                     (0x143, 4, 1, rng.choice((16, 65_536, 2**31))),
+                     (0x144, 4, 1, 200), (0x145, 4, 1, rng.choice((len(body), 2**32-1)))]
+        head = tiff(sorted(rows))
+        return head.ljust(200, b'\0')+body
+
     def make_exif_breakage(self):
         rng = self.rng
         pointing = self.keep('pointing', lambda: tiff([(i, 2, 60_000, 0) for i in range(5400)]))
@@ -367,6 +418,20 @@ def python_door(files):
     process.stdin.close()
     process.wait()
     return pd.DataFrame(rows)
+
+
+def estimated_ranks(files):
+    "Number of each file, the costliest first by what its container promises; no pixel is decoded"
+    from amulet_hybrid.core import AmuletError
+    from amulet_hybrid.data.container import image_cost
+    from amulet_hybrid.data.images import open_image
+    costs = {}
+    for n,(_,data) in enumerate(files):
+        try: cost = image_cost(open_image(data)._file, 224)
+        except AmuletError: continue
+        costs[n] = (cost.seconds, cost.memory)
+    table = pd.DataFrame(costs, index=['seconds', 'memory']).T
+    return table.rank().sum(axis=1).sort_values(ascending=False).index
 
 
 class Container:
@@ -484,6 +549,8 @@ def main():
     options.add_argument('--seed', type=int, default=0)
     options.add_argument('--make', type=Path, help='only write the files into this folder')
     options.add_argument('--service', action='store_true', help='also against a service')
+    options.add_argument('--estimate', action='store_true',
+                         help='only the service, with the files that are costliest by their estimates')
     options.add_argument('--worst', type=int, default=2000, help='files that the service gets')
     options.add_argument('--memory', type=int, nargs='+', default=[512, 1024], help='MB of the container')
     options.add_argument('--bundle', type=Path, help='to serve; left out: a small one is trained')
@@ -494,6 +561,7 @@ def main():
         for n,(kind,data) in enumerate(Corpus(given.seed).files(given.files)):
             (given.make/f'{n:05d}_{kind}').write_bytes(data)
         return
+    if given.estimate: return print_service(given, estimated_ranks(Corpus(given.seed).files(given.files)))
     start = time.perf_counter()
     rows = python_door(Corpus(given.seed).files(given.files))
     table = by_kind(rows)
@@ -506,7 +574,11 @@ def main():
     if given.output: table.to_csv(given.output)
     if not given.service: return
     rank = rows.ms.rank()+(rows.mb+rows.decoder_mb).rank()
-    worst = set(rows.loc[rank.sort_values(ascending=False).index[:given.worst], 'n'])
+    print_service(given, rows.loc[rank.sort_values(ascending=False).index, 'n'])
+
+def print_service(given, ranked):
+    "What a service makes of the first of these files, in each container"
+    worst = set(ranked[:given.worst])
     for megabytes in given.memory:
         files = ((kind, data) for n,(kind,data) in enumerate(Corpus(given.seed).files(given.files)) if n in worst)
         answers,about = service_door(files, megabytes, given.bundle)

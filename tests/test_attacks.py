@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 from test_serving import BIN, SECONDS, ask, clean, gated, get, is_running, photo, post, raw, until
 
-from amulet_hybrid.serve import app as app_module
+from amulet_hybrid.serve import pages as pages_module
 from amulet_hybrid.serve.app import create_app
 from amulet_hybrid.serve.auth import make_key
 from amulet_hybrid.serve.settings import Settings
@@ -314,9 +314,9 @@ def test_a_key_that_was_taken_away_is_worth_nothing(tmp_path):
 
 @pytest.mark.filterwarnings('ignore:Using `httpx`')
 def test_the_document_is_made_once():
-    with mock.patch.object(app_module, 'docs_page', wraps=app_module.docs_page) as made:
+    with mock.patch.object(pages_module, 'docs_page', wraps=pages_module.docs_page) as made:
         client = browse()
-        pages = [client.get('/docs', headers={'host': h}).text for h in ('localhost', '127.0.0.1:8000')*10]
+        pages = [client.get('/reference', headers={'host': h}).text for h in ('localhost', '127.0.0.1:8000')*10]
         assert made.call_count==1
     assert 'http://localhost/predict/file' in pages[0] and 'http://127.0.0.1:8000/predict/file' in pages[1]
     assert client.get('/openapi.json').json()==client.app.openapi()

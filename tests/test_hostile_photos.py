@@ -319,11 +319,41 @@ def test_harmless_oddities_are_let_in():
         assert open_image(data).info.rotated is False
     assert np.array_equal(read_image(odd[-1]), plain)
 
+def test_a_phone_of_200_megapixels():
+    "A JPEG is decoded at an eighth of its size; a PNG of that size would have to be decoded whole, and is refused"
+    data = encode(Image.new('L', (16_320, 12_240), 90), 'JPEG')
+    photo = read_image(data, at_least=320)
+    assert photo.shape==(1530, 2040, 3) and (photo==90).all()
+    with pytest.raises(ImageError, match='decompression_bomb'): read_image(hostile.png(16_320, 12_240))
+
+@pytest.mark.skipif(sys.platform!='linux', reason='memory of another process is read from /proc')
+def test_a_decoder_gives_back_what_a_photo_took():
+    "It goes on for a minute beside a service: pixels of the last photo, cut or whole, are not kept"
+    rows = hostile.png_rows(4000, 4000, 8, 2)
+    cut = hostile.png(4000, 4000, rows=rows)[:-2000]
+    decoder_process = decoder.DecoderProcess()
+    def resident():
+        with open(f'/proc/{decoder_process.process.pid}/status') as file:
+            return int(next(line for line in file if line.startswith('VmRSS')).split()[1])/1024
+    try:
+        file = read_container(cut)
+        cost = image_cost(file)
+        held = []
+        for _ in range(4):
+            with pytest.raises(OSError): decoder_process.decode(file, None, 1, cost, 60.)
+            twice = ImageCost(2*cost.seconds, 2*cost.memory, cost.pixels)
+            decoder_process.decode(file, None, 1, twice, 60., partly=True)
+            # it answers the next one when it has let go of this one
+            decoder_process.decode(read_container(encode(scene(40, 30), 'PNG')), None, 1, cost, 60.)
+            held.append(resident())
+    finally: decoder_process.close()
+    assert max(held) < 110, held # a picture has 64 MB
+
 # One door, one verdict
 
 CHEAP = ['repeated_scans', 'scan_disguises', 'segment_floods', 'jpeg_headers', 'png_floods', 'png_lies', 'gif_floods',
          'gif_lies', 'webp_lies', 'bmp_lies', 'exif_breakage', 'polyglots', 'icc_junk', 'truncated', 'mutated',
-         'foreign', 'zip_bombs']
+         'foreign', 'zip_bombs', 'box_lies', 'tiff_lies']
 
 def cheap_corpus(count):
     corpus = hostile.Corpus(1)
@@ -331,7 +361,8 @@ def cheap_corpus(count):
     corpus.side = lambda: 500
     for _,data in corpus.files(count):
         if 0 < len(data) < 3_000_000: yield data
-    yield from (dotted(300), encode(scene(40, 30), 'TIFF'), hostile.png(32_768, 100),
+    yield from (dotted(300), encode(scene(40, 30), 'TIFF'), encode(scene(40, 30), 'JPEG2000'),
+                encode(scene(40, 30), 'AVIF', speed=10), hostile.png(32_768, 100),
                 hostile.png(8, 8, rows=bytes(999)))
 
 def test_every_door_has_one_verdict(trained, tmp_path):

@@ -97,10 +97,10 @@ def test_config_of_an_earlier_run_loads():
     "Flat, before settings had parts, with a name for the preprocessing"
     old = {'data_dir': 'photos', 'output_dir': 'runs/x', 'groups': '', 'group_by': '', 'blocks': ['hog'],
            'preset': 'balanced', 'weights': 'none', 'test_size': .2, 'cv_folds': 5, 'quick': True, 'search': '',
-           'trials': 40, 'time_budget': 0., 'coverage': .9, 'mirror': 'auto', 'preprocessing': 'artifact', 'track': '',
+           'trials': 40, 'time_budget': 2., 'coverage': .9, 'mirror': 'auto', 'preprocessing': 'artifact', 'track': '',
            'min_groups': 0, 'cache_dir': '', 'jobs': 0, 'seed': 7}
     config = RunConfig.from_dict(old)
-    assert config.features.blocks==('hog',) and config.training.seed==7
+    assert config.features.blocks==('hog',) and config.training.seed==7 and config.training.time_budget_minutes==2
     assert isinstance(config.features.preprocessing, dict)
     with pytest.raises(ConfigError, match='no setting .tests.'): RunConfig.from_dict(old | {'tests': 1})
     table = TableConfig.from_dict({'data_dir': 'wine.csv', 'target': 'kind', 'models': list(TABLE_MODELS), 'seed': 3})

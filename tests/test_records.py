@@ -125,7 +125,7 @@ def test_recording_that_is_off_is_told():
 LIMITED = '''
 import resource, sys
 from test_records import Bright
-from amulet_hybrid.cli.serve import _recorder
+from amulet_hybrid.serve.app import _recorder
 from amulet_hybrid.serve.app import create_app, serve
 from amulet_hybrid.serve.settings import load_settings
 if int(sys.argv[1]): resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))

@@ -386,3 +386,38 @@ def test_schemathesis_finds_nothing(trained, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
         assert done.returncode==0, done.stdout[-6000:]
         assert 'Traceback' not in server.log.read_text()
+
+PRELOADED = '''
+import os, sys
+from amulet_hybrid.serve.app import app
+from fastapi.testclient import TestClient
+def answers():
+    with TestClient(app, base_url='http://localhost') as client, open(sys.argv[1], 'rb') as photo:
+        found = client.post('/predict/file', files={'file': photo}).json()
+    return found.get('recorded') and found['predicted_class' if found['predicted_class'] else 'top_class']
+parents = [os.fork() for _ in range(3)]
+if 0 in parents: os._exit(0 if answers() else 1)
+assert answers()
+sys.exit(any(os.waitpid(pid, 0)[1] for pid in parents))
+'''
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a system that forks')
+def test_any_server_can_run_the_app_and_preload_it(trained, tmp_path):
+    "As `gunicorn --preload` does: loaded once, answered by forks, which record too; and by uvicorn"
+    env = clean(AMULET_MODEL_DIR=trained/'bundle', AMULET_JOURNAL_DIR=tmp_path/'journal')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', PRELOADED, trained/'photo.png'], env=env,
+                          capture_output=True, text=True, timeout=SECONDS*2)
+    assert done.returncode==0, done.stderr[-3000:]
+    port = free_port()
+    command = [sys.executable, '-m', 'uvicorn', '--port', str(port), 'amulet_hybrid.serve.app:app']
+    with subprocess.Popen(command, env=env|{'LOG_LEVEL': 'WARNING'}, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True) as server:
+        def ready():
+            with suppress(httpx.TransportError): return get(f'http://127.0.0.1:{port}/health/ready').status_code==200
+        try:
+            until(ready, 'a ready service')
+            views = [('files', photo()), ('files', b'no photo'), ('files', (trained/'photo.png').read_bytes())]
+            found = post(f'http://127.0.0.1:{port}/predict/file', files=views).json()
+            assert found['success'] and 'Photo 2 of 3 was left out' in found['note'], found
+        finally: server.terminate()
+        assert '"level": "info"' not in server.stderr.read()

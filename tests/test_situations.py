@@ -166,3 +166,47 @@ def test_several_sources(bundle, tmp_path):
     data = photos(tmp_path/'photos')
     code,said = amulet('predict', data/'gold'/'1.png', data/'clay', f'{data}/gold/[2-4].png', '--model-dir', bundle)
     assert code==0 and len(said.splitlines())==1+8+3
+
+WINDOWS = """
+import asyncio, multiprocessing, os, signal, subprocess, sys, tempfile
+for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None
+for name in ('register_at_fork', 'sched_getaffinity', 'nice', 'pwrite', 'O_CLOEXEC'):
+    if hasattr(os, name): delattr(os, name)
+for name in ('SIGHUP', 'SIGPROF', 'setitimer', 'ITIMER_PROF'):
+    if hasattr(signal, name): delattr(signal, name)
+import importlib, pkgutil, amulet_hybrid
+for module in pkgutil.walk_packages(amulet_hybrid.__path__, 'amulet_hybrid.'):
+    if 'migrations' not in module.name: importlib.import_module(module.name)
+from amulet_hybrid.cli.app import main
+photos, run = sys.argv[1:]
+for words in (['train', '--quick', '--blocks', 'colour', '--weights', 'none', '--data-dir', photos, '--output-dir',
+               run], ['predict', photos, '--model-dir', run]):
+    sys.argv = ['amulet', *words]
+    try: main()
+    except SystemExit as end: assert not end.code, end.code
+"""
+
+def test_a_system_without_what_only_unix_has(tmp_path):
+    "Everything imports, and photos are learned and named"
+    pytest.importorskip('fastapi', reason="fastapi is not installed; pip install 'amulet_hybrid[serve]'")
+    done = subprocess.run([sys.executable, '-c', WINDOWS, photos(tmp_path/'photos'), tmp_path/'run'],
+                          capture_output=True, text=True)
+    assert done.returncode==0, done.stderr[-3000:]
+
+def test_names_that_are_not_utf8(bundle, tmp_path):
+    "They count as files that are not there, and the reason is told"
+    data = photos(tmp_path/'photos')
+    os.rename(data/'gold'/'1.png', os.path.join(os.fsencode(data/'gold'), b'caf\xe9.png'))
+    for command in COMMANDS:
+        code,said = call(command, data, tmp_path/command, bundle, encoding='cp1252')
+        told = 'no UTF-8' in said or command in ('extract', 'predict', 'augment') # which say it elsewhere
+        assert code==0 and told, (command, said)
+
+def test_a_second_run_into_a_folder(tmp_path):
+    "The same settings go on; other ones have to be asked for"
+    words = ['train', '--data-dir', photos(tmp_path/'photos'), '--output-dir', tmp_path/'run', '--quick', '--blocks',
+             'colour', '--weights', 'none']
+    assert amulet(*words)[0]==0 and amulet(*words)[0]==0
+    code,said = amulet(*words, '--seed', 7)
+    assert code==1 and '[not_empty]' in said and 'seed' in said
+    assert amulet(*words, '--seed', 7, '--overwrite')[0]==0

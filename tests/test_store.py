@@ -182,7 +182,8 @@ def test_rows_come_back_as_they_were(url):
     key = save_prediction({**ANSWER, 'created_at': when, 'reason': 'zero \0, half \ud800, 😀'}, url)
     with closing(Database(url)) as database, database.read() as db:
         row = dict(db.execute(metadata().tables['predictions'].select()).mappings().one())
-    assert row=={**ANSWER, 'prediction_id': key, 'created_at': when, 'reason': 'zero \ufffd, half \ufffd, 😀'}
+    assert row=={**ANSWER, 'features': None, 'prediction_id': key, 'created_at': when,
+                 'reason': 'zero \ufffd, half \ufffd, 😀'}
 
 @pytest.mark.parametrize('row', [{'colour': 1}, {'confidence': 'high'}, {'created_at': 'soon'},
                                  {'probabilities': 'gold'}, {'cached': 'maybe'}, {'label': object()},

@@ -8,6 +8,7 @@ __all__ = ['app', 'version_command', 'main']
 # %% ../../nbs/90_cli/80_app.ipynb #78dbcb99
 import errno
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -61,6 +62,20 @@ def _file_error(error):
     code,what,advice = _FILE_ERRORS.get(error.errno, ('file_error', error.strerror or str(error), ''))
     return AmuletError(what, code=code, where=error.filename, advice=advice)
 
+# %% ../../nbs/90_cli/80_app.ipynb #cea10ae4
+def _missing_package(error):
+    "An import that failed in a library, as an error that names what brings the package"
+    from importlib.metadata import PackageNotFoundError, requires
+    from amulet_hybrid.core import MissingExtraError
+    name = (error.name or '').partition('.')[0]
+    try: lines = requires('amulet_hybrid') or ()
+    except PackageNotFoundError: lines = ()
+    wanted = re.compile(rf'{re.escape(name)}\b.*extra *== *["\'](?!dev|all)(\w+)')
+    extra = next((found[1] for line in lines if (found := wanted.match(line))), None)
+    what = f"'amulet_hybrid[{extra}]', or in a clone: pip install -e '.[{extra}]'" if extra else name
+    return MissingExtraError(f'this needs the package {name!r}, which is not installed',
+                             advice=f'Install it with: pip install {what}')
+
 # %% ../../nbs/90_cli/80_app.ipynb #691346d3
 def main():
     "Entry point: our errors, and those of the file system, become a message and exit code 1"
@@ -73,6 +88,9 @@ def main():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except OSError as error: raise _file_error(error) from error
+        except ModuleNotFoundError as error:
+            if not error.name or error.name.startswith('amulet_hybrid'): raise # a fault of ours
+            raise _missing_package(error) from error
     except AmuletError as error:
         echo(f'error {error}', err=True)
         raise SystemExit(1) from None

@@ -24,14 +24,14 @@ def _predict(
     model_dir:Model,
     output:Annotated[Path|None,
                      typer.Option(help='Write JSON lines (.jsonl) or a table (.csv) instead of printing')]=None,
-    time_budget:Annotated[float, typer.Option(min=0, help='Milliseconds that an answer may take; 0: as many as it '
-                                                          'needs')]=0.,
+    time_budget_ms:Annotated[float, typer.Option(min=0, help='Milliseconds that an answer may take; 0: as many as '
+                                                             'it needs')]=0.,
     public_key:PublicKey=None,
 ):
     from amulet_hybrid.model.classifier import ClassifierConfig, HybridClassifier
     config = ClassifierConfig.from_dict(settings)
     classifier = HybridClassifier(model_dir, config, enable_caching=False, public_key=public_key)
-    budget = {'time_budget': time_budget or None}
+    budget = {'time_budget_ms': time_budget_ms or None}
     if classifier.columns: _predict_table(classifier, _one_table(photos), config.confidence_threshold, output)
     elif output: _write_predictions(classifier, photos, output, budget)
     else: _print_predictions(classifier, photos, budget)

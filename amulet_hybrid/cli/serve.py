@@ -6,8 +6,10 @@
 __all__ = ['commands', 'serve_command', 'key_command', 'deploy_command']
 
 # %% ../../nbs/90_cli/50_serve.ipynb #1190fbf8
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import typer
 
@@ -17,57 +19,26 @@ from .options import config_command, echo, late_command, new_app, print_notes
 # %% ../../nbs/90_cli/50_serve.ipynb #dd1e5e1c
 commands = new_app()
 
-# %% ../../nbs/90_cli/50_serve.ipynb #14e08367
-def _recorder(settings):
-    "What writes predictions to the database, or None"
-    if settings.database_url=='off': return None
-    from amulet_hybrid.core import MissingExtraError, log
-    try:
-        from amulet_hybrid.store.predictions import PredictionLog
-        return PredictionLog(settings.database_url, settings.journal_dir, max_bytes=int(settings.journal_max_bytes),
-                             durability=settings.durability)
-    except MissingExtraError as error:
-        if settings.database_url or settings.record=='required': raise
-        log.warning('predictions are not recorded: %s', error)
-        return None
-
-# %% ../../nbs/90_cli/50_serve.ipynb #ce18baae
-def _newest_bundle(runs='runs'):
-    "The bundle that was written last below a folder of runs"
-    from amulet_hybrid.core import ConfigError, printable
-    found = sorted(Path(runs).glob('*/bundle/manifest.json'), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise ConfigError(f'no bundle is named, and none lies in {runs}/', where='model_dir',
-                          advice='amulet serve --model-dir runs/photos/bundle')
-    echo(f'No --model-dir was given; of {len(found)} in {runs}/ this is the newest: {printable(found[-1].parent)}')
-    return found[-1].parent
-
 # %% ../../nbs/90_cli/50_serve.ipynb #ee47c74b
 def _serve(settings):
     "Take the port, load the bundle, try it, answer requests"
+    from amulet_hybrid.core import printable
     from amulet_hybrid.serve.server import bind_port
     from amulet_hybrid.serve.telemetry import start_logging
-    from amulet_hybrid.model.bundle_files import bundle_folder
-    bundle = bundle_folder(settings.model_dir) if settings.model_dir else _newest_bundle()
-    settings = settings.model_copy(update={'model_dir': bundle})
+    from amulet_hybrid.model.bundle_files import newest_bundle
     start_logging(settings.log_format, settings.log_level)
+    if not settings.model_dir:
+        settings = settings.model_copy(update={'model_dir': newest_bundle()})
+        echo(f'No --model-dir was given; this is the newest bundle in runs/: {printable(settings.model_dir)}')
     with bind_port(settings.host, settings.port) as sock:
-        from amulet_hybrid.model.answer_cache import make_cache
-        from amulet_hybrid.model.classifier import HybridClassifier
-        from amulet_hybrid.serve.app import create_app, serve
-        from amulet_hybrid.serve.service import warm_up
-        remember:Any = {'memory': True, 'off': False}.get(settings.answer_cache)
-        if remember is None: remember = make_cache(settings.answer_cache, settings.cache_key) # one for all reloads
-        def load():
-            return HybridClassifier(settings.model_dir, confidence_threshold=settings.confidence_threshold,
-                                    memory_threshold=settings.memory_threshold, enable_caching=remember,
-                                    public_key=settings.public_key)
-        warm_up(classifier := load())
-        app = create_app(classifier, settings, load, _recorder(settings))
+        from amulet_hybrid.serve.app import load_app, serve
+        app = load_app(settings)
+        model = app.state.service.model
         where = f'[{settings.host}]' if ':' in settings.host else settings.host
-        echo(f'Serving {len(classifier.classes)} classes of bundle {classifier.model_version} at '
-                   f'http://{where}:{sock.getsockname()[1]}{settings.root_path} (try it: /)')
-        serve(app, settings, sock)
+        echo(f'Serving {len(model.classifier.classes)} classes of bundle {model.version} at '
+             f'http://{where}:{sock.getsockname()[1]} (try it: /)'
+             +(f', and behind its proxy below {settings.root_path}/' if settings.root_path else ''))
+        serve(app, app.state.settings, sock)
 
 # %% ../../nbs/90_cli/50_serve.ipynb #e260ec07
 @late_command(commands, 'serve', epilog='Example: amulet serve --model-dir runs/photos/bundle --port 8000')
@@ -87,6 +58,19 @@ def key_command(name:Annotated[str, typer.Argument(help='Of whoever gets the key
     secret,line = make_key(name)
     echo(f'Key        {secret}  (give it to {name}; it is not kept anywhere)\nService    {line}')
 
+# %% ../../nbs/90_cli/50_serve.ipynb #7070e5fe
+@contextmanager
+def _own_wheel(wheel, wheelhouse, kind):
+    "The wheel that was named, or one that is built of the clone that this is; None: an index or the wheelhouse has it"
+    from amulet_hybrid.deploy.packages import build_wheel, source_tree
+    there = any(wheelhouse.glob('amulet_hybrid-*.whl')) if wheelhouse else False
+    tree = None if wheel or there or kind=='nginx' else source_tree()
+    if tree is None: yield wheel; return
+    with TemporaryDirectory() as folder:
+        built = build_wheel(tree, folder)
+        echo(f'No --wheel was given; this is the one of the clone {tree}: {built.name}')
+        yield built
+
 # %% ../../nbs/90_cli/50_serve.ipynb #e1cec215
 def _deploy(
     given,
@@ -98,8 +82,9 @@ def _deploy(
     settings:Annotated[Path|None, typer.Option(exists=True, dir_okay=False,
                                                help='deploy.json of an earlier deployment, perhaps changed')]=None,
     wheel:Annotated[Path|None, typer.Option(exists=True, dir_okay=False,
-                                            help='Wheel of amulet_hybrid that goes into the image; default: the '
-                                                 'package index has it')]=None,
+                                            help='Wheel of amulet_hybrid that is installed there; default: in a '
+                                                 'clone it is built, else the package index or --wheelhouse has '
+                                                 'it')]=None,
     public_key:PublicKey=None,
     force:Annotated[bool, typer.Option('--force', help='Overwrite files that were edited since')]=False,
     lock:Annotated[bool, typer.Option('--lock/--no-lock', help='Ask pip for the hashes of all packages')]=True,
@@ -110,8 +95,8 @@ def _deploy(
     from amulet_hybrid.deploy.settings import DeploySettings
     base = DeploySettings.load(settings) if settings else DeploySettings()
     if given.get('replicas', 0) > base.most_replicas: given.setdefault('most_replicas', given['replicas'])
-    done = write(base.replace(**given), output_dir, kind, model_dir, wheel, public_key, force, lock,
-                 wheelhouse)
+    with _own_wheel(wheel, wheelhouse, kind) as own:
+        done = write(base.replace(**given), output_dir, kind, model_dir, own, public_key, force, lock, wheelhouse)
     for path in done.changed: echo(f'  {path}')
     echo(f'{len(done.files)} files in {output_dir}, {len(done.changed)} of them new or changed. How to go on: '
                f'{output_dir}/README.md')

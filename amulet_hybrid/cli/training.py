@@ -52,8 +52,8 @@ def recorded_runs(
 # %% ../../nbs/90_cli/30_training.ipynb #3ce5549c
 def _train(
     settings,
-    table:Annotated[str, typer.Option('--table', help='Instead of photos: a CSV or Parquet file, or the URL of a '
-                                                      'database')]='',
+    table:Annotated[str, typer.Option('--table', help='Instead of photos: a CSV or Parquet file, the URL of a '
+                                                      'database, or dataset:NAME of the store')]='',
     verbose:Verbose=False,
 ):
     start_log(verbose)

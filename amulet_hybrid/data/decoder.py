@@ -8,6 +8,7 @@ __all__ = ['decoding_budget', 'set_decoding_patience', 'DecoderProcess', 'decode
 # %% ../../nbs/10_data/07_decoder.ipynb #4097146f
 import atexit
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from ..base.memory import MemoryBudget, memory_limit
 from ..core import ImageError, ResourceError
 from .colour import to_srgb
 from .container import Container, ImageCost, image_cost
-from .decoding import decode_rows, decode_still, place_rows
+from .decoding import decode_rows, decode_still, place_rows, prepare_decoder
 
 # %% ../../nbs/10_data/07_decoder.ipynb #45f0299a
 _SHARE = 3/8 # Of the memory of this process, for decoding
@@ -40,6 +41,11 @@ def _return_large_blocks(limit):
         library = ctypes.CDLL(None)
         library.mallopt(-3, (4 if limit < _LITTLE else 16)*2**20) # M_MMAP_THRESHOLD
         if limit >= _LITTLE: library.mallopt(-1, 32*2**20) # M_TRIM_THRESHOLD: the first alone leaves it at 128 kB
+
+def _trim_heap():
+    "Have it give back what is free in the midst of the heap, too"
+    if sys.platform!='linux': return
+    with suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)
 
 def decoding_budget() -> MemoryBudget: # One for the process
     "Memory that all threads share while they decode"
@@ -60,7 +66,7 @@ def set_decoding_patience(
     _PATIENCE[0] = seconds
 
 # %% ../../nbs/10_data/07_decoder.ipynb #850caf63
-_MARGIN = 96*2**20 # Bytes of address space beyond the estimate
+_MARGIN = 48*2**20 # Bytes of address space beyond the estimate
 
 def _limit_process(seconds, memory):
     "Processor time and address space from now on, where the system knows such limits"
@@ -76,7 +82,7 @@ def _limit_process(seconds, memory):
 def _work(request, still, write):
     "Decode one file and write what came of it"
     file = Container(**request['file'], still=still)
-    if file.format=='WEBP': import cv2 # noqa: F401 - before memory is limited
+    prepare_decoder(file.format) # before memory is limited
     _limit_process(request['seconds'], request['memory'])
     begun = False
     def say(**answer): write(json.dumps(answer).encode()+b'\n')
@@ -97,6 +103,7 @@ def _work(request, still, write):
 def _serve_requests():
     "Main loop of the process"
     with suppress(OSError, AttributeError): os.nice(5)
+    _return_large_blocks(0)
     pipe = os.fdopen(os.dup(1), 'wb', buffering=0)
     os.dup2(2, 1) # whatever a library prints stays out of the answers
     def write(piece):
@@ -106,6 +113,8 @@ def _serve_requests():
         request = json.loads(line)
         _work(request, sys.stdin.buffer.read(request['size']), write)
         _limit_process(0, 2**40)
+        gc.collect()
+        _trim_heap()
 
 # %% ../../nbs/10_data/07_decoder.ipynb #64c8ec50
 def _why_it_ended(code, late, seconds):
@@ -127,7 +136,7 @@ _FACTS = [f.name for f in fields(Container) if f.name not in ('still', 'exif', '
 class DecoderProcess:
     "A process that decodes one file after another; killed when one takes too long"
     def __init__(self):
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1', 'MALLOC_ARENA_MAX': '1'}
         try: self.process = subprocess.Popen([sys.executable, '-I', '-c', _BOOT, *sys.path], stdin=subprocess.PIPE,
                                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env,
                                              start_new_session=True)
@@ -257,7 +266,7 @@ def _elsewhere(file, at_least, turn, cost, seconds, partly):
     finally: _FREE.release()
 
 # %% ../../nbs/10_data/07_decoder.ipynb #7f4e0125
-_PROCESS_BYTES = 40*2**20 # Of a decoder that does nothing
+_PROCESS_BYTES = 64*2**20 # Of a decoder that does nothing
 
 def decode_file(
     file:Container, # From `read_container`
@@ -268,14 +277,15 @@ def decode_file(
     image:Any=None # From `open_still`, where it has been opened already
 ) -> tuple[np.ndarray|None,float]: # (height, width, 3) uint8, upright, and the share of the rows; None: not one
     "Pixels within bounds; raises `ImageError`, `ResourceError`, or what the decoder raises"
-    if partly and (file.format=='WEBP' or file.run_length): return None,0. # all or nothing
+    if partly and (file.format=='WEBP' or file.upright or file.run_length): return None,0. # all or nothing
+    if file.upright: turn = 1
     cost = image_cost(file, at_least)
     if partly: cost = ImageCost(2*cost.seconds, 2*cost.memory, cost.pixels)
     if cost.seconds > seconds:
         raise ImageError(f'its {len(file.still)/1e6:.1f} MB may take {cost.seconds:.0f} s to decode; at most '
                          f'{seconds:g} are allowed', code='decompression_bomb',
                          advice='Leave it out, or save it anew in an editor')
-    if cost.seconds > _HERE_SECONDS: return _elsewhere(file, at_least, turn, cost, seconds, partly)
+    if file.upright or cost.seconds > _HERE_SECONDS: return _elsewhere(file, at_least, turn, cost, seconds, partly)
     with decoding_budget().hold(cost.memory, _PATIENCE[0]):
         try:
             picture = decode_rows(file, at_least) if partly else decode_still(file, at_least, image)

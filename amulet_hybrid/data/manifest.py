@@ -70,16 +70,18 @@ def scan_folder(
     layout = find_layout(found.files, root)
     deep = bool(layout.parts)
     paths = [p for p in found.files if len(p.parts) > 1+deep and (not deep or p.parts[0] in layout.parts)]
+    notes = list(_folder_notes(found, layout, root))
     if odd := [p for p in paths if _as_text(str(p))!=str(p)]:
-        log.warning('%d files have names that are no UTF-8, and count as files that are not there: rename %s', len(odd),
-                    printable(odd[0]))
+        notes.append(_note('warning', 'not_utf8', f'{_count(len(odd), "file")} with a name that is no UTF-8, such as '
+                                                  f'{printable(odd[0])}, counted as not there.',
+                           'Rename them, e.g. with convmv -f latin-1 -t utf-8 -r --notest.'))
     if not paths:
         raise DatasetError('no photos in class folders', code='no_photos', where=root,
                            advice='Make a folder for each class and put its photos into it: '
                                   'buddha/1.jpg, ganesha/1.jpg')
     rows = [(_as_text(str(p)), _as_text(p.parts[deep]), layout.parts.get(p.parts[0], '')) for p in paths]
     manifest = pd.DataFrame(rows, columns=['path', 'label', 'split'])
-    manifest.attrs['notes'] = list(_folder_notes(found, layout, root))
+    manifest.attrs['notes'] = notes
     return manifest
 
 # %% ../../nbs/10_data/30_manifest.ipynb #34ab09f5

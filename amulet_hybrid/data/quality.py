@@ -170,7 +170,7 @@ def measure_bytes(
 # %% ../../nbs/10_data/40_quality.ipynb #f7f8e89f
 # The first is the usual one
 SUFFIXES = {'JPEG': ('.jpg', '.jpeg', '.jfif'), 'PNG': ('.png',), 'BMP': ('.bmp',), 'GIF': ('.gif',),
-            'WEBP': ('.webp',)}
+            'WEBP': ('.webp',), 'TIFF': ('.tif', '.tiff'), 'HEIC': ('.heic', '.heif', '.hif'), 'AVIF': ('.avif',)}
 
 def add_name(
     row:dict, # As from `measure_bytes`

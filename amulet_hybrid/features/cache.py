@@ -41,6 +41,8 @@ pragma application_id={_OURS};'''
 # SQLite's ERROR, CORRUPT, CONSTRAINT, MISMATCH, FORMAT, NOTADB: not to be had from a whole file of ours
 _BROKEN = (1, 11, 19, 20, 24, 26)
 _BUSY = (5, 6)
+# Somebody holds a lock for ever, or there are none (NFS, some containers): extended codes, https://sqlite.org/rescode.html
+_NO_LOCKS = (5, 6, 15, *(10+256*n for n in (8, 9, 14, 15, 18, 20, 21)))
 
 # %% ../../nbs/20_features/70_cache.ipynb #338d253f
 def _code(error): return getattr(error, 'sqlite_errorcode', 1) & 255
@@ -126,6 +128,7 @@ class CacheFile:
         self._path:Path|None = None
         self._mark:tuple[int,int]|None = None # Process and number of the file that is open
         self._inherited:list = []
+        self.given_up = False # It could not be used once: on a share without locks each further try would wait, too
 
     def newest(self) -> Path|None:
         "The file in force"
@@ -142,6 +145,7 @@ class CacheFile:
     ) -> Any: # What `work` returned
         "Do something with the file"
         give_up = 'the cache in %s cannot be used (%s); the work goes on without it'
+        if self.given_up: return default
         with self.lock:
             for last in (False, True):
                 try: return work(self.open())
@@ -149,6 +153,7 @@ class CacheFile:
                 except (sqlite3.DatabaseError, OSError) as error:
                     if last or isinstance(error, OSError) or _code(error) not in _BROKEN:
                         log.warning(give_up, self.folder, error)
+                        self.given_up = getattr(error, 'sqlite_errorcode', 0) in _NO_LOCKS
                         return default
                     log.warning('%s is damaged or not ours (%s); it is dropped and begun anew', self._path, error)
                     try: self.renew()
@@ -179,6 +184,7 @@ class CacheFile:
     ):
         "Go on with a new, empty file and remove older ones"
         with self.lock:
+            self.given_up = False
             newest,mine = self.newest(),self._path
             self.close()
             if force or newest is None or newest==mine:

@@ -72,9 +72,13 @@ def _timm_backbone(name):
                      known['input_size'][-1], bool(known.get('fixed_input_size')))
 
 # %% ../../nbs/20_features/60_cnn.ipynb #1c8c2828
+def _extra(name):
+    "Extra of ours that brings what a backbone needs"
+    return 'timm' if name.startswith('timm/') else 'cnn'
+
 def _make_backbone(name, weights, layer='', seed=0):
     "A backbone with its weights, random ones for None, whose final map is that of `layer`"
-    torch = require('torch', 'cnn')
+    torch = require('torch', _extra(name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         found = _timm_backbone(name) if name.startswith('timm/') else _torchvision_backbone(name)
@@ -107,7 +111,7 @@ def _as_map(
 # %% ../../nbs/20_features/60_cnn.ipynb #90fc4f9f
 def _embedder(backbone, weights, layer='', half=False, gem_power=3., seed=0) -> Any:
     "Torch module: (n, side, side, 3) uint8 -> (n, features) float32 for each of `POOLS`; `side` and `fixed` of the net"
-    torch = require('torch', 'cnn')
+    torch = require('torch', _extra(backbone))
     found = _make_backbone(backbone, weights, layer, seed)
     net,taken = found.net,{} # Maps of the pass that is under way
     if found.fine: net.get_submodule(found.fine).register_forward_hook(lambda *args: taken.update(fine=args[2]))
@@ -179,8 +183,7 @@ def export_backbone(
     tolerance:float=1e-4
 ):
     "Write the backbone as ONNX and check it against torch"
-    torch,onnx = require('torch', 'cnn'),require('onnx', 'cnn')
-    require('onnxscript', 'cnn')
+    torch,onnx,_ = (require(module, _extra(backbone)) for module in ('torch', 'onnx', 'onnxscript'))
     net = _embedder(backbone, weights, layer, gem_power=gem_power)
     photos = np.random.default_rng(0).integers(0, 256, (2,net.side,net.side,3), dtype=np.uint8)
     with torch.inference_mode(): want = [part.numpy() for part in net(torch.from_numpy(photos))]

@@ -8,6 +8,8 @@ __all__ = ['PRESETS', 'FeatureConfig']
 # %% ../../nbs/20_features/78_config.ipynb #5b4ec503
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 
 from ..core import Config, ConfigError, FeatureError, setting
 from . import classical, cnn, keypoints # noqa: F401 (they register their blocks)
@@ -36,6 +38,10 @@ _PLAIN = {'cnn': 'cnn:mobilenet_v2'} # What a switch adds where the name of the 
 @dataclass(frozen=True)
 class FeatureConfig(Config):
     "Which blocks, and how photos come to them"
+    _instead = MappingProxyType({
+        'cache_features': 'Features are kept where HybridFeatureExtractor(config, cache_dir=...) says.',
+        'cache_dir': 'Write HybridFeatureExtractor(config, cache_dir=...).',
+        'max_cache_size_gb': 'Write HybridFeatureExtractor(config, cache_dir=..., cache_bytes=20*10**9).'})
     blocks:tuple[str,...] = setting((), 'Block names joined by + (colour+hog+cnn:resnet18); empty: those of the preset')
     preset:str = setting('balanced', 'Blocks where none are named', choices=lambda: PRESETS, code='unknown_preset')
     use_colour_features:bool|None = _switch('Colour histograms and moments')
@@ -63,6 +69,8 @@ class FeatureConfig(Config):
                                           "'artifact+crop'), a JSON file of settings, or the settings; empty: nothing")
 
     def __post_init__(self):
+        if isinstance(self.weights, Path): # never a word, whatever the folder is called
+            object.__setattr__(self, 'weights', str(self.weights.absolute()))
         if isinstance(self.preprocessing, str): # a name is kept as what it stands for
             found = find_preprocessor(self.preprocessing)
             object.__setattr__(self, 'preprocessing', found.to_dict() if found else None)

@@ -24,7 +24,7 @@ import numpy as np
 from ..core import ConfigError, FeatureError, ImageError, MissingExtraError, bytes_digest, file_digest
 from ..core import progress
 from ..base.parallel import ENGINES, parallel_map
-from ..data.images import LIMITS, ImageLimits, read_image
+from ..data.images import LIMITS, PIXELS_VERSION, ImageLimits, read_image
 from .cache import FeatureCache, block_key
 from .config import FeatureConfig
 from .contract import EXTRACTORS, BaseFeatureExtractor, BlockInfo, Photo, make_extractor
@@ -258,6 +258,7 @@ def ready_extractors(
     "Extractors that are ready to measure; raises where one that was asked for cannot work"
     found:dict[str,BaseFeatureExtractor] = {}
     notes:list[tuple[str,str]] = []
+    lacking:Exception|None = None
     for block in config.names:
         extractor,weighted = _from_config(block, config, cache_dir)
         if extractor is None: continue
@@ -266,11 +267,15 @@ def ready_extractors(
             # a second net of a preset may be missing
             needed = config.blocks or not any(e.neural for e in found.values())
             may_be_missing = error.code in ('weights_unavailable', 'missing_extra')
-            if config.weights!='auto' and weighted and needed or not may_be_missing: raise
+            if not (weighted and may_be_missing) or config.weights!='auto' and needed: raise
+            lacking = error
             named = re.split('[@:]', block, maxsplit=2)[1] if ':' in block else block
             note = ('warning', f'The blocks of {named} were left out: {error.message}. {error.advice}')
             if note not in notes: notes.append(note)
         else: found[block] = extractor
+    if not found:
+        raise lacking or ConfigError('no block is left: all that were asked for need weights, and `weights` is none',
+                                     advice='Name one that needs none, e.g. hog+colour')
     return found,notes
 
 # %% ../../nbs/20_features/80_extractor.ipynb #304c009b
@@ -345,8 +350,8 @@ class PhotoBlocks:
         "Extractor and all that was done to a photo before"
         first:dict[str,Any] = {'preprocessing': self.preprocessor.fingerprint()} if self.preprocessor else {}
         if self.mirrored: first['mirrored'] = True
-        return {name: block_key(e.fingerprint(), views=2, mode=self.config.mode, decode_at=self.config.decode_at,
-                                **first) for name,e in self.extractors.items()}
+        return {name: block_key(e.fingerprint(), views=2, pixels=PIXELS_VERSION, mode=self.config.mode,
+                                decode_at=self.config.decode_at, **first) for name,e in self.extractors.items()}
 
 # %% ../../nbs/20_features/80_extractor.ipynb #55617d2f
 def _measure_stream(
@@ -403,6 +408,18 @@ class HybridFeatureExtractor(PhotoBlocks):
         self.engine = engine
         self.batch_size = batch_size or (32 if _has_gpu() else 1)
         self.milliseconds:dict[str,float] = {} # Mean a photo of each stage, of the last extraction
+
+    def enable_cache(self,
+        max_size:int=10_000, # Rows that are kept in memory; 0: none
+        max_size_mb:float|None=None # And not more than so many 10**6 bytes; None: no limit
+    ):
+        "Keep rows in memory, too, or only there where no `cache_dir` was given"
+        if self.cache is None: self.cache = FeatureCache(None)
+        self.cache.enable_cache(max_size, max_size_mb)
+
+    def clear_cache(self):
+        "Forget all rows, in memory and in `cache_dir`"
+        if self.cache is not None: self.cache.clear_cache()
 
     def extract_stream(self,
         photos:Iterable, # Paths, bytes, RGB arrays or `Photo`s; taken as they are needed, so they may be endless

@@ -85,7 +85,7 @@ def find_weights(
     timeout:float=15 # Seconds without an answer after which the download is given up
 ) -> Path: # A state dict
     "Where the weights are, downloaded if need be; raises `FeatureError` with code 'weights_unavailable'"
-    if str(weights)!='auto':
+    if weights!='auto': # a `Path` of that name is a file or a folder
         path = Path(weights)
         if found := path if path.is_file() else _in_folder(path, backbone): return found
         raise FeatureError(f'no weights for {backbone}', code='weights_unavailable', where=weights,

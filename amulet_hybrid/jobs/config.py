@@ -30,6 +30,8 @@ class JobConfig(Config):
     track:str = setting('', "Where the run is recorded: 'mlflow', 'mlflow:ADDRESS', 'wandb', 'wandb:offline', "
                             "'wandb:PROJECT', 'auto'; empty: nowhere")
     cache_dir:str = setting('', 'Where features and finished folds are kept; empty: OUTPUT_DIR/cache')
+    overwrite:bool = setting(False, 'Write over a finished run of other settings; one of the same settings goes on '
+                                    'with what is kept of it')
 
 # %% ../../nbs/85_jobs/15_config.ipynb #e3e48c54
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ __all__ = ['MLFLOW_ENVIRONMENT', 'TRACKERS', 'FILES', 'PICTURES', 'LOCAL', 'flat
            'MLflow', 'WandB', 'make_tracker', 'run_parameters', 'track_output', 'track_report']
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #9798c211
+import importlib.metadata
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from threading import Thread
 from typing import Any
 
 from ..core import ConfigError, atomic_write, json_digest, log, require
+from ..model.bundle_files import MANIFEST, SIGNATURE
 from ..store.database import sqlite_url
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #76b9dc82
@@ -110,10 +112,10 @@ class Run:
         self.alive = True
         self.handle = None
 
-    def _do(self, call):
+    def _do(self, call, more=0.):
         "What a call returns; the first one that fails ends the recording, not the run"
         if not self.alive: return None
-        try: return _bounded(call, self.tracker.timeout)
+        try: return _bounded(call, self.tracker.timeout+more)
         except Exception as error: # noqa: BLE001
             self.alive = False
             log.warning('Tracking stops here, the run goes on: %s: %s', type(self.tracker).__name__,
@@ -134,8 +136,8 @@ class Run:
         path:str|Path, # File
         under:str='' # Folder in the tracker
     ):
-        "Record a file"
-        self._do(lambda: self.tracker.artefact(self.handle, Path(path), under))
+        "Record a file; each megabyte has a second more"
+        self._do(lambda: self.tracker.artefact(self.handle, Path(path), under), Path(path).stat().st_size/1e6)
 
     def tag(self,
         **tags # Texts by name
@@ -258,6 +260,17 @@ def _experiment_id(client, name, uri):
         if found := client.get_experiment_by_name(name): return found.experiment_id
         raise
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #e478ea5f
+def _has_ui():
+    "Whether the full package is installed, which has the page"
+    try: return bool(importlib.metadata.version('mlflow'))
+    except importlib.metadata.PackageNotFoundError: return False
+
+def _show_store(uri, ui):
+    "Command that shows a local store, after the one that installs the page, of the version that wrote, where it lacks"
+    get = '' if ui else f'pip install mlflow=={importlib.metadata.version("mlflow-skinny")} && '
+    return f'{get}mlflow ui --backend-store-uri {shlex.quote(uri)}'
+
 # %% ../../nbs/85_jobs/10_tracking.ipynb #62cf9f59
 class MLflow(Tracker):
     "Runs in MLflow; `target`: an address, default MLFLOW_TRACKING_URI, then folder/mlflow.db"
@@ -332,7 +345,7 @@ class MLflow(Tracker):
         if not self.local: return _without_password(self.uri)
         uri = (self.uri if self.target or 'MLFLOW_TRACKING_URI' in os.environ
                else sqlite_url((self.folder/'mlflow.db').as_posix()))
-        return f'mlflow ui --backend-store-uri {shlex.quote(uri)}'
+        return _show_store(uri, _has_ui())
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #a189d776
 class WandB(Tracker):
@@ -430,8 +443,7 @@ def make_tracker(
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #b2b90fe3
 # Of a run's folder
-FILES = ('report.html', 'figures.json', 'result.json', 'config.json', 'inspection.json', 'train.ipynb',
-         'bundle/manifest.json')
+FILES = ('report.html', 'figures.json', 'result.json', 'config.json', 'inspection.json', 'train.ipynb')
 PICTURES = ('figures/*.png', 'figures/*.svg', '*.png', '*.svg')
 LOCAL = ('output_dir', 'cache_dir', 'cache_gb', 'jobs') # Settings that say where and how fast, not what
 
@@ -453,12 +465,18 @@ def _places(folder, config):
     out |= {str(Path.home()): '~', sys.prefix: 'python', str(Path.cwd()): '.'}
     return {k: out[k] for k in sorted(out, key=len, reverse=True) if k!=Path(k).anchor}
 
+# %% ../../nbs/85_jobs/10_tracking.ipynb #e23b5773
+def _bundle_files(manifest):
+    "Files of a bundle that serve it, the manifest first"
+    files = manifest.get('files')
+    return [MANIFEST, *(files if isinstance(files, dict) else ()), SIGNATURE]
+
 # %% ../../nbs/85_jobs/10_tracking.ipynb #ec89dca2
 def track_output(
     run:Run, # Of `Tracker.run`
     folder:str|Path # Output folder of a training run
 ) -> list[str]: # Files that were sent
-    "Record what a training run has left: figures, report, notebook, the bundle's manifest"
+    "Record what a training run has left: figures, report, notebook, the bundle as it is"
     folder = Path(folder)
     def load(name):
         try: return json.loads((folder/name).read_text(encoding='utf-8'))
@@ -471,7 +489,7 @@ def track_output(
                  'random_split': result.get('random_split') or {}})
     run.tag(digest=result.get('digest'), data_fingerprint=manifest.get('data', {}).get('fingerprint'),
             warnings=result.get('notes'))
-    return _send(run, folder, config)
+    return _send(run, folder, config, _bundle_files(manifest))
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #d67e9645
 def track_report(
@@ -486,15 +504,16 @@ def track_report(
     return _send(run, Path(folder), {})
 
 # %% ../../nbs/85_jobs/10_tracking.ipynb #11196c00
-def _send(run, folder, config):
-    "Files of a run's folder, without the places of this machine"
-    places = _places(folder, config)
+def _send(run, folder, config, bundle=()):
+    "Files of a run's folder, without the places of this machine; those of its bundle byte by byte"
+    places,whole = _places(folder, config),[folder/'bundle'/name for name in bundle]
     files = list(dict.fromkeys([folder/f for f in FILES if (folder/f).is_file()]
-                               + [p for pattern in PICTURES for p in sorted(folder.glob(pattern))]))
+                               + [p for pattern in PICTURES for p in sorted(folder.glob(pattern))]
+                               + [p for p in whole if p.is_file()]))
     with tempfile.TemporaryDirectory() as clean:
         for path in files:
             name = path.relative_to(folder)
-            if path.suffix!='.png': path = _without(path, Path(clean)/name, places)
+            if path.suffix!='.png' and path not in whole: path = _without(path, Path(clean)/name, places)
             run.artefact(path, '' if name.parent==Path() else name.parent.as_posix())
     return [p.relative_to(folder).as_posix() for p in files] if run.alive else []
 

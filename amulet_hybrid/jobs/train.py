@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'CONFIG', 'RUN_FILES', 'NOT_RECORDED', 'RunFeatures', 'measure_photos',
-           'train_model', 'nearest_photos', 'photo_case', 'run_result', 'save_model', 'FinishedRun', 'TrainingRun']
+           'train_model', 'nearest_photos', 'photo_case', 'run_result', 'save_model', 'check_output', 'FinishedRun',
+           'TrainingRun']
 
 # %% ../../nbs/85_jobs/20_train.ipynb #d8e93f8f
 import datetime
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..audit.inspection import write_manifest
-from ..core import AmuletError, Config, atomic_write, log
+from ..core import AmuletError, Config, ConfigError, atomic_write, log, require
 from ..data.folder_layout import check_apart
 from ..data.images import read_image
 from ..evaluate.neighbours import nearest_training
@@ -169,7 +170,8 @@ def run_result(
             'notes': [text for level,text in evaluation.notes if level=='warning']}
 
 # %% ../../nbs/85_jobs/20_train.ipynb #06bf6fef
-NOT_RECORDED = ('data_dir', 'output_dir', 'cache_dir', 'cache_gb', 'groups', 'weights', 'jobs', 'track')
+NOT_RECORDED = ('data_dir', 'output_dir', 'cache_dir', 'cache_gb', 'groups', 'weights', 'jobs', 'track',
+                'overwrite')
 
 def save_model(
     output:Path, # Folder of the run
@@ -187,6 +189,24 @@ def save_model(
     return save_bundle(output/BUNDLE, trainer.model_, features.extractor,
                        BundleInfo(settings, data.facts(), figures, now), cascade,
                        HeldOut(features.part(data.rows('test')), paths))
+
+# %% ../../nbs/85_jobs/20_train.ipynb #5445ae55
+_MAY_DIFFER = ('output_dir', 'cache_dir', 'cache_gb', 'jobs', 'track', 'overwrite') # Between two runs that are one
+
+def check_output(
+    output:Path, # Folder of the run
+    config:RunConfig # Its settings
+):
+    "Refuse to write over a finished run of other settings, unless `overwrite` says so"
+    if config.overwrite or not (output/RESULT).is_file() or not (output/CONFIG).is_file(): return
+    try: before = type(config).load(output/CONFIG).to_dict()
+    except AmuletError: before = {} # of another version, or of a table
+    now = config.to_dict()
+    changed = sorted(k for k in now if k not in _MAY_DIFFER and before.get(k)!=now[k])
+    if not changed: return
+    shown = ', '.join(changed[:5]) if before else 'all settings'
+    raise ConfigError(f'a finished run with other settings lies there ({shown})', code='not_empty', where=output,
+                      advice='Choose another folder, or write over it: --overwrite (overwrite=True)')
 
 # %% ../../nbs/85_jobs/20_train.ipynb #00342c76
 @dataclass(eq=False)
@@ -238,6 +258,8 @@ class TrainingRun:
         self.config = made.replace(**changes) if changes else made
         self.output = Path(self.config.output_dir)
         check_apart(self.output, self.config.data_dir)
+        check_output(self.output, self.config)
+        if self.config.training.search=='bayes': require('optuna', 'search') # not after an hour of measuring
         self.cache_dir = Path(self.config.cache_dir or self.output/'cache')
 
     def inspect(self) -> Any: # The inspection

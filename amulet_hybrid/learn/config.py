@@ -7,6 +7,7 @@ __all__ = ['MIRROR', 'QUICK_MODELS', 'MIN_OOD_AUROC', 'CALIBRATIONS', 'CALIBRATI
 
 # %% ../../nbs/30_learn/48_config.ipynb #c2fda5fb
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..core import Config, setting
 from .candidates import MODELS, START, USUAL
@@ -18,6 +19,10 @@ MIRROR = ('auto', 'always', 'never') # Values of the setting `mirror`
 @dataclass(frozen=True)
 class TrainingConfig(Config):
     "How candidates are made, compared, put together and calibrated"
+    _earlier = MappingProxyType({'time_budget': 'time_budget_minutes'})
+    _instead = MappingProxyType({
+        'time_budget': 'Write time_budget_minutes.',
+        'use_dimensionality_reduction': 'Each candidate reduces its columns itself, inside the folds.'})
     models:tuple[str,...] = setting(
         USUAL, 'Classifiers that are tried: keys of `MODELS`', choices=lambda: MODELS, code='unknown_model')
     cv_folds:int = setting(5, 'Grouped folds; fewer where the rarest class has fewer groups', ge=2)
@@ -27,7 +32,7 @@ class TrainingConfig(Config):
         '', 'Also search other hyperparameters; empty: the usual ones only', choices=('', *METHODS),
         code='unknown_search')
     trials:int = setting(40, 'Candidates that the search may try', ge=1)
-    time_budget:float = setting(0., 'Minutes after which no further candidate is begun; 0: no limit', ge=0)
+    time_budget_minutes:float = setting(0., 'Minutes after which no further candidate is begun; 0: no limit', ge=0)
     coverage:float = setting(.9, 'Share of photos whose prediction set shall hold the true class', gt=0, lt=1)
     mirror:str = setting(
         'auto', "Learn from mirror images of the training photos too, where they are given; 'auto': if it helps out of "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'MODEL', 'SIGNATURE', 'TRAINING', 'REQUIREMENTS', 'BUNDLE_FILES', 'MOST_FILES', 'MOST_CLASSES',
            'file_entry', 'write_manifest', 'refuse_bundle', 'maker_of', 'bundle_folder', 'read_verified',
-           'verify_bundle', 'sign_bundle', 'signed_at']
+           'newest_bundle', 'verify_bundle', 'sign_bundle', 'signed_at']
 
 # %% ../../nbs/50_model/45_bundle_files.ipynb #10bc57e6
 import os
@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 from ..base.arrays import MOST_BYTES, MOST_JSON, dump_json, parse_json
 from ..base.memory import memory_limit
 from ..base.signing import check_signature, sign_bytes
-from ..core import BundleError, FeatureError, atomic_write, bytes_digest, file_digest, json_digest
+from ..core import BundleError, ConfigError, FeatureError
+from ..core import atomic_write, bytes_digest, file_digest, json_digest
 from ..features.onnx_files import check_onnx
 
 # %% ../../nbs/50_model/45_bundle_files.ipynb #076113f1
@@ -165,11 +166,24 @@ def _check_sizes(folder, files, where):
         refuse_bundle(f'its files have {total:,} bytes, and {there:,} bytes of memory are there to read them and build '
                       'the model', 'too_large', folder, 'Give this process more memory')
 
+def _refuse_crlf(path, entry):
+    "Refuse a text whose line ends were changed, as what it is"
+    try: data = _read(path, 2*entry['bytes'])
+    except BundleError: return # larger than that could make it
+    if bytes_digest(data.replace(b'\r\n', b'\n'))!=entry['sha256']: return
+    refuse_bundle('its line ends were changed to CRLF', 'changed_file', path,
+                  'Copy the bundle again as binary files (FTP: binary; git: `* -text` in .gitattributes)')
+
 def _check_file(folder, name, entry):
     "Bytes of a file that has its size and digest"
-    data = _read(folder/name, entry['bytes'])
-    if len(data)!=entry['bytes'] or bytes_digest(data)!=entry['sha256']:
-        refuse_bundle('the file is not the one that was saved', 'changed_file', folder/name, 'Copy the bundle again')
+    try:
+        data = _read(folder/name, entry['bytes'])
+        if len(data)!=entry['bytes'] or bytes_digest(data)!=entry['sha256']:
+            refuse_bundle('the file is not the one that was saved', 'changed_file', folder/name,
+                          'Copy the bundle again')
+    except BundleError as error:
+        if error.code=='changed_file': _refuse_crlf(folder/name, entry)
+        raise
     return data
 
 # %% ../../nbs/50_model/45_bundle_files.ipynb #8eda71c1
@@ -179,6 +193,10 @@ def bundle_folder(
     "Where the bundle of a run lies"
     inside = Path(path)/'bundle'
     return inside if not (Path(path)/MANIFEST).is_file() and (inside/MANIFEST).is_file() else Path(path)
+
+# Files that nobody puts into a folder knowingly -> who does
+_DESKTOP_FILES = {'.DS_Store': 'the Finder of macOS', '._': 'macOS', 'Thumbs.db': 'Windows', 'desktop.ini': 'Windows',
+                  '.directory': 'KDE', '@eaDir': 'a Synology NAS'}
 
 def read_verified(
     folder:str|Path, # A bundle
@@ -193,9 +211,20 @@ def read_verified(
     _check_sizes(folder, files, folder/MANIFEST)
     known = {*files, MANIFEST, SIGNATURE, TRAINING}
     if odd := sorted(p.name for p in islice(folder.iterdir(), len(known)+1) if p.name not in known):
-        refuse_bundle(f'{odd[0]!r} is not listed in its manifest', 'unlisted_file', folder,
-                'Take out what does not belong to it')
+        whose = next((f' ({who} puts it there)' for part,who in _DESKTOP_FILES.items() if odd[0].startswith(part)), '')
+        refuse_bundle(f'{odd[0]!r} is not listed in its manifest{whose}', 'unlisted_file', folder,
+                      'Delete it' if whose else 'Take out what does not belong to it')
     return manifest,{**{name: _check_file(folder, name, entry) for name,entry in files.items()}, **content}
+
+def newest_bundle(
+    runs:str|Path='runs' # Folder of runs
+) -> Path: # Folder of the bundle that was written last
+    "The bundle to serve where none is named; raises `ConfigError`"
+    found = sorted(Path(runs).glob('*/bundle/manifest.json'), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ConfigError(f'no bundle is named, and none lies in {runs}/', where='model_dir',
+                          advice='amulet serve --model-dir runs/photos/bundle')
+    return found[-1].parent
 
 # %% ../../nbs/50_model/45_bundle_files.ipynb #a14ae67b
 def verify_bundle(

@@ -30,7 +30,7 @@ class PredictionOptions(Config):
     "What one call may ask for"
     confidence_threshold:float = setting(0., 'Below this confidence no label is given', ge=0, le=1)
     coverage:float|None = setting(None, 'Of the prediction set, 0..1; None: what the bundle was made for')
-    time_budget:float|None = setting(None, 'Milliseconds that the answer may take; None: as many as it needs')
+    time_budget_ms:float|None = setting(None, 'Milliseconds that the answer may take; None: as many as it needs')
     route:str = setting('cascade', "'cascade', or one tier: 'rules', 'neural' or 'ensemble'")
 
 # %% ../../nbs/50_model/80_classifier.ipynb #2077b7f5
@@ -40,19 +40,20 @@ class ClassifierConfig(Config):
     confidence_threshold:float = setting(0., 'Below this confidence no label is given', ge=0, le=1)
     refuse_novel:bool = setting(True, 'Give no label to a photo that is more novel than the threshold of the bundle')
     route:str = setting('cascade', "Who answers: 'cascade', or always one tier: 'rules', 'neural' or 'ensemble'")
-    memory_threshold:float = setting(0., 'Megabytes of the process beyond which the cache is emptied; 0: none', ge=0)
+    memory_threshold:float = setting(0., 'Megabytes of the process beyond which the cache is emptied, above what it '
+                                         'holds with the model; 0: none', ge=0)
     jobs:int = setting(0, 'Threads for many photos; 0: one a core', ge=0)
     limits:ImageLimits = LIMITS # What is let in
 
     def options(self,
         confidence_threshold:float|None=None, # Below it no label is given, 0..1; None: as set here
         coverage:float|None=None, # Of the prediction set, 0..1; None: what the bundle was made for
-        time_budget:float|None=None, # Milliseconds; None: as many as it needs
+        time_budget_ms:float|None=None, # Milliseconds; None: as many as it needs
         route:str|None=None # Tier to ask, or 'cascade'; None: as set here
     ) -> PredictionOptions:
         "What a call asks for, and these settings where it says nothing"
         threshold = self.confidence_threshold if confidence_threshold is None else confidence_threshold
-        return PredictionOptions(threshold, coverage, time_budget, route or self.route)
+        return PredictionOptions(threshold, coverage, time_budget_ms, route or self.route)
 
 # %% ../../nbs/50_model/80_classifier.ipynb #a09ebfb7
 def pool_views(
@@ -141,15 +142,26 @@ class PredictionPipeline:
         if self.columns:
             raise FeatureError('this model reads rows of a table, not photos', code='needs_features',
                                advice=f'Send features: {", ".join(self.columns[:50])}')
-        budget = None if options.time_budget is None else options.time_budget/len(photos)
+        budget = None if options.time_budget_ms is None else options.time_budget_ms/len(photos)
         plan = self.planner.plan(options.route, budget)
         timings:dict[str,float] = {}
-        found = [self.engine.answer(p, plan.names, timings) for p in photos]
+        found,left_out = self._views(photos, plan.names, timings)
         cached = all(known for _,known in found)
         # the whole plan was gone through once: its time tells the pace of this machine
-        if len(found)==1 and not cached and found[0][0].route==plan.names[-1]:
+        if len(photos)==1 and not cached and found[0][0].route==plan.names[-1]:
             self.costs.update(plan.names, sum(timings.values()))
-        return self.builder.build([answer for answer,_ in found], options, timings, plan.note, cached)
+        prediction = self.builder.build([answer for answer,_ in found], options, timings, plan.note, cached)
+        return replace(prediction, note=' '.join(filter(None, (*left_out, prediction.note))))
+
+    def _views(self, photos, names, timings):
+        "Answers about those of several photos that can be read, and what is to be said of the others"
+        found,left_out = [],[]
+        for n,photo in enumerate(photos, 1):
+            try: found.append(self.engine.answer(photo, names, timings))
+            except ImageError as error:
+                if len(left_out)+1==len(photos): raise # the last of them, and none could be read
+                left_out.append(f'Photo {n} of {len(photos)} was left out: {error}.')
+        return found,left_out
 
     def row(self,
         features:Mapping[str,Any], # Column -> value; what is left out or None is missing
@@ -187,10 +199,10 @@ def describe_photo(
     photo:Any, # Path, bytes of a file, array, or PIL image
     limits:ImageLimits=LIMITS, # What is let in
     decode:bool=False # Decode it to the end, too: a cut file shows only then
-) -> dict: # 'success', 'digest', 'format', 'width', 'height' and 'bytes'
+) -> dict: # 'digest', 'format', 'width', 'height' and 'bytes'
     "What the header of a photo says; raises `ImageError` if it would not be let in"
     source = read_source(photo, limits)
-    about = {'success': True, 'digest': source.digest}
+    about = {'digest': source.digest}
     if isinstance(source.content, np.ndarray):
         height,width = source.content.shape[:2]
         return {**about, 'format': 'pixels', 'width': width, 'height': height, 'bytes': source.content.nbytes}
@@ -221,6 +233,7 @@ class HybridClassifier(BatchMixin):
         self.columns = self._pipeline.columns # Of the table that the bundle was trained on; (): it names photos
         self._statistics = AnswerStatistics()
         self._memory = MemoryGuard(self.cache, self.config.memory_threshold)
+        self._memory.check_threshold()
         self.jobs = self.config.jobs
         self._pipeline.planner.plan(self.config.route) # a route that is not there is refused at once
 
@@ -229,11 +242,11 @@ class HybridClassifier(BatchMixin):
         photo:Any,
         confidence_threshold:float|None=None, # In place of the classifier's own, 0..1
         coverage:float|None=None, # Of the prediction set, 0..1; None: what the bundle was made for
-        time_budget:float|None=None, # Milliseconds that the answer may take; None: as many as it needs
+        time_budget_ms:float|None=None, # Milliseconds that the answer may take; None: as many as it needs
         route:str|None=None # In place of the classifier's own
     ) -> Prediction:
         "Name one photo, or one object from several; raises `ImageError` for what is no photo"
-        options = self.config.options(confidence_threshold, coverage, time_budget, route)
+        options = self.config.options(confidence_threshold, coverage, time_budget_ms, route)
         views = list(photo) if isinstance(photo, (list, tuple)) else [photo]
         prediction = self._statistics.count(lambda: self._pipeline.photos(views, options))
         if not prediction.cached: self._memory.check()
@@ -258,7 +271,7 @@ class HybridClassifier(BatchMixin):
 
     def classify_with_fallbacks(self,
         photo:Any, # As for `classify`
-        **options # Those of `classify`, but for `route` and `time_budget`
+        **options # Those of `classify`, but for `route` and `time_budget_ms`
     ) -> Prediction:
         "The full ensemble, else the neural tier, else the rules; `route` and `note` say which and why"
         names = [t.name for t in reversed(self.bundle.tiers)]
@@ -267,10 +280,9 @@ class HybridClassifier(BatchMixin):
     def validate_input(self,
         photo:Any, # Path, bytes of a file, array, or PIL image
         decode:bool=False # Decode it to the end, too: a cut file shows only then
-    ) -> dict: # 'success', then 'digest', 'format', 'width', 'height' and 'bytes', or the values of a `Failure`
-        "Whether a photo would be let in; nothing is measured"
-        try: return describe_photo(photo, self.config.limits, decode)
-        except Exception as error: return Failure.from_error(error).to_dict()
+    ) -> dict: # 'digest', 'format', 'width', 'height' and 'bytes'
+        "What is let in, without measuring it; raises `ImageError`, a `ValueError`, for what would not be"
+        return describe_photo(photo, self.config.limits, decode)
 
     # answers, by_route, cached, errors, seconds, milliseconds (mean, median, p95, p99 of the last 2,000), stages (mean)
     def get_performance_stats(self) -> dict:

@@ -98,7 +98,7 @@ class RoutePlanner:
                               advice=f'There are: cascade, {", ".join(self.names)}')
         last = len(self.tiers)-1
         if budget is None: return RoutePlan(self.cascade(last))
-        if not budget > 0: raise ConfigError(f'`time_budget` must be more than 0 milliseconds, got {budget}')
+        if not budget > 0: raise ConfigError(f'`time_budget_ms` must be more than 0 milliseconds, got {budget}')
         for k in range(last, -1, -1):
             for names in (self.cascade(k), (self.names[k],)):
                 if self.costs.price(names) <= budget: return RoutePlan(names, self._note(k, budget))

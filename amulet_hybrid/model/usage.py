@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..core import AmuletError, log
+from ..core import AmuletError, ConfigError, log
 from .prediction import Prediction
 
 # %% ../../nbs/50_model/77_usage.ipynb #18ca5ff8
@@ -102,6 +102,12 @@ class MemoryGuard:
     ):
         self.cache = cache
         self.threshold_mb = threshold_mb
+
+    def check_threshold(self):
+        "Raise `ConfigError` where the process holds more than the threshold already: nothing could be remembered"
+        if not self.threshold_mb or not (held := resident_mb()) > self.threshold_mb: return
+        raise ConfigError(f'`memory_threshold` is {self.threshold_mb:g} MB, and this process holds {held:.0f} already',
+                          advice=f'Give {1.5*held:.0f} or more, or 0 for no threshold')
 
     def usage(self) -> dict: # 'resident_mb', 'threshold_mb', 'cached_answers', 'cache_mb'
         "What this process holds"

@@ -52,11 +52,16 @@ class _Part:
 
     def end_headers(self, file_names):
         "The headers are complete: is it a photo or a field?"
-        _,options = parse_options_header(self.headers.get(b'content-disposition', b''))
+        disposition = self.headers.get(b'content-disposition', b'')
+        _,options = parse_options_header(disposition)
         self.name = options.get(b'name', b'').decode('utf-8', 'replace')
         self.is_file = self.name in file_names
         self.is_unnamed = options.get(b'filename')==b''
-        if self.is_file and b'filename' not in options: raise _bad_form(f'{self.name!r} is a text and no file')
+        # RFC 7578 has no `filename*`, and some programs write it all the same
+        named = b'filename' in options or b'filename*=' in disposition.lower()
+        if self.is_file and not named: raise _bad_form(f'{self.name!r} is a text and no file')
+        if named and not self.is_file and not self.is_unnamed:
+            raise _bad_form(f'a photo came as {self.name[:40]!r}; its part is called {" or ".join(file_names)}')
 
     def add(self, piece, max_file):
         "The next bytes of its content"

@@ -205,6 +205,7 @@ def decode_image_data(
         if not comma or not head.lower().endswith(';base64'):
             raise ImageError('a data: URL must read data:TYPE;base64,DATA', code='bad_base64',
                              advice='Send the base64 alone')
+    if '\n' in text: text = text.replace('\r', '').replace('\n', '') # as mail programs and `base64` write it
     try:
         photo = binascii.a2b_base64(text, strict_mode=True)
         if binascii.b2a_base64(photo[-(len(photo)%3 or 3):], newline=False).decode()!=text[-4:]:
@@ -212,5 +213,5 @@ def decode_image_data(
         return photo
     except ValueError as error: # binascii.Error is one
         raise ImageError(f'`image_data` is not base64: {str(error)[:80]}', code='bad_base64',
-                         advice='Encode the whole file with the standard alphabet, padding and no line breaks (`base64 '
+                         advice='Encode the whole file with the standard alphabet and padding (`base64 '
                                 '-w0 photo.jpg`)') from error

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['PhotoUpload', 'HTTP_NAMES', 'HTTP_ERRORS', 'ANY_ERRORS', 'BODY_ERRORS', 'PHOTO_ERRORS', 'RECORD_ERRORS', 'ROW_ERRORS',
            'PATHS', 'Classifier', 'Recorder', 'Options', 'PredictRequest', 'BatchRequest', 'FeedbackRequest',
-           'validation_error', 'read_options', 'PredictResponse', 'prediction_fields', 'ErrorResponse', 'failure_body',
-           'BatchResponse', 'FeedbackResponse', 'Health', 'ProbeStatus', 'Info', 'Reloaded', 'error_responses',
-           'json_response', 'error_response', 'RequestContext']
+           'meant_field', 'validation_error', 'read_options', 'PredictResponse', 'prediction_fields', 'ErrorResponse',
+           'failure_body', 'BatchResponse', 'FeedbackResponse', 'Health', 'ProbeStatus', 'Info', 'Reloaded',
+           'error_responses', 'json_response', 'error_response', 'RequestContext']
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #98fcb26c
+import difflib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 from ..core import AmuletError, ConfigError, ImageError, ResourceError, lack_of_memory, log, require
+from ..data.images import FORMATS
 from ..model.prediction import Failure, Prediction
 from .request_body import RequestBody
 
@@ -30,7 +32,7 @@ from starlette.responses import Response
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #417d134f
 class Classifier(Protocol):
-    "What can be served; `classify` is called from several threads. It may take `coverage` and `time_budget`, too"
+    "What can be served; `classify` is called from several threads. It may take `coverage` and `time_budget_ms`, too"
     @property
     def classes(self) -> Sequence[str]: # In the order of the probabilities
         "All labels it knows"
@@ -85,7 +87,7 @@ class PredictRequest(Options):
     model_config = ConfigDict(json_schema_extra={'examples': [{'image_data': _EXAMPLE, 'confidence_threshold': 0.7}],
                                                  'oneOf': [{'required': ['image_data']}, {'required': ['features']}]})
     image_data:PhotoUpload = Field(default='',
-                             description='PNG, JPEG, BMP, GIF or WEBP as base64 (RFC 4648, no line breaks), with or '
+                             description='PNG, JPEG, BMP, GIF, WEBP, TIFF, HEIC or AVIF as base64 (RFC 4648), with or '
                                          'without `data:image/png;base64,` before it')
     features:dict[str,_Finite|str|bool|None] = Field(default={}, max_length=10_000,
         description='Instead of a photo, for a model of a table: column and value; null or left out: missing')
@@ -99,10 +101,20 @@ class PredictRequest(Options):
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #be8e1889
 class BatchRequest(Options):
-    "Several photos inside JSON, each of another object"
+    "Several photos inside JSON, each of another object, or rows of a table"
     model_config = ConfigDict(json_schema_extra={'examples': [{'images': [_EXAMPLE, _EXAMPLE],
-                                                               'return_probabilities': False}]})
-    images:list[PhotoUpload] = Field(min_length=1, description='Photos as `image_data` of /predict')
+                                                               'return_probabilities': False}],
+                                                 'oneOf': [{'required': ['images']}, {'required': ['rows']}]})
+    images:list[PhotoUpload] = Field(default=[], description='Photos as `image_data` of /predict')
+    rows:list[dict[str,_Finite|str|bool|None]] = Field(default=[], max_length=1000,
+        description='Instead of photos, for a model of a table: rows as `features` of /predict')
+
+    @model_validator(mode='after')
+    def _one_of_both(self):
+        "Photos or rows, not both and not neither"
+        if len(self.model_fields_set & {'images', 'rows'})!=1: raise ValueError('send either `images` or `rows`')
+        if not self.images and not self.rows: raise ValueError('send at least one')
+        return self
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #9090c998
 class FeedbackRequest(BaseModel):
@@ -116,13 +128,32 @@ class FeedbackRequest(BaseModel):
                         description='Anything that helps whoever trains the next model')
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #08a08593
+_PHOTO_WORDS = frozenset(('image', 'photo', 'picture', 'img', 'file', 'data', 'base64', 'b64', 'image_base64', 'photos',
+                          'files', 'pictures', 'image_url', 'input', 'instances', 'inputs')) # That people try
+_PHOTO_FIELDS = ('image_data', 'images', 'file') # Whichever of them a request has
+
+def meant_field(
+    name:str, # That is not there
+    known:Iterable[str] # Fields that are
+) -> str: # '' where nothing is near
+    "What a wrong field name probably means"
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1, .7)
+    if not near and name.lower() in _PHOTO_WORDS: near = [field for field in _PHOTO_FIELDS if field in known]
+    if not near and len(name) > 3: near = [field for field in known if name.lower() in field]
+    return near[0] if near else ''
+
 def validation_error(
-    error:ValidationError # Of pydantic
+    error:ValidationError, # Of pydantic
+    known:Iterable[str]=() # Fields that the request may have
 ) -> AmuletError: # To be raised
     "Which fields of a request are wrong, and how"
-    faults = error.errors(include_input=False, include_url=False)[:5]
-    text = '; '.join(f'{".".join(str(part)[:40] for part in e["loc"])}: {e["msg"][:150]}'.removeprefix(': ')
-                     for e in faults)
+    known = list(known)
+    def words(e):
+        name = '.'.join(str(part)[:40] for part in e['loc'])
+        meant = meant_field(name, known) if e['type']=='extra_forbidden' else ''
+        return f'{name}: {e["msg"][:150]}{f"; did you mean {meant}?" if meant else ""}'.removeprefix(': ')
+    text = '; '.join(words(e) for e in error.errors(include_input=False, include_url=False)[:5])
     return AmuletError(text if len(text)<=300 else text[:300]+'...', code='bad_request',
                        advice='See /docs for the fields')
 
@@ -135,7 +166,7 @@ def read_options(
     "Options from a form or from the query"
     def value(text): return {'true': True, 'false': False}.get(text, float(text) if _NUMBER.fullmatch(text) else text)
     try: return Options.model_validate({k: value(v) for k,v in texts.items()})
-    except ValidationError as error: raise validation_error(error) from None
+    except ValidationError as error: raise validation_error(error, Options.model_fields) from None
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #a3727cc1
 # Field of `Prediction` -> field of the answer, where they differ
@@ -273,7 +304,7 @@ class Reloaded(BaseModel):
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #76502d57
 HTTP_ERRORS:dict[str,tuple[int,str]] = { # Code -> status, meaning
-    'bad_base64': (400, '`image_data` is not strict base64'),
+    'bad_base64': (400, '`image_data` is not base64'),
     'no_key': (401, 'A key is needed, and there was none or an unknown one'),
     'not_allowed': (403, 'This is for the administrator, whose key it was not'),
     'cross_site': (403, 'A page of another web site sent this, and the settings do not name that site'),
@@ -284,7 +315,7 @@ HTTP_ERRORS:dict[str,tuple[int,str]] = { # Code -> status, meaning
     'reload_failed': (409, 'The new bundle cannot be used; the old one goes on answering'),
     'image_too_large': (413, 'The photo, or the request around it, has too many bytes'),
     'needs_memory': (413, 'Decoding the photo takes more memory than this service has for all photos'),
-    'unsupported_format': (415, 'The content is none of PNG, JPEG, BMP, GIF, WEBP'),
+    'unsupported_format': (415, f'The content is none of {", ".join(FORMATS)}'),
     'wrong_content_type': (415, 'The body is not of the kind that this address reads'),
     'wrong_host': (421, 'The service is not called by the name in the header Host'),
     'bad_request': (422, 'A field is missing, unknown or out of range, or the body cannot be parsed'),
@@ -381,7 +412,8 @@ def error_response(
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #6b362f67
 PATHS = ('/predict', '/predict/file', '/predict-batch', '/feedback', '/health', '/health/live', '/health/ready',
-         '/info', '/metrics', '/admin/reload', '/', '/docs', '/openapi.json') # All that the service answers
+         '/info', '/metrics', '/admin/reload', '/', '/reference', '/openapi.json', '/docs',
+         '/docs/swagger-ui-bundle.js', '/docs/swagger-ui.css') # All that the service answers
 
 @dataclass(slots=True)
 class RequestContext:

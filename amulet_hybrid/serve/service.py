@@ -120,12 +120,12 @@ class Model:
     ) -> Prediction: # Of the classifier
         "Ask the classifier; called in a thread"
         wanted = {'confidence_threshold': options.confidence_threshold, 'coverage': options.coverage,
-                  'time_budget': options.time_budget_ms}
+                  'time_budget_ms': options.time_budget_ms}
         given = {k: v for k,v in wanted.items() if v is not None}
         if isinstance(asked, Mapping):
             if (classify := getattr(self.classifier, 'classify_features', None)) is None:
                 raise FeatureError('this model names photos', code='needs_photo', advice='Send `image_data`')
-            given.pop('time_budget', None)
+            given.pop('time_budget_ms', None)
             return classify(asked, **given)
         if unknown := sorted(set(given)-self._takes):
             raise AmuletError(f'this model takes no {unknown[0]}', code='unsupported_option', advice='Leave it out')
@@ -230,10 +230,15 @@ class PredictionRecords:
         self.recorder = recorder
         self.metrics = metrics
         self.required = required
-        self.waits = waits and recorder is not None
+        self._waits = waits
         self._failed:Exception|None = None # Why the latest row was not recorded
         self._labels = MemoryCache(_RECENT) # prediction_id -> (label,)
         self._verdicts = MemoryCache(_RECENT) # prediction_id -> (right,), of its feedback
+
+    @property
+    def waits(self) -> bool:
+        "Whether recording waits for the disk"
+        return self._waits and self.recorder is not None
 
     def stats(self) -> dict[str,Any]: # 'database' is 'up', 'down' or 'off'
         "How recording goes"
@@ -330,12 +335,13 @@ _SAME = ('prediction_id', 'request_id', 'model_version', 'confidence', 'probabil
 def record_row(
     body:Mapping[str,Any], # Of `answer_body`
     context:RequestContext, # Who asked
-    digest:str # Of the photos; '' for a row of a table
+    question:Question # What was asked
 ) -> dict[str,Any]: # Column -> value
     "The row of a prediction that is recorded"
     return {**{k: body[k] for k in _SAME}, 'created_at': _now(), 'endpoint': context.path, 'api_key': context.key_name,
-            'sha256': digest, 'label': body['predicted_class'], 'top': body['top_class'],
-            'duration_ms': body['processing_time_ms']}
+            'sha256': question.digest, 'label': body['predicted_class'], 'top': body['top_class'],
+            'duration_ms': body['processing_time_ms'],
+            'features': dict(question.asked) if isinstance(question.asked, Mapping) else None}
 
 # %% ../../nbs/70_serve/50_service.ipynb #46941b79
 def _add_gauges(service):
@@ -426,7 +432,7 @@ class PredictionService:
     def _record(self, context, model, prediction, question, cached):
         "The body of the answer, recorded before it is given"
         body = answer_body(prediction, context, model.version, question.ms, cached)
-        return {**body, 'recorded': self.records.add('prediction', record_row(body, context, question.digest))}
+        return {**body, 'recorded': self.records.add('prediction', record_row(body, context, question))}
 
     def _count(self, body, question):
         "Count an answer, and leave out what was not asked for"
@@ -442,10 +448,10 @@ class PredictionService:
 async def answer_batch(
     service:PredictionService, # That answers
     context:RequestContext, # Who asks
-    photos:Sequence[bytes|str], # Files, or base64 of files, each of another object
+    photos:Sequence[bytes|str|Mapping[str,Any]], # Files, base64 of files, or rows of a table, each of another object
     options:Options # For all of them
 ) -> dict[str,Any]: # The values of a `BatchResponse`
-    "Classify many objects, a photo each"
+    "Classify many objects, a photo or a row each"
     service.pool.check()
     start,turns = time.perf_counter(),asyncio.Semaphore(2*service.pool.workers)
     deadline = asyncio.get_running_loop().time()+service.settings.timeout_seconds
@@ -456,8 +462,10 @@ async def answer_batch(
     async def one(photo):
         async with turns:
             try:
-                file = photo if isinstance(photo, bytes) else await offload(decode_image_data, photo, len(photo))
-                return await service.answer(context, await Question.of([file], options), admitted=True)
+                asked:Any = photo
+                if isinstance(photo, str): asked = await offload(decode_image_data, photo, len(photo))
+                if isinstance(asked, bytes): asked = [asked]
+                return await service.answer(context, await Question.of(asked, options), admitted=True)
             except Exception as error:
                 body,code = failed(error, 'a photo of a batch')
                 service.metrics.requests.count_error(code)

@@ -89,8 +89,10 @@ class Settings(BaseSettings):
     root_path:str = _setting('', 'Path under which a proxy shows the service, e.g. /amulets',
                              pattern=r'^(/[A-Za-z0-9._~-]+)*$')
     max_bytes:ByteSize = _setting(ByteSize(50*2**20), 'Largest photo, in bytes or as 50MiB', ge=1000)
+    max_pixels:int = _setting(64*2**20, 'Most pixels of a photo', ge=1)
+    max_jpeg_pixels:int = _setting(256*2**20, 'Most pixels of a JPEG, which is decoded at a reduced size', ge=1)
     max_batch_bytes:ByteSize = _setting(ByteSize(200*2**20), 'All photos of one request together', ge=1000)
-    max_photos:int = _setting(32, 'Photos in one request', ge=1, le=1000)
+    max_photos:int = _setting(100, 'Photos in one request', ge=1, le=1000)
     max_held_bytes:ByteSize = _setting(ByteSize(0), 'Memory for the bodies of all requests, their copies included; '
                                        'further ones get 503 with Retry-After; 0: an eighth of the memory that this '
                                        'process may use, at most 512MiB', ge=0)
@@ -232,6 +234,8 @@ def load_settings(
     set_here = {k.upper() for k,v in os.environ.items() if v}
     ours = [k.removeprefix(PREFIX).lower() for k in set_here if k.startswith(PREFIX) and k!=PREFIX+'SETTINGS']
     _check_names(ours, 'environment', always=False)
+    usual = os.environ.get('LOG_LEVEL', '').lower() # what other programs of a container go by
+    if usual in ('debug', 'info', 'warning', 'error'): values = {'log_level': usual} | values
     values = {k: v for k,v in values.items() if PREFIX+k.upper() not in set_here}
     try: return Settings(**values | {k: v for k,v in given.items() if v is not None})
     except ValidationError as error:

@@ -45,7 +45,7 @@ NAMES = {'ix': 'ix_%(table_name)s_%(column_0_N_name)s',
          'uq': 'uq_%(table_name)s_%(column_0_N_name)s',
          'pk': 'pk_%(table_name)s',
          'fk': 'fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s'}
-HEAD = '0001' # Newest revision in `migrations/versions`
+HEAD = '0002' # Newest revision in `migrations/versions`
 # Column that identifies a row
 PRIMARY_KEYS = {'predictions': 'prediction_id', 'feedback': 'feedback_id', 'datasets': 'dataset_id'}
 
@@ -73,7 +73,8 @@ def metadata() -> Any: # `sqlalchemy.MetaData`
         column('request_id'), column('endpoint'), column('api_key'), column('model_version'), column('sha256'),
         column('label'), column('top'), column('confidence', sa.Double()), column('probabilities', json),
         column('prediction_set', json), column('coverage', sa.Double()), column('novelty', sa.Double()),
-        column('reason'), column('route'), column('duration_ms', sa.Double()), column('cached', sa.Boolean()))
+        column('reason'), column('route'), column('duration_ms', sa.Double()), column('cached', sa.Boolean()),
+        column('features', json))
     sa.Index(None, predictions.c.model_version, predictions.c.created_at)
     sa.Table('feedback', tables,
              column('feedback_id', primary_key=True), column('prediction_id', index=True, **required),

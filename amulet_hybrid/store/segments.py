@@ -8,7 +8,6 @@ __all__ = ['as_json', 'pack_line', 'unpack_line', 'disk_errors', 'SegmentWriter'
 
 # %% ../../nbs/65_store/15_segments.ipynb #e022c631
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -150,12 +149,24 @@ def find_record(
     return None
 
 # %% ../../nbs/65_store/15_segments.ipynb #f336057c
+def _take_lock(descriptor, wait):
+    "Lock a file for this process; raises `BlockingIOError` where another one has it"
+    try: import fcntl
+    except ImportError: # Windows
+        import msvcrt
+        system:Any = msvcrt
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        try: system.locking(descriptor, system.LK_LOCK if wait else system.LK_NBLCK, 1)
+        except PermissionError as error: raise BlockingIOError from error
+    else: fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX|fcntl.LOCK_NB)
+
 def _lock(path, wait=False):
     "Descriptor that holds the lock of a folder; None: somebody has it, or the folder is gone"
-    try: lock = os.open(path/'lock', os.O_RDWR|os.O_CREAT|os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR|os.O_CREAT|getattr(os, 'O_CLOEXEC', 0)|getattr(os, 'O_BINARY', 0)
+    try: lock = os.open(path/'lock', flags, 0o600)
     except (FileNotFoundError, NotADirectoryError): return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX|fcntl.LOCK_NB)
+        _take_lock(lock, wait)
         if (path/'lock').stat().st_ino==os.fstat(lock).st_ino: return lock
     except (BlockingIOError, FileNotFoundError): pass
     os.close(lock)
@@ -198,7 +209,8 @@ class ProcessFolder:
     ):
         "Write so many bytes, and cut them off again; raises `OSError` where the disk does not take them"
         try:
-            if (done := os.pwrite(self._lock, bytes(size), 0))!=size:
+            os.lseek(self._lock, 1, os.SEEK_SET) # behind the byte that is locked on Windows
+            if (done := os.write(self._lock, bytes(size)))!=size:
                 raise OSError(errno.ENOSPC, f'the disk took {done} of {size} bytes')
         finally: os.ftruncate(self._lock, 0)
 

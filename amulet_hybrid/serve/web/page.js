@@ -1,5 +1,6 @@
 'use strict';
-// Try a model with a photo. The page's script; it needs nothing but `<html data-base>`, the address of the service.
+// Try a model with a photo: one question and its answer. table.js (rows of a table) and batch.js (many at once) follow
+// in the same script element. All they need is `<html data-base>`, the address of the service.
 
 const BASE = document.documentElement.dataset.base;
 
@@ -27,12 +28,18 @@ const percent = (p) =>
     : p < 0.001 && p > 0
       ? 'under 0.1 %'
       : (100 * p).toFixed(p < 0.1 || p > 0.99 ? 1 : 0) + ' %';
+const size = (bytes) => (bytes < 1e6 ? Math.max(1, Math.round(bytes / 1e3)) + ' kB' : (bytes / 1e6).toFixed(1) + ' MB');
+const total = (files) => files.reduce((n, f) => n + f.size, 0);
 const time = (ms) =>
   ms < 10 ? ms.toFixed(1) + ' ms' : ms < 2000 ? Math.round(ms) + ' ms' : (ms / 1000).toFixed(1) + ' s';
 const announce = (text) => {
   $('announcement').textContent = '';
   setTimeout(() => ($('announcement').textContent = text), 50);
 };
+
+const small = (textContent) => make('span', { className: 'soft small', textContent });
+const capital = (t) => t[0].toUpperCase() + t.slice(1);
+const sentence = (t) => t && t.replace(/([^.!?])$/, '$1.');
 
 // The service. Every way in which a request can fail becomes one object: message, advice, code, seconds to wait.
 // Where a key is asked for, the page asks the user, keeps the key in a variable and repeats the request.
@@ -47,7 +54,7 @@ const UNREACHABLE = {
 };
 const STATUS_MESSAGES = {
   413: 'The photo is too large.',
-  429: 'Too many photos in a short time.',
+  429: 'Too much was asked in a short time.',
   503: 'The service is busy.',
 };
 
@@ -67,15 +74,26 @@ async function ask(path, options = {}) {
   }
   if (r.status === 401 && (await askForKey(!!key))) return ask(path, options);
   if (r.ok) return body;
-  const message = body.error_message || STATUS_MESSAGES[r.status] || `The service answered with status ${r.status}.`;
-  throw {
-    status: r.status,
-    wait: Number(r.headers.get('Retry-After')) || 0,
-    code: body.error_code || 'http_' + r.status,
-    message,
-    advice: body.advice || '',
-    id: body.request_id,
-  };
+  throw problem(body, r.status, Number(r.headers.get('Retry-After')) || 0);
+}
+
+const problem = (body, status, wait = 0) => ({
+  status,
+  wait,
+  code: body.error_code || 'http_' + status,
+  message: body.error_message || STATUS_MESSAGES[status] || `The service answered with status ${status}.`,
+  advice: body.advice || '',
+  id: body.request_id,
+});
+const json = (value) => ({
+  method: 'POST',
+  headers: { 'Content-Type': 'application/json' },
+  body: JSON.stringify(value),
+});
+function filesForm(files) {
+  const body = new FormData();
+  for (const f of files) body.append('files', f, f.name);
+  return { method: 'POST', body };
 }
 
 function askForKey(again) {
@@ -93,37 +111,142 @@ function askForKey(again) {
   }));
 }
 
-// Choosing photos: file chooser, drop, clipboard. Several are views of one thing. A file that the browser cannot draw
-// is sent all the same: the service may be able to read it.
+// Choosing photos: file chooser, drop, clipboard. A file that the browser cannot draw is sent all the same: the service
+// may be able to read it. Several may be views of one thing, or many things: the page asks which.
 
+const AT_ONCE = 8; // more photos than this are not of one thing
 let photos = [],
-  adding = false;
+  adding = false,
+  chosen = [];
+const forRows = () => info.columns?.length > 0;
+const nameOf = (file) => file.place || file.name; // `place`: its path in a folder that was dropped
 const picture = (file) => (file.url ||= URL.createObjectURL(file));
 
+// Frees the pictures that are no longer shown: neither beside the answer nor among the latest ones.
+function release(files) {
+  for (const f of files)
+    if (f.url && !photos.includes(f) && !chosen.includes(f) && !past.some((e) => e.files?.includes(f))) {
+      URL.revokeObjectURL(f.url);
+      f.url = '';
+    }
+}
+
 function preview(files) {
-  const last = files.at(-1),
-    size = files.reduce((n, f) => n + f.size, 0),
-    mb = size < 1e6 ? Math.max(1, Math.round(size / 1e3)) + ' kB' : (size / 1e6).toFixed(1) + ' MB';
+  const last = files.at(-1);
   $('drop').classList.add('full');
   $('shown').onerror = () => {
     $('shown').onerror = null;
     $('drop').classList.remove('full');
   }; // the browser cannot draw it; perhaps the service can
   $('shown').src = picture(last);
-  $('shown').alt = last.name;
+  $('shown').alt = nameOf(last);
   $('strip').hidden = files.length < 2;
-  $('strip').replaceChildren(...files.map((f) => make('li', {}, make('img', { src: picture(f), alt: f.name }))));
-  $('name').textContent = (files.length > 1 ? files.length + ' photos of one thing' : last.name) + ', ' + mb;
+  $('strip').replaceChildren(...(files.length > 1 ? files.map(thumbnail) : []));
+  const words = chosen.length ? ' photos' : ' photos of one thing';
+  $('name').textContent = (files.length > 1 ? files.length + words : nameOf(last)) + ', ' + size(total(files));
   for (const id of ['name', 'more', 'fresh']) $(id).hidden = false;
+}
+
+function thumbnail(file) {
+  const label = `Remove this photo: ${nameOf(file)}`;
+  return make(
+    'li',
+    {},
+    make('img', { src: picture(file), alt: nameOf(file) }),
+    make('button', { type: 'button', ariaLabel: label, title: label, onclick: () => removePhoto(file) }, icon('cross')),
+  );
+}
+
+function removePhoto(file) {
+  if (!$('choice').hidden) {
+    const rest = chosen.filter((f) => f !== file);
+    return rest.length > 1 ? choose(rest) : setPhotos(rest);
+  }
+  const at = photos.indexOf(file);
+  setPhotos(photos.filter((f) => f !== file));
+  ($('strip').querySelectorAll('button')[Math.min(at, photos.length - 1)] || $('more')).focus();
 }
 
 function setPhotos(files, add = false) {
   files = [...files];
   if (!files.length) return;
+  const old = [...photos, ...chosen];
   photos = add ? [...photos, ...files] : files;
+  chosen = [];
+  $('choice').hidden = true;
   preview(photos);
-  classify();
+  release(old);
+  const wrong = overLimits(photos);
+  if (!wrong) return classify({ files: photos });
+  abandon();
+  fail(wrong);
+  finish();
 }
+
+// An empty place to drop the next one.
+function clearPhotos() {
+  abandon();
+  const old = [...photos, ...chosen];
+  photos = chosen = [];
+  $('drop').classList.remove('full');
+  $('shown').removeAttribute('src');
+  for (const id of ['choice', 'strip', 'name', 'more', 'fresh']) $(id).hidden = true;
+  release(old);
+}
+
+// What the service would refuse is said before it is sent; `info.limits` are the service's own.
+function overLimits(files) {
+  const { max_bytes = Infinity, max_photos = Infinity, max_batch_bytes = Infinity } = info.limits || {},
+    most = Math.min(max_bytes, max_batch_bytes),
+    large = files.find((f) => f.size > most),
+    said = (code, message, advice) => ({ status: 413, code, message, advice });
+  if (large)
+    return said(
+      'image_too_large',
+      `The photo ${nameOf(large)} has ${size(large.size)}, and at most ${size(most)} are taken.`,
+      'Save it smaller.',
+    );
+  if (files.length > max_photos)
+    return said('too_many_photos', `At most ${max_photos} photos of one thing are taken.`, 'Leave some out.');
+  if (total(files) > max_batch_bytes)
+    return said('image_too_large', `Together they have more than ${size(max_batch_bytes)}.`, 'Leave some out.');
+  return null;
+}
+
+// Photos from wherever. More than a few, or a whole folder, are of different things; of a few, the user says it.
+function take(files, { add = false, folder = false, note = '' } = {}) {
+  files = [...files];
+  if (forRows()) return takeTable(files);
+  if (!files.length) return note ? fail({ code: 'no_file', message: note, advice: 'Drop another one.' }) : undefined;
+  if (add || (files.length === 1 && !folder)) return setPhotos(files, add);
+  return folder || files.length > AT_ONCE ? startBatch(files.map(photoItem), note) : choose(files);
+}
+
+function choose(files) {
+  abandon();
+  const old = photos;
+  chosen = files;
+  photos = [];
+  preview(files);
+  release(old);
+  $('more').hidden = true;
+  $('choice-title').textContent = `What are these ${files.length} photos of?`;
+  $('choice').hidden = false;
+  waitingText('Say first what they are of', 'Views of one thing get one answer. Different things get one each.');
+  ($('different-things').classList.contains('main') ? $('different-things') : $('one-thing')).focus();
+  announce($('choice-title').textContent);
+}
+
+// The button that was pressed last is the first to be offered next time.
+function choice(pressed, act) {
+  $(pressed).onclick = () => {
+    for (const id of ['one-thing', 'different-things']) $(id).classList.toggle('main', id === pressed);
+    act(chosen);
+  };
+}
+choice('one-thing', (files) => setPhotos(files));
+choice('different-things', (files) => startBatch(files.map(photoItem)));
+$('one-thing').classList.add('main');
 
 const openChooser = (more) => {
   adding = more;
@@ -132,9 +255,10 @@ const openChooser = (more) => {
 $('fresh').onclick = () => openChooser(false);
 $('more').onclick = () => openChooser(true);
 $('file').onchange = (e) => {
-  setPhotos(e.target.files, adding);
-  adding = false;
+  const files = [...e.target.files];
   e.target.value = '';
+  take(files, { add: adding && photos.length > 0 });
+  adding = false;
 };
 $('file').oncancel = () => (adding = false);
 for (const on of ['dragenter', 'dragover'])
@@ -146,21 +270,24 @@ addEventListener('dragleave', (e) => {
   if (!e.relatedTarget) $('main').classList.remove('over');
 });
 addEventListener('drop', (e) => {
+  if (!e.dataTransfer.files.length && e.target.matches('#row-form :is(input, textarea)')) return; // a word for a field
   e.preventDefault();
   $('main').classList.remove('over');
-  if (e.dataTransfer.files.length) setPhotos(e.dataTransfer.files);
+  const entries = [...e.dataTransfer.items].map((i) => i.webkitGetAsEntry?.()).filter(Boolean);
+  if (entries.some((i) => i.isDirectory)) takeFolders(entries);
+  else if (e.dataTransfer.files.length) take(e.dataTransfer.files);
   else
     fail({
       code: 'no_file',
-      message: 'That was a link, not a photo.',
-      advice: 'Save the picture first, or copy it and paste it here.',
+      message: 'That was a link or a text, not a file.',
+      advice: 'Save it first, or copy it and paste it here.',
     });
 });
 addEventListener('paste', (e) => {
   const files = [...(e.clipboardData?.files || [])];
   if (files.length) {
     e.preventDefault();
-    setPhotos(files);
+    take(files);
   }
 });
 
@@ -201,35 +328,46 @@ $('shoot').onclick = () => {
   c.toBlob((b) => setPhotos([new File([b], 'camera.jpg', { type: 'image/jpeg' })]), 'image/jpeg', 0.93);
 };
 
-// One request at a time: a new photo aborts the request for the last one, so the answer shown always belongs to the
-// photo beside it.
+// One request at a time: a new question aborts the request for the last one, so the answer shown always belongs to what
+// stands beside it. An entry is a question (`files` of one thing, or the `features` of a row) and its answer (`seen`).
 
 let stop = null,
-  current = 0;
+  current = 0,
+  question = null;
 const TIMEOUT_MS = 60000; // milliseconds that the page waits
 
-async function classify() {
+const within = (signal) =>
+  AbortSignal.any ? AbortSignal.any([signal, AbortSignal.timeout(TIMEOUT_MS)]) : signal;
+const requestOf = (entry) =>
+  entry.features ? ['predict', json({ features: entry.features })] : ['predict/file', filesForm(entry.files)];
+
+function abandon() {
   stop?.abort();
+  current++;
+  question = null;
+  $('main').classList.remove('busy');
+  $('answer').removeAttribute('aria-busy');
+  $('back').hidden = true;
+}
+
+async function classify(entry) {
+  abandon();
   stop = new AbortController();
-  const request = ++current,
-    files = photos,
-    form = new FormData(),
+  question = entry;
+  $('back').hidden = !entry.update;
+  const request = current,
     start = performance.now(),
-    signals = [stop.signal, AbortSignal.timeout(TIMEOUT_MS)];
-  for (const f of files) form.append('files', f, f.name);
+    [path, options] = requestOf(entry);
   $('main').classList.add('busy');
   $('answer').setAttribute('aria-busy', 'true');
-  announce('Looking at the photo');
+  announce(`Looking at the ${thing()}`);
   try {
-    const seen = await ask('predict/file', {
-      method: 'POST',
-      body: form,
-      signal: AbortSignal.any ? AbortSignal.any(signals) : stop.signal,
-    });
+    const seen = await ask(path, { ...options, signal: within(stop.signal) });
     if (request !== current) return;
-    const entry = { files, seen, took: performance.now() - start };
+    Object.assign(entry, { seen, took: performance.now() - start, error: null });
     show(entry);
     remember(entry);
+    entry.update?.();
   } catch (e) {
     if (request === current && e.name !== 'AbortError') fail(e);
   } finally {
@@ -240,7 +378,21 @@ async function classify() {
 function finish() {
   $('main').classList.remove('busy');
   $('answer').removeAttribute('aria-busy');
-  if (matchMedia('(max-width:52rem)').matches) $('answer').scrollIntoView({ block: 'nearest', behavior: 'smooth' });
+  if (narrow.matches) $('answer').scrollIntoView({ block: 'nearest', behavior: 'smooth' });
+}
+const narrow = matchMedia('(max-width:52rem)');
+const thing = () => (forRows() ? 'row' : 'photo');
+
+function waitingText(title, text) {
+  $('answer').className = 'card';
+  $('out').replaceChildren(
+    make(
+      'div',
+      { className: 'empty' },
+      make('p', {}, make('b', { textContent: title })),
+      make('p', { textContent: text }),
+    ),
+  );
 }
 
 function verdict(state, kind, what, ...lines) {
@@ -258,27 +410,21 @@ function verdict(state, kind, what, ...lines) {
 
 function fail(e) {
   const theirs = e.status >= 400 && e.status < 500 && e.status !== 429,
-    retry = photos.length && !theirs && !e.code?.startsWith('no_');
+    entry = question;
   const code = [e.code, e.id].filter(Boolean).join(', ');
-  const what = e.message
-    ? e.message[0].toUpperCase() + e.message.slice(1).replace(/([^.!?])$/, '$1.')
-    : 'Something went wrong on this page.';
-  const advice = e.advice && e.advice.replace(/([^.!?])$/, '$1.');
   const box = verdict(
     'failed',
-    theirs ? 'No answer for this photo' : 'No answer',
-    what,
-    advice,
+    theirs ? `No answer for this ${thing()}` : 'No answer',
+    e.message ? sentence(capital(e.message)) : 'Something went wrong on this page.',
+    sentence(e.advice),
     e.wait ? `It asks you to wait ${e.wait} s.` : '',
   );
   box.setAttribute('role', 'alert');
-  const again = retry
-    ? make('button', { type: 'button', className: 'main', textContent: 'Try again', onclick: classify })
-    : null;
-  $('out').replaceChildren(
-    box,
-    make('div', { className: 'row tools' }, again, make('span', { className: 'soft small', textContent: code })),
-  );
+  const again =
+    entry && !theirs && !e.code?.startsWith('no_')
+      ? make('button', { type: 'button', className: 'main', textContent: 'Try again', onclick: () => classify(entry) })
+      : null;
+  $('out').replaceChildren(box, make('div', { className: 'row tools' }, again, small(code)));
 }
 
 // The answer in words. A probability is explained by what it was calibrated to mean: of a hundred answers as sure as
@@ -289,7 +435,10 @@ const ROUTES = {
   neural: 'the net alone',
   ensemble: 'the full ensemble',
 };
-const ADVICE = 'Another photo of the same thing, closer, sharper or from another side, often settles it.';
+const ADVICE = {
+  photo: 'Another photo of the same thing, closer, sharper or from another side, often settles it.',
+  row: 'Values for the fields that are still empty often settle it.',
+};
 
 function verdictOf(s) {
   const top = pretty(s.top_class),
@@ -299,7 +448,7 @@ function verdictOf(s) {
       ? 'Nearly all answers as sure as this one are right.'
       : `Of 100 answers as sure as this one, about ${n} are right.`;
   if (s.predicted_class && n >= 60) return ['sure', n >= 90 ? 'It is' : 'Probably', pretty(s.predicted_class), right];
-  if (s.predicted_class) return ['guess', 'A guess', pretty(s.predicted_class), right, ADVICE];
+  if (s.predicted_class) return ['guess', 'A guess', pretty(s.predicted_class), right, ADVICE[thing()]];
   if (/strange/i.test(s.reason || ''))
     return [
       'unseen',
@@ -308,7 +457,7 @@ function verdictOf(s) {
       s.reason,
       `It comes closest to ${top}, but do not rely on that.`,
     ];
-  return ['unsure', 'Not sure', `Perhaps ${top}`, s.reason, ADVICE];
+  return ['unsure', 'Not sure', `Perhaps ${top}`, s.reason, ADVICE[thing()]];
 }
 
 function bars(s) {
@@ -342,7 +491,7 @@ function bars(s) {
 
 function facts(s, took) {
   const strange =
-    s.novelty === null || s.novelty === undefined ? '' : `stranger than ${percent(s.novelty)} of known photos`;
+    s.novelty === null || s.novelty === undefined ? '' : `stranger than ${percent(s.novelty)} of known ${thing()}s`;
   const spent = Object.entries(s.timings_ms || {})
     .map(([k, v]) => `${k} ${time(v)}`)
     .join(', ');
@@ -353,10 +502,9 @@ function facts(s, took) {
       'Time',
       s.processing_time_ms === undefined
         ? ''
-        : `${time(s.processing_time_ms)} in the model, ${time(took)} there and back`,
+        : `${time(s.processing_time_ms)} in the model` + (took ? `, ${time(took)} there and back` : ''),
     ],
     ['Of which', spent],
-    ['Note', s.note],
     ['Model', s.model_version],
     ['Answer', s.prediction_id],
   ];
@@ -372,6 +520,7 @@ function show(entry) {
     parts = verdictOf(s),
     set = s.prediction_set || [],
     title = parts[0] === 'unseen' ? 'If it were one of these after all' : 'How probable';
+  const note = s.note ? make('p', { className: 'note', textContent: sentence(s.note) }) : null;
   const may =
     set.length > 1
       ? [
@@ -380,15 +529,17 @@ function show(entry) {
         ]
       : [];
   $('out').replaceChildren(
-    verdict(...parts),
+    ...[verdict(...parts), note].filter(Boolean),
     make('h3', { textContent: title }),
     ...bars(s),
     ...may,
     ...feedback(entry),
     make('details', {}, make('summary', { textContent: 'How it was decided' }), facts(s, entry.took)),
-    program(entry.files),
+    program(entry),
   );
-  announce(parts.slice(1, 4).join('. ') + (s.predicted_class ? '' : `. ${percent(s.confidence)}`));
+  announce(
+    [...parts.slice(1, 4), s.predicted_class ? '' : percent(s.confidence), s.note].filter(Boolean).join('. '),
+  );
 }
 
 // After the answer: feedback, the same request as a command, and earlier photos. The history lives as long as the page.
@@ -396,47 +547,68 @@ function show(entry) {
 function feedback(entry) {
   const s = entry.seen,
     box = make('div', { className: 'row' }),
+    said = make('span', { className: 'small', role: 'alert' }),
     known = s.probabilities ? Object.keys(s.probabilities) : info.classes;
   if (!s.prediction_id) return [];
   const thanks = () =>
     box.replaceChildren(make('span', { className: 'soft', textContent: `Thank you, noted: ${pretty(entry.truth)}.` }));
   const send = async (truth) => {
-    const body = JSON.stringify({ prediction_id: s.prediction_id, true_label: truth });
+    said.textContent = '';
     try {
-      await ask('feedback', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body });
+      await ask('feedback', json({ prediction_id: s.prediction_id, true_label: truth }));
       entry.truth = truth;
       thanks();
       announce('Thank you, it is noted.');
     } catch (e) {
-      box.append(make('span', { className: 'small', role: 'alert', textContent: `${e.message} ${e.advice}` }));
+      said.textContent = `${sentence(capital(e.message))} ${e.advice}`;
     }
   };
   const names = known
     .filter((c) => c !== s.predicted_class)
     .sort()
     .map((c) => make('option', { value: c, textContent: pretty(c) }));
+  const other = make('option', { textContent: 'Something else…' }),
+    field = otherName(send);
   const choice = make(
     'select',
     { ariaLabel: 'What it really is' },
     make('option', { value: '', textContent: s.predicted_class ? 'No, it is…' : 'It is…' }),
     ...names,
+    other,
   );
-  choice.onchange = () => choice.value && send(choice.value);
+  choice.onchange = () => {
+    field.hidden = !other.selected;
+    if (other.selected) field.querySelector('input').focus();
+    else if (choice.value) send(choice.value);
+  };
+  const yes = s.predicted_class
+    ? make('button', { type: 'button', textContent: 'Yes', onclick: () => send(s.predicted_class) })
+    : null;
   if (entry.truth) thanks();
-  else
-    box.append(
-      ...(s.predicted_class
-        ? [make('button', { type: 'button', textContent: 'Yes', onclick: () => send(s.predicted_class) })]
-        : []),
-      choice,
-    );
+  else box.append(...[yes, choice, field, said].filter(Boolean));
   return [make('h3', { textContent: s.predicted_class ? 'Is that right?' : 'Do you know what it is?' }), box];
 }
 
-function program(files) {
+// A name that is not on the list: the service takes any, of 1 to 200 letters and on one line.
+function otherName(send) {
+  const called = { ariaLabel: 'Its name', placeholder: 'Its name' },
+    input = make('input', { type: 'text', maxLength: 200, required: true, ...called }),
+    form = make('form', { className: 'row other', hidden: true }, input, make('button', { textContent: 'Send' }));
+  form.onsubmit = (e) => {
+    e.preventDefault();
+    const name = input.value.replace(/[\x00-\x1f\x7f]/g, ' ').trim();
+    if (name) send(name);
+    else input.value = '';
+  };
+  return form;
+}
+
+function program({ files, features }) {
   const quote = (t) => (/^[\w@%+=:,./-]+$/.test(t) ? t : "'" + t.replace(/'/g, "'\\''") + "'"),
-    sent = files.map((f) => '-F ' + quote('files=@' + f.name)).join(' ');
-  const address = quote(String(new URL(BASE + 'predict/file', document.baseURI)));
+    sent = features
+      ? `-H "Content-Type: application/json" -d ${quote(JSON.stringify({ features }))}`
+      : files.map((f) => '-F ' + quote('files=@' + nameOf(f))).join(' ');
+  const address = quote(String(new URL(BASE + (features ? 'predict' : 'predict/file'), document.baseURI)));
   const text = `curl ${key ? '-H "X-API-Key: $AMULET_API_KEY" ' : ''}${sent} ${address}`;
   const pre = make('pre', { textContent: text, tabIndex: 0 }),
     done = make('span', { textContent: 'Copy' }),
@@ -457,12 +629,8 @@ function program(files) {
 
 const past = [];
 function remember(entry) {
-  past.unshift(entry);
-  for (const f of past.splice(12).flatMap((e) => e.files))
-    if (f.url && !past.some((e) => e.files.includes(f))) {
-      URL.revokeObjectURL(f.url);
-      f.url = '';
-    }
+  if (!past.includes(entry)) past.unshift(entry);
+  release(past.splice(12).flatMap((e) => e.files || []));
   $('past').hidden = past.length < 2;
   $('list').replaceChildren(
     ...past.map((e) => {
@@ -473,26 +641,25 @@ function remember(entry) {
           make('b', { textContent: parts[2] }),
           e.seen.predicted_class ? percent(e.seen.confidence) : parts[1].toLowerCase(),
         );
-      return make(
-        'li',
-        {},
-        make(
-          'button',
-          { type: 'button', onclick: () => again(e) },
-          make('img', { src: picture(e.files[0]), alt: '' }),
-          name,
-        ),
-      );
+      const image = e.files ? make('img', { src: picture(e.files[0]), alt: '' }) : icon('table');
+      return make('li', {}, make('button', { type: 'button', onclick: () => again(e) }, image, name));
     }),
   );
 }
 
+// Shows an earlier question with its answer, or with the reason why there is none.
 function again(entry) {
-  stop?.abort();
-  current++;
-  photos = entry.files;
-  preview(photos);
-  show(entry);
+  abandon();
+  const old = [...photos, ...chosen];
+  question = entry;
+  chosen = [];
+  $('back').hidden = !entry.update;
+  $('choice').hidden = true;
+  if (entry.features) fillFields(entry.features);
+  else preview((photos = entry.files));
+  release(old);
+  if (entry.seen) show(entry);
+  else fail(entry.error);
   finish();
 }
 
@@ -545,12 +712,7 @@ function card(markdown) {
     if (title && !/^\d+ classes by /.test(title)) document.title = $('title').textContent = plain(title);
     $('card').replaceChildren(...(info.card ? card(info.card) : chips()));
     $('about').hidden = false;
-    if (info.columns?.length)
-      fail({
-        code: 'no_photos',
-        message: 'This model reads rows of a table, not photos.',
-        advice: 'How to send one stands under "For programs", below.',
-      });
+    if (forRows()) setFields(info.columns);
   } catch (e) {
     const away = e.code === 'unreachable';
     $('state').textContent = away ? e.message : e.status === 401 ? 'A key is needed' : 'Ready';
