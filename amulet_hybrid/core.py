@@ -265,14 +265,12 @@ class Config:
     _earlier:Mapping[str,str] = MappingProxyType({}) # Name in files of earlier versions -> name now
 
     def __new__(cls, *args, **given): # before the dataclass says "unexpected keyword argument"
-        names = [f.name for f in cls._fields()]
-        if unknown := [name for name in given if name not in names]: raise cls._unknown(unknown)
+        if unknown := sorted(set(given)-{f.name for f in cls._fields()}): raise cls._unknown(unknown)
         return super().__new__(cls)
 
     @classmethod
     def _now_called(cls, name):
-        found = next((k._earlier[name] for k in (cls, *cls._parts().values()) if name in k._earlier), name)
-        return found if name not in cls.settings() else name
+        return next((k._earlier[name] for k in (cls, *cls._parts().values()) if name in k._earlier), name)
 
     @classmethod
     def _unknown(cls, names):

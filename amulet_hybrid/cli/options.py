@@ -233,7 +233,7 @@ def start_log(
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter('%(message)s'))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    usual = getattr(logging, os.environ.get('LOG_LEVEL', '').upper(), logging.WARNING) # as other programs take it
+    usual = logging.getLevelNamesMapping().get(os.environ.get('LOG_LEVEL', '').upper(), logging.WARNING)
     logging.getLogger('amulet_hybrid').setLevel(logging.INFO if verbose else usual)
     for name in EXPORTERS: logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = _WarnOnce()

@@ -410,12 +410,11 @@ class HybridFeatureExtractor(PhotoBlocks):
         self.milliseconds:dict[str,float] = {} # Mean a photo of each stage, of the last extraction
 
     def enable_cache(self,
-        max_size:int=10_000, # Rows that are kept in memory; 0: none
-        max_size_mb:float|None=None # And not more than so many 10**6 bytes; None: no limit
+        max_size:int=10_000 # Rows that are kept in memory; 0: none
     ):
         "Keep rows in memory, too, or only there where no `cache_dir` was given"
-        if self.cache is None: self.cache = FeatureCache(None)
-        self.cache.enable_cache(max_size, max_size_mb)
+        self.cache = self.cache or FeatureCache(None)
+        self.cache.enable_cache(max_size)
 
     def clear_cache(self):
         "Forget all rows, in memory and in `cache_dir`"

@@ -57,8 +57,7 @@ class HybridTrainer(BaseEstimator):
     ):
         "Search, choose, calibrate, refit"
         config = self.config # seven tenths of the time are for the search, the rest for the final fit
-        minutes = config.time_budget_minutes
-        until = time.monotonic()+60*.7*minutes if minutes else float('inf')
+        until = time.monotonic()+42*config.time_budget_minutes if config.time_budget_minutes else float('inf') # 70 %
         names,groups = np.asarray(labels, dtype=str),np.asarray(groups) # type: ignore[assignment]
         self.classes_,self.y_ = np.unique(names, return_inverse=True)
         self.encoders_ = {name: e for name,e in (encoders or {}).items() if name in blocks}

@@ -220,6 +220,7 @@ class HybridClassifier(BatchMixin):
         *,
         enable_caching:Any=True, # Remember answers: True, how many, an address of Redis, a cache, or False
         public_key:str|Path|None=None, # PEM file of whoever must have signed the bundle
+        beside:bool=False, # It is loaded beside the one that it takes over from: what both hold is no measure
         **settings # Settings of `ClassifierConfig` by name, in place of those in `config`
     ):
         self.config = (config or ClassifierConfig()).replace(**settings)
@@ -233,9 +234,9 @@ class HybridClassifier(BatchMixin):
         self.columns = self._pipeline.columns # Of the table that the bundle was trained on; (): it names photos
         self._statistics = AnswerStatistics()
         self._memory = MemoryGuard(self.cache, self.config.memory_threshold)
-        self._memory.check_threshold()
         self.jobs = self.config.jobs
         self._pipeline.planner.plan(self.config.route) # a route that is not there is refused at once
+        if not beside: self._memory.check_threshold()
 
     def classify(self,
         # Path, bytes of a file, RGB array (height, width, 3) uint8, or PIL image; a list of them: photos of one object

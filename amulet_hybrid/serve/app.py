@@ -462,12 +462,12 @@ def load_app(
     settings = settings.model_copy(update={'model_dir': folder})
     remember:Any = {'memory': True, 'off': False}.get(settings.answer_cache)
     if remember is None: remember = make_cache(settings.answer_cache, settings.cache_key) # one for all reloads
-    def load():
-        return HybridClassifier(folder, confidence_threshold=settings.confidence_threshold,
+    def load(beside=True):
+        return HybridClassifier(folder, beside=beside, confidence_threshold=settings.confidence_threshold,
                                 memory_threshold=settings.memory_threshold, enable_caching=remember,
                                 public_key=settings.public_key, max_pixels=settings.max_pixels,
                                 max_jpeg_pixels=settings.max_jpeg_pixels)
-    warm_up(classifier := load())
+    warm_up(classifier := load(beside=False))
     return create_app(classifier, settings, load, lambda: _recorder(settings))
 
 def __getattr__(name): # made when a server asks for it (PEP 562)
