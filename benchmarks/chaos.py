@@ -73,11 +73,16 @@ class Server:
         if not self.ended and self.process.poll() is not None: self.start()
 
     def children(self):
-        "Processes that it has started"
+        "Processes that it has started and that live: one that was killed stays listed until it is looked after"
         found = []
         for path in glob.glob(f'/proc/{self.process.pid}/task/*/children'):
             with contextlib.suppress(OSError): found += map(int, Path(path).read_text().split())
-        return found
+        return [pid for pid in found if self._lives(pid)]
+
+    @staticmethod
+    def _lives(pid):
+        try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]!='Z'
+        except OSError: return False
 
     def stop(self, seconds=30):
         "Ask it to end, and take care that it does"
