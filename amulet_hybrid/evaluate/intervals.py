@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'count_words', 'group_weights', 'check_bootstrap', 'clopper_pearson_low', 'percentile_limits',
-           'class_sums', 'class_means', 'share_interval', 'auroc_interval']
+           'wrong_losses', 'loss_limits', 'class_sums', 'class_means', 'share_interval', 'auroc_interval']
 
 # %% ../../nbs/40_evaluate/05_intervals.ipynb #dd37aaba
 import math
@@ -83,6 +83,30 @@ def percentile_limits(
     if n is None: return low, high
     limit = clopper_pearson_low(n, confidence)
     return min(low, limit), max(high, 1-limit)
+
+# %% ../../nbs/40_evaluate/05_intervals.ipynb #a9d573cc
+def wrong_losses(
+    confidence:float, # Mean of the highest probabilities, 0..1
+    n_classes:int # Classes among which the rest is shared
+) -> tuple[float, float]: # Log loss and Brier score
+    "What a photo costs that is wrong at this confidence"
+    if n_classes < 2: return 0., 0.
+    other = max(1-confidence, 1e-12)/(n_classes-1)
+    return -math.log(other), confidence**2 + (1-other)**2 + (n_classes-2)*other**2
+
+# %% ../../nbs/40_evaluate/05_intervals.ipynb #60d2f38c
+def loss_limits(
+    losses:np.ndarray, # (n_boot,) sums over the drawn groups
+    photos:np.ndarray, # (n_boot,) photos of the drawn groups
+    worst:float, # Loss of a photo that is wrong, as from `wrong_losses`
+    n_groups:int, # Groups of the test
+    confidence:float # E.g. 0.95
+) -> tuple[float, float]: # Lower and upper end
+    "Percentile interval of a mean loss that allows for one more group, which is wrong"
+    low,high = percentile_limits(losses/photos, confidence)
+    size = photos.mean()/n_groups
+    more = float(np.quantile((losses+size*worst)/(photos+size), (1+confidence)/2))
+    return 0. if n_groups==1 else low, max(high, more)
 
 # %% ../../nbs/40_evaluate/05_intervals.ipynb #35ba1dbb
 def class_sums(

@@ -18,9 +18,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ..base.checks import class_codes, class_names, group_codes, label_codes, probabilities
-from ..core import ConfigError, printable
+from ..core import ConfigError, derive_seed, printable
 from .intervals import Interval, check_bootstrap, clopper_pearson_low, count_words, group_weights
-from .intervals import percentile_limits
+from .intervals import loss_limits, percentile_limits, wrong_losses
 from ..learn.calibration import CalibrationReport, evaluate_calibration
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #ec5d343d
@@ -186,6 +186,33 @@ def _effective_groups(tally, k):
     per_class = per_class[per_class>0]
     return len(tally), len(per_class)**2/(1/per_class).sum()
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #a84fb117
+def _drawn_hits(right, n_boot, k, seed):
+    "(n_boot, k) rows of `right`, drawn at random from all photos: one a class and resample"
+    return right[np.random.default_rng(derive_seed(seed, 'one more')).integers(0, len(right), (n_boot, k))]
+
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #17398526
+def _one_more_group(
+    sums:np.ndarray, # (n_boot, columns of `_tally`)
+    tally:np.ndarray, # (groups, columns) of the test
+    hits:np.ndarray # (n_boot, k) whether the photos of the group are right, as from `_drawn_hits`
+) -> np.ndarray: # (n_boot, columns)
+    "The same with one more group of usual size in each class"
+    k = hits.shape[1]
+    photos = tally[:,k:2*k]
+    size = photos.sum(0)/np.maximum((photos>0).sum(0), 1)
+    return sums + np.hstack([size*hits, np.broadcast_to(size, hits.shape), size*hits, np.zeros((len(sums), 4))])
+
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #1cefde3a
+def _wider(
+    limits:tuple[float, float], # Of the resamples as they are
+    samples:np.ndarray, # (n_boot,) of those with one more group
+    confidence:float # Of the interval
+) -> tuple[float, float]:
+    "Limits that hold both"
+    low,high = percentile_limits(samples, confidence)
+    return min(limits[0], low), max(limits[1], high)
+
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #151a928b
 def evaluate_predictions(
     y_true:ArrayLike, # (n,) indices into `classes`
@@ -209,6 +236,11 @@ def evaluate_predictions(
               'macro_f1': n_even}
     rows = {name: (overall[i], *percentile_limits(many[:,i], confidence, behind.get(name)))
             for i,name in enumerate(_SUMS)}
+    more = _figures(_one_more_group(sums, tally, _drawn_hits(y==p.argmax(1), n_boot, k, seed)), k)[0]
+    for i in (1, 2): rows[_SUMS[i]] = (overall[i], *_wider(rows[_SUMS[i]][1:], more[:,i], confidence))
+    for i,worst in zip((6, 7), wrong_losses(float(p.max(1).mean()), k)):
+        ends = loss_limits(sums[:,3*k+i-4], sums[:,k:2*k].sum(1), worst, n_groups, confidence)
+        rows[_SUMS[i]] = (overall[i], *ends)
     rows['mcc'] = (overall[3], *_mcc_limits(many[:,3], confidence, n_even, int((tally[:,k:2*k].sum(0)>0).sum())))
     rows['augrc'] = (float(_augrc(np.ones(n_groups), ranks)), *_augrc_limits(areas, confidence, n_all))
     calibration = evaluate_calibration(p, y, codes, n_boot=min(n_boot, 1000), confidence=confidence, seed=seed)
@@ -245,6 +277,15 @@ def paired_difference(
         value = _figures(a.sum(0), k)[0][which] - _figures(b.sum(0), k)[0][which]
         samples = _figures(sums[:,:cut], k)[0][:,which] - _figures(sums[:,cut:], k)[0][:,which]
     low,high = percentile_limits(samples, confidence)
+    if metric in ('balanced_accuracy', 'macro_f1'):
+        hits = _drawn_hits(np.column_stack([p.argmax(1)==y for y,p,*_ in (first, second)]), len(sums), k, seed)
+        more = [_figures(_one_more_group(some, t, hits[...,i]), k)[0][:,which]
+                for i,(some,t) in enumerate(((sums[:,:cut], a), (sums[:,cut:], b)))]
+        low,high = _wider((low, high), more[0]-more[1], confidence)
+    if len(a)==1: # it shows no spread: all that a figure can differ by
+        worst = dict(zip(('log_loss', 'brier'), wrong_losses(float(max(p.max() for _,p,*_ in (first, second))), k)))
+        reach = {'mcc': 2., 'augrc': .5, **worst}.get(metric, 1.)
+        low,high = -reach, reach
     differ = (a[:,:3*k] != b[:,:3*k]).any(1).sum()
     if metric in SHARES and 2*.5**differ > 1-confidence:
         behind = _effective_groups(a, k)[metric in ('balanced_accuracy', 'macro_f1')]

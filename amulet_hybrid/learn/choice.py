@@ -16,8 +16,8 @@ from sklearn.metrics import balanced_accuracy_score
 
 from .candidates import Candidate
 from .config import NOT_WORSE
-from .ensemble import cross_select, group_difference, photo_losses, pool_predictions
-from .ensemble import select_ensemble, selection_loss, stack_ensemble
+from .ensemble import cross_select, fold_predictions, group_difference, photo_losses
+from .ensemble import pool_predictions, select_ensemble, selection_loss, stack_ensemble
 from .fold_search import RepeatedPredictions
 
 # %% ../../nbs/30_learn/78_choice.ipynb #318df2da
@@ -35,24 +35,32 @@ class Option:
     weights:dict[Candidate,float] # Weight of each member
     proba:np.ndarray # (n, n_classes) out-of-fold predictions that it is judged by
 
+# %% ../../nbs/30_learn/78_choice.ipynb #daf3e649
+def _least_loss(rank):
+    "A choice of the candidate of lowest rank, and among those of least loss"
+    def choose(proba, y, groups): return {min(proba, key=lambda c: (*rank(c), selection_loss(proba[c], y))): 1.}
+    return choose
+
 # %% ../../nbs/30_learn/78_choice.ipynb #115321ce
 def list_options(
     found:RepeatedPredictions, # Out-of-fold predictions of all candidates
-    best_block:Candidate, # Best candidate on a single block
     cost:Callable[[Iterable[Candidate]], float], # Million multiplications a photo
     max_picks:int=15 # Of the ensemble selection
 ) -> list[Option]: # The ensemble first
     "What is compared"
-    oof,y,groups,fold = found.proba,found.y,found.groups,found.fold
-    crossed = cross_select(oof, y, groups, fold, max_picks)
-    out = [Option('ensemble', select_ensemble(oof, y, groups, max_picks), crossed)]
-    if len(oof) > 1:
-        out.append(Option('stack', stack_ensemble(oof, y), cross_select(oof, y, groups, fold, stack=True)))
-    loss = {c: selection_loss(p, y) for c,p in oof.items()}
-    join = min((c for c in oof if len(c.blocks) > 1), key=lambda c: loss[c], default=None)
-    cheap = min((c for c in oof if len(c.blocks)==1), key=lambda c: (cost_class(cost([c])), loss[c]), default=None)
-    for name,c in (('best join', join), ('best block', best_block), ('cheapest block', cheap)):
-        if c is not None and {c: 1.} not in [o.weights for o in out]: out.append(Option(name, {c: 1.}, oof[c]))
+    oof,y,groups = found.proba,found.y,found.groups
+    by_fold = fold_predictions(oof, y, found.fold)
+    rules:dict[str,Callable] = {'ensemble': lambda p, y, groups: select_ensemble(p, y, groups, max_picks)}
+    if len(oof) > 1: rules['stack'] = lambda p, y, groups: stack_ensemble(p, y)
+    if any(len(c.blocks) > 1 for c in oof): rules['best join'] = _least_loss(lambda c: (len(c.blocks)==1,))
+    rules['best block'] = _least_loss(lambda c: (len(c.blocks),))
+    if any(len(c.blocks)==1 for c in oof):
+        rules['cheapest block'] = _least_loss(lambda c: (len(c.blocks) > 1, cost_class(cost([c]))))
+    out:list[Option] = []
+    for name,choose in rules.items():
+        weights = choose(oof, y, groups)
+        if weights in [o.weights for o in out]: continue
+        out.append(Option(name, weights, cross_select(by_fold, y, groups, found.fold, choose, name=='stack')))
     return out
 
 # %% ../../nbs/30_learn/78_choice.ipynb #18fefa23
@@ -88,13 +96,12 @@ class Choice:
 # %% ../../nbs/30_learn/78_choice.ipynb #ba610a6d
 def choose_model(
     found:RepeatedPredictions, # Out-of-fold predictions of all candidates
-    best_block:Candidate, # Best candidate on a single block
     cost:Callable[[Iterable[Candidate]], float]|None=None, # Million multiplications a photo; None: cost decides nothing
     max_picks:int=15 # Of the ensemble selection
 ) -> Choice:
     "The cheapest option that is not worse than the best ensemble"
     price = cost or (lambda candidates: float('nan'))
-    options = list_options(found, best_block, price, max_picks)
+    options = list_options(found, price, max_picks)
     best,table = compare_options(options, found.y, found.groups, price)
     classes = table['cost'].map(cost_class)
     fine = table[(table['extra_loss_high'] <= NOT_WORSE) & (classes <= classes[best]) & (cost is not None)]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['photo_losses', 'selection_loss', 'group_difference', 'select_ensemble', 'stack_ensemble', 'pool_predictions',
-           'cross_select', 'TrainedMember', 'HybridModel', 'fit_ensemble']
+           'fold_predictions', 'cross_select', 'TrainedMember', 'HybridModel', 'fit_ensemble']
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #db530d03
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,10 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 from threadpoolctl import threadpool_limits
 
-from ..base.checks import group_codes
+from ..base.checks import LARGE_DATASET, group_codes
 from ..core import TrainingError
 from ..features.contract import join_blocks
-from .calibration import NoScaler, log_proba
+from .calibration import NoScaler, TemperatureScaler, log_proba
 from .candidates import START, BlockScaler, Candidate, model_logits
 from .conformal import ConformalPredictor
 from .ood_selection import NoveltyDetector
@@ -126,21 +126,35 @@ def pool_predictions(
     return np.sum([w*proba[c] for c,w in weights.items()], axis=0)
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #a6819980
-def cross_select(
+def fold_predictions(
     oof:dict[Candidate,np.ndarray], # Out-of-fold probabilities, (n, n_classes) each
+    y:np.ndarray, # (n,) class indices
+    fold:np.ndarray # (n,) fold of each photo
+) -> dict[int,dict[Candidate,np.ndarray]]: # Fold -> probabilities of all photos
+    "Predictions at temperatures that were found on the other folds"
+    if len(y) >= LARGE_DATASET: return dict.fromkeys(np.unique(fold).tolist(), oof)
+    logits = {c: log_proba(p) for c,p in oof.items()}
+    return {f: {c: TemperatureScaler().fit(L[fold!=f], y[fold!=f]).predict_proba(L) for c,L in logits.items()}
+            for f in np.unique(fold).tolist()}
+
+# %% ../../nbs/30_learn/75_ensemble.ipynb #e750f1a2
+def cross_select(
+    oof:Mapping[int,dict[Candidate,np.ndarray]], # As from `fold_predictions`
     y:np.ndarray, # (n,) class indices
     groups:Any, # (n,), or None
     fold:np.ndarray, # (n,) fold of each photo
-    max_picks:int=15, # Of each selection
-    stack:bool=False # By `stack_ensemble` instead of `select_ensemble`
+    choose:Callable[[dict[Candidate,np.ndarray],np.ndarray,Any],dict[Candidate,float]]=select_ensemble,
+    geometric:bool=False # Weights are exponents of a geometric mean
 ) -> np.ndarray: # (n, n_classes)
-    "Predictions of ensembles for photos that had no part in their selection"
-    out,names = np.zeros_like(next(iter(oof.values()))),np.arange(len(y)) if groups is None else np.asarray(groups)
-    for f in np.unique(fold):
+    "Predictions of what `choose` finds (predictions, y, groups -> weights) for photos that it did not see"
+    names = np.arange(len(y)) if groups is None else np.asarray(groups)
+    parts = []
+    for f,proba in oof.items():
         rest,here = fold!=f,fold==f
-        some = {c: p[rest] for c,p in oof.items()}
-        weights = stack_ensemble(some, y[rest]) if stack else select_ensemble(some, y[rest], names[rest], max_picks)
-        out[here] = pool_predictions({c: oof[c][here] for c in weights}, weights, stack)
+        weights = choose({c: p[rest] for c,p in proba.items()}, y[rest], names[rest])
+        parts.append((here, pool_predictions({c: proba[c][here] for c in weights}, weights, geometric)))
+    out = np.zeros((len(y), parts[0][1].shape[1]))
+    for here,p in parts: out[here] = p
     return out
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #fc4c9bf6

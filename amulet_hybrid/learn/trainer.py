@@ -66,7 +66,7 @@ class HybridTrainer(BaseEstimator):
         augmented = augmented_rows(rows, mirrored if config.mirror!='never' else None, made)
         found = self._search(rows, names, augmented, until)
         cost = CostModel(self.block_info_, {b: X.shape[1] for b,X in blocks.items()}, len(names), len(self.classes_))
-        choice = choose_model(found, self.best_single_, cost if block_info else None, config.max_picks)
+        choice = choose_model(found, cost if block_info else None, config.max_picks)
         self.choice_,self.optimism_ = choice.table,choice.optimism
         few = len(names) < SMALL_DATASET and not config.quick and time.monotonic() < until
         self.calibration_folds_ = calibration_folds(names, groups, config.seed) if few else []
