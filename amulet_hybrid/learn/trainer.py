@@ -17,7 +17,7 @@ import pandas as pd
 from sklearn.base import BaseEstimator
 from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss
 
-from ..base.checks import SMALL_DATASET
+from ..base.checks import SMALL_DATASET, complete_column, own_groups
 from ..features.contract import BlockInfo
 from .candidates import Candidate
 from .choice import choose_model
@@ -58,12 +58,13 @@ class HybridTrainer(BaseEstimator):
         "Search, choose, calibrate, refit"
         config = self.config # seven tenths of the time are for the search, the rest for the final fit
         until = time.monotonic()+42*config.time_budget_minutes if config.time_budget_minutes else float('inf') # 70 %
-        names,groups = np.asarray(labels, dtype=str),np.asarray(groups) # type: ignore[assignment]
+        names = complete_column(labels, 'labels', code='bad_labels').astype(str)
+        groups = own_groups(groups, len(names)) # type: ignore[assignment]
         self.classes_,self.y_ = np.unique(names, return_inverse=True)
         self.encoders_ = {name: e for name,e in (encoders or {}).items() if name in blocks}
-        self.block_info_ = describe_blocks(blocks, block_info)
         rows = TrainingRows(blocks, self.y_, groups, self.encoders_)
         augmented = augmented_rows(rows, mirrored if config.mirror!='never' else None, made)
+        self.block_info_ = describe_blocks(blocks, block_info)
         found = self._search(rows, names, augmented, until)
         cost = CostModel(self.block_info_, {b: X.shape[1] for b,X in blocks.items()}, len(names), len(self.classes_))
         choice = choose_model(found, self.best_single_, cost if block_info else None, config.max_picks)
