@@ -6,8 +6,8 @@ a verdict is right, what a threshold lets through. Minutes on two cores, no phot
     python benchmarks/truth.py --scale 4           # four times the repeats
     python benchmarks/truth.py --list
 
-Writes benchmarks/results/truth.csv: a row a figure, with what is promised, what was measured here, and what was measured
-before the code was changed, where that is known.
+Writes benchmarks/results/truth.csv: a row a figure, with what is promised, what was measured here, and what was
+measured before the code was changed, where that is known.
 """
 import argparse
 import importlib

@@ -1,5 +1,5 @@
-"""Figures and comparisons of a test: intervals of log loss, Brier score and balanced accuracy, the sentence on a simpler
-model, and what a choice among many shows"""
+"""Figures and comparisons of a test: intervals of log loss, Brier score and balanced accuracy, the sentence on a
+simpler model, and what a choice among many shows"""
 from collections.abc import Callable
 
 import numpy as np

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
-from ..base.checks import column, finite_matrix, same_length
+from ..base.checks import column, complete_column, finite_matrix, own_groups, same_length
 from ..base.projection import Projection, block_weights, column_scale, principal_axes
 from ..core import ConfigError, SplitError, derive_seed
 from ..data.split import folds, groups_per_class
@@ -120,7 +120,7 @@ def group_gap(
     seed:int=0 # Of folds, axes and resamples
 ) -> GroupGap:
     "How much a random split would overstate; raises `SplitError` where no grouped folds exist"
-    label,group = np.asarray(y).astype(str), np.asarray(groups).astype(str)
+    label,group = complete_column(y, 'y', code='bad_labels').astype(str), own_groups(groups).astype(str)
     n = same_length(y=label, groups=group)
     blocks = {str(i): b for i,b in enumerate(checked_blocks(X, n))}
     if len(np.unique(group))==n:

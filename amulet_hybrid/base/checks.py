@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL_DATASET', 'LARGE_DATASET', 'plain_array', 'column', 'same_length', 'is_missing', 'complete_column',
            'class_names', 'class_codes', 'label_codes', 'composed', 'match_names', 'alike_names', 'finite_matrix',
-           'probabilities', 'group_codes', 'dataset_size']
+           'probabilities', 'group_codes', 'own_groups', 'dataset_size']
 
 # %% ../../nbs/05_base/45_checks.ipynb #2137b16a
 import unicodedata
@@ -20,11 +20,15 @@ from ..core import ArrayError
 
 # %% ../../nbs/05_base/45_checks.ipynb #2f5cf9fc
 def plain_array(
-    values:Any # Anything array-like
+    values:Any, # Anything array-like
+    name:str='values', # Of the argument, for the error
+    code:str='bad_arrays' # Of the error
 ) -> np.ndarray: # On the CPU
     "Array of anything array-like, also of a torch tensor on any device"
     if hasattr(values, 'detach'): values = values.detach().cpu().numpy()
-    return np.asarray(values)
+    try: return np.asarray(values)
+    except ValueError as error:
+        raise ArrayError('an array is needed, got rows of different lengths', code=code, where=name) from error
 
 # %% ../../nbs/05_base/45_checks.ipynb #0a6b854d
 def column(
@@ -34,7 +38,7 @@ def column(
     code:str='bad_arrays' # Of the error
 ) -> np.ndarray: # (n,) of any type
     "One flat column"
-    array = plain_array(values)
+    array = plain_array(values, name, code)
     # in a list of texts numpy would turn NaN into the text 'nan'
     if array.dtype.kind in 'US' and isinstance(values, (list, tuple)): array = np.array(values, dtype=object)
     if array.ndim!=1:
@@ -96,7 +100,10 @@ def class_names(
     classes:Sequence # Names of the columns
 ) -> list[str]: # At least two, each once
     "Class names as text"
-    names = [str(c) for c in classes]
+    names = list(classes) if isinstance(classes, Iterable) else [classes]
+    if is_missing(np.array(names, dtype=object)).any():
+        raise ArrayError(f'every class needs a name, got {names}', code='bad_classes', where='classes')
+    names = [str(c) for c in names]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ArrayError(f'at least two class names are needed, each once; got {names}', code='bad_classes',
                          where='classes')
@@ -110,7 +117,7 @@ def class_codes(
     name:str='y' # Of the argument, for the error
 ) -> np.ndarray: # (n,) int, 0..n_classes-1, at least one
     "Class indices, whole and in range"
-    codes = plain_array(y)
+    codes = plain_array(y, name, 'bad_labels')
     if codes.ndim!=1 or not len(codes):
         raise ArrayError(f'one label a photo is needed, and at least one photo; got an array of shape {codes.shape}',
                          code='bad_labels', where=name)
@@ -134,7 +141,7 @@ def label_codes(
     "Class indices of labels given by name"
     names = class_names(classes)
     place = {c: i for i,c in enumerate(names)}
-    given = [str(label) for label in column(labels, name, n, 'bad_labels').tolist()]
+    given = [str(label) for label in complete_column(labels, name, n, 'bad_labels').tolist()]
     if unknown := sorted(set(given)-set(names)):
         raise ArrayError(f'{unknown[0]!r} is no class', code='bad_labels', where=name,
                          advice=f'Known: {", ".join(names)}')
@@ -182,11 +189,13 @@ def finite_matrix(
     code:str='bad_arrays' # Of the error
 ) -> np.ndarray: # (n, columns), at least one of each
     "A matrix of finite numbers, a row a photo"
-    matrix = plain_array(X)
+    matrix = plain_array(X, name, code)
     wanted = f'({"n" if n is None else n}, {"k" if columns is None else columns})'
     right = matrix.ndim==2 and matrix.size and n in (None, len(matrix)) and columns in (None, matrix.shape[1])
     if not right: raise ArrayError(f'the shape {wanted} is needed, got {matrix.shape}', code=code, where=name)
-    matrix = matrix.astype(dtype, copy=False)
+    try: matrix = matrix.astype(dtype, copy=False)
+    except (TypeError, ValueError) as error:
+        raise ArrayError(f'numbers are needed, got {matrix.dtype}', code=code, where=name) from error
     if not (fine := np.isfinite(matrix).all(1)).all():
         raise ArrayError(f'{(~fine).sum()} rows hold NaN or infinity, the first is row {int(np.argmin(fine))}',
                          code=code, where=name, advice='Leave these photos out')
@@ -221,7 +230,9 @@ def group_codes(
     if groups is None and n is not None: return np.arange(n)
     array = column(groups, 'groups', n, 'bad_groups')
     empty,values = is_missing(array),array.tolist()
-    names = {v for v,gone in zip(values, empty) if not gone}
+    try: names = {v for v,gone in zip(values, empty) if not gone}
+    except TypeError as error:
+        raise ArrayError('a group must be a text or a number', code='bad_groups', where='groups') from error
     if sort:
         place = {v: i for i,v in enumerate(sorted(names, key=lambda v: (isinstance(v, str), v)))}
         alone = iter(range(len(place), len(place)+len(values)))
@@ -230,6 +241,19 @@ def group_codes(
     # a photo without a group goes by its row, which no other photo shares
     keys = [(row,) if gone else (v, None) for row,(v,gone) in enumerate(zip(values, empty))]
     return np.array([seen.setdefault(key, len(seen)) for key in keys], int)
+
+# %% ../../nbs/05_base/45_checks.ipynb #6c982534
+def own_groups(
+    groups:Any, # (n,) group of each photo, any type, '' or NaN where none is known
+    n:int|None=None # Photos, where they are known
+) -> np.ndarray: # (n,) as given where all are known; else texts, `alone 0` and so on for those without
+    "Group names; a photo without one gets a name that no other photo has"
+    array = column(groups, 'groups', n, 'bad_groups')
+    if not (empty := is_missing(array)).any(): return np.asarray(groups) if isinstance(groups, list) else array
+    names = [str(v) for v in array.tolist()]
+    prefix = 'alone '
+    while any(name.startswith(prefix) for name in names): prefix = '_'+prefix
+    return np.array([f'{prefix}{row}' if gone else name for row,(name,gone) in enumerate(zip(names, empty))])
 
 # %% ../../nbs/05_base/45_checks.ipynb #5a5dd498
 SMALL_DATASET = 500 # Photos below which one draw of the folds is luck, and strong augmentation drowns what is there

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEW_PHOTOS', 'FEW_GROUPS', 'assign_groups', 'leakage', 'leakage_notes', 'check_groups', 'groups_per_class',
-           'check_splittable', 'holdout', 'folds', 'repeated_folds', 'leave_one_group_out', 'split_dataset_stratified',
-           'GroupedStratifiedKFold', 'Distribution', 'analyze_distribution', 'print_distribution', 'CVAdvice',
-           'recommend_cv']
+           'check_splittable', 'holdout', 'folds', 'repeated_folds', 'few_groups_note', 'leave_one_group_out',
+           'split_dataset_stratified', 'GroupedStratifiedKFold', 'Distribution', 'analyze_distribution',
+           'print_distribution', 'CVAdvice', 'recommend_cv']
 
 # %% ../../nbs/10_data/70_split.ipynb #d7e1633b
 import html
@@ -34,7 +34,8 @@ def assign_groups(
     groups:ArrayLike, # (n,) group of each photo; empty: a group of its own
     shares:ArrayLike, # Wanted share of each bin, sums to 1
     seed:int=0, # Order of the groups, and who is offered to whom
-    tries:int=10 # Packings, the best three of which are improved; fewer where there are more than 5,000 groups
+    tries:int=10, # Packings, the best three of which are improved; fewer where there are more than 5,000 groups
+    few_groups:bool=False # A class with fewer groups than bins is expected, and no reason for a warning
 ) -> np.ndarray: # (n,) bin of each photo, 0..len(shares)-1
     "Bins with class shares as wanted and no group in two of them"
     labels,g = _labels_groups(labels, groups)
@@ -54,7 +55,8 @@ def assign_groups(
         best = sorted(found, key=lambda f: f[:2])[:3]
         bins = min((_improve(bins, counts, wanted, scale, np.random.default_rng(derive_seed(seed, 'improve', i)))
                     for _,i,bins in best), key=lambda f: f[0])[1]
-    if lacking := int((_filled(bins, counts, wanted)==0).any(1).sum()):
+    missing = (_filled(bins, counts, wanted)==0)[:,(counts>0).sum(0)>=len(ratio) if few_groups else slice(None)]
+    if lacking := int(missing.any(1).sum()):
         log.warning('%d of %d parts lack a class: its groups are too few, or hold other classes too', lacking,
                     len(ratio))
     return bins[g]
@@ -212,7 +214,9 @@ def _refusal(labels, groups, parts):
                           advice='A classifier needs at least two')
     if len(few := n[n < parts]):
         counts = ', '.join(f'{label!r} has {k} group{"s" if k!=1 else ""}' for label,k in few.items())
-        return SplitError(f'no honest split exists: {counts}, and each class needs {parts}', code='class_too_small',
+        why = ': what is tested cannot teach, and what teaches cannot be tested' if parts==2 else ''
+        return SplitError(f'no honest split exists: {counts}, and each class needs {parts}{why}',
+                          code='class_too_small',
                           advice='Add photos of other objects, or leave the class out '
                                  '(--min-groups drops such classes)')
 
@@ -245,9 +249,9 @@ def holdout(
 def folds(
     labels:ArrayLike, # (n,) class of each photo
     groups:ArrayLike, # (n,) group of each photo; empty: a group of its own
-    k:int=5, # Wanted number of folds; fewer where the rarest class has fewer groups
+    k:int=5, # Wanted number of folds; fewer where even the commonest class has fewer groups
     seed:int=0 # Same seed, same folds
-) -> np.ndarray: # (n,) fold of each photo
+) -> np.ndarray: # (n,) fold of each photo; a class with fewer groups than folds is tested in as many as it has groups
     "Stratified grouped folds"
     return repeated_folds(labels, groups, k, 1, seed)[0]
 
@@ -255,7 +259,7 @@ def folds(
 def repeated_folds(
     labels:ArrayLike, # (n,) class of each photo
     groups:ArrayLike, # (n,) group of each photo; empty: a group of its own
-    k:int=5, # Wanted number of folds; fewer where the rarest class has fewer groups
+    k:int=5, # Wanted number of folds; fewer where even the commonest class has fewer groups
     repeats:int=5, # Rounds, each with folds of its own
     seed:int=0 # Same seed, same folds
 ) -> np.ndarray: # (repeats, n) fold of each photo; the first row is that of `folds`
@@ -263,11 +267,25 @@ def repeated_folds(
     for name,value,least in (('k', k, 2), ('repeats', repeats, 1)):
         if value < least: raise SplitError(f'`{name}` must be at least {least}, got {value}', code='bad_setting')
     check_splittable(labels, groups)
-    k = min(k, int(groups_per_class(labels, groups).min()))
-    found = np.array([assign_groups(labels, groups, [1/k]*k, derive_seed(seed, 'folds', *([r] if r else [])))
-                      for r in range(repeats)])
+    k = min(k, int(groups_per_class(labels, groups).max()))
+    found = np.array([assign_groups(labels, groups, [1/k]*k, derive_seed(seed, 'folds', *([r] if r else [])),
+                                    few_groups=True) for r in range(repeats)])
     for fold in found: check_groups(fold, groups)
     return found
+
+# %% ../../nbs/10_data/70_split.ipynb #1b6cd60b
+def few_groups_note(
+    labels:ArrayLike, # (n,) class of each photo
+    groups:ArrayLike, # (n,) group of each photo; empty: a group of its own
+    k:int # Folds
+) -> str: # Empty where all classes have as many groups as there are folds
+    "Which classes are tested in fewer folds than the others, in words"
+    n = groups_per_class(labels, groups)
+    few = [f'{label} ({m})' for label,m in n[n < k].items()]
+    if not few: return ''
+    more = f' and {len(few)-8} more' if len(few) > 8 else ''
+    return (f'{", ".join(few[:8])}{more}: {"a class" if len(few)==1 else "classes"} with fewer groups than the {k} '
+            f'folds, tested in as many of them as there are groups')
 
 # %% ../../nbs/10_data/70_split.ipynb #fb6f58ec
 def leave_one_group_out(
@@ -312,7 +330,7 @@ class GroupedStratifiedKFold(BaseCrossValidator):
     "Folds of whole groups with class shares as equal as can be, once or several times"
     __metadata_request__split = {'groups': True}
     def __init__(self,
-        n_splits:int=5, # Folds; each class needs as many groups
+        n_splits:int=5, # Folds; one class at least needs as many groups
         n_repeats:int=1, # Rounds, each with folds of its own
         random_state:int=0 # Same number, same folds
     ):
@@ -335,7 +353,8 @@ class GroupedStratifiedKFold(BaseCrossValidator):
         groups=None # (n,) group of each row; needed
     ) -> Iterator[tuple[np.ndarray,np.ndarray]]:
         "Training and test rows of each fold, round after round"
-        check_splittable(y, groups, self.n_splits)
+        check_splittable(y, groups)
+        if (groups_per_class(y, groups) < self.n_splits).all(): check_splittable(y, groups, self.n_splits)
         for fold in repeated_folds(y, groups, self.n_splits, self.n_repeats, self.random_state):
             for f in range(self.n_splits): yield np.flatnonzero(fold!=f),np.flatnonzero(fold==f)
 
@@ -465,7 +484,7 @@ def recommend_cv(
     per_class = groups_per_class(labels, groups)
     n = len(codes)
     total = int(codes.max())+1
-    least = int(per_class.min())
+    least,most = int(per_class.min()),int(per_class.max())
     numbers = f'{n:,} photos in {total:,} groups, and the rarest class ({per_class.idxmin()}) has {least}'
     if error := _refusal(labels, groups, 2): return CVAdvice('none', 0, 0, numbers, f'{error.message}. {error.advice}')
     if FEW_GROUPS >= total < n and 2*least > total:
@@ -473,8 +492,8 @@ def recommend_cv(
                         f'{numbers}: every class is in more than half of the groups, so each group can be left out '
                         f'in turn')
     few,name = n < FEW_PHOTOS,'stratified' if total==n else 'grouped'
-    k = min(10 if few else 5, least)
-    bound = ', which allows no more folds' if k==least else ''
+    k = min(10 if few else 5, most)
+    bound = f': it is tested in {least} of the {k} folds' if least < k else ''
     if few and total > 2*k:
         return CVAdvice(f'repeated {name}', k, 5,
                         f'{numbers}{bound}; under {FEW_PHOTOS} photos the luck of one draw shows, so five draws are '

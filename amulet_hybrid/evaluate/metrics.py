@@ -34,7 +34,7 @@ def _checked(y_true, proba, classes, groups=None):
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #5e146fae
 OVERALL = ('accuracy', 'balanced_accuracy', 'macro_f1', 'mcc', 'top2_accuracy', 'top3_accuracy', 'log_loss', 'brier',
-           'augrc', 'ece', 'ece_classwise')
+           'augrc', 'ece', 'ece_classwise', 'roc_auc')
 # of photos or means of them: more is better, never beyond 1
 SHARES = ('accuracy', 'balanced_accuracy', 'macro_f1', 'top2_accuracy', 'top3_accuracy')
 _SUMS = OVERALL[:8] # what follows from sums
@@ -75,13 +75,14 @@ def _figures(
                     axis=-1), per_class
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #beb1fd86
-def _by_confidence(y, p, codes):
-    "Groups of the photos, the least sure first; places of the wrong ones; begin and end of those as sure as each"
-    top,wrong = p.max(1), p.argmax(1)!=y
-    order = np.argsort(top, kind='stable')
-    _,first,which,count = np.unique(top[order], return_index=True, return_inverse=True, return_counts=True)
-    at = np.flatnonzero(wrong[order])
+def _ranked(score, marked, codes):
+    "Groups of the photos, the lowest score first; places of the marked ones; begin and end of those that score as each"
+    order = np.argsort(score, kind='stable')
+    _,first,which,count = np.unique(score[order], return_index=True, return_inverse=True, return_counts=True)
+    at = np.flatnonzero(marked[order])
     return codes[order], at, first[which][at], (first+count)[which][at]
+
+def _by_confidence(y, p, codes): return _ranked(p.max(1), p.argmax(1)!=y, codes)
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #88ce5270
 def _augrc(
@@ -213,6 +214,28 @@ def _wider(
     low,high = percentile_limits(samples, confidence)
     return min(limits[0], low), max(limits[1], high)
 
+# %% ../../nbs/40_evaluate/10_metrics.ipynb #c38d87d9
+def _roc_auc(y, p, codes, tally, resampling):
+    "One-vs-rest ROC-AUC, mean of the classes, with its ends; NaN where the test has one class only"
+    k = p.shape[1]
+    n_boot,confidence,seed = resampling
+    there = np.flatnonzero(np.bincount(y, minlength=k))
+    if len(there)<2: return math.nan, math.nan, math.nan
+    ranks = [_ranked(p[:,c], y==c, codes) for c in there]
+    def macro(sums, areas): # (..., columns), (classes, ...)
+        mine = np.moveaxis(sums[...,k+there], -1, 0)
+        n = mine.sum(0)
+        pairs = mine*(n-mine)
+        auc = np.where(pairs>0, areas*n**2-mine**2/2, 0)/np.where(pairs>0, pairs, 1)
+        return auc.sum(0)/np.maximum((pairs>0).sum(0), 1)
+    value = macro(tally.sum(0), np.array([_augrc(np.ones(len(tally)), r) for r in ranks]))
+    # ranks take far longer than sums; on many photos a few hundred resamples say the same
+    sums,*areas = _resample(tally, min(n_boot, max(200, 40_000_000//p.size)), seed, *ranks)
+    per_class = (tally[:,k+there]>0).sum(0)
+    behind = per_class.min() if len(there)==2 else _effective_groups(tally, k)[1]
+    low,high = percentile_limits(macro(sums, np.array(areas)), confidence, behind)
+    return float(value), min(low, float(value)), max(high, float(value))
+
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #151a928b
 def evaluate_predictions(
     y_true:ArrayLike, # (n,) indices into `classes`
@@ -245,7 +268,9 @@ def evaluate_predictions(
     rows['augrc'] = (float(_augrc(np.ones(n_groups), ranks)), *_augrc_limits(areas, confidence, n_all))
     calibration = evaluate_calibration(p, y, codes, n_boot=min(n_boot, 1000), confidence=confidence, seed=seed)
     for name in ('ece', 'ece_classwise'): rows[name] = tuple(calibration.figures.loc[name])
-    names = [name for name in OVERALL if not (name.startswith('top') and k<=int(name[3]))]
+    rows['roc_auc'] = _roc_auc(y, p, codes, tally, (n_boot, confidence, seed))
+    names = [name for name in OVERALL if not (name.startswith('top') and k<=int(name[3]))
+             and not math.isnan(rows[name][0])]
     table = pd.DataFrame([rows[name] for name in names], columns=['value', 'low', 'high'],
                          index=pd.Index(names, name='figure'))
     confusion = np.bincount(y*k + p.argmax(1), minlength=k*k).reshape(k, k)
@@ -266,7 +291,7 @@ def paired_difference(
     "How much one classifier differs from another on the same photos"
     check_bootstrap(n_boot, confidence)
     if metric not in _PAIRED: raise ConfigError(f'`metric` must be one of {", ".join(_PAIRED)}, got {metric!r}')
-    k = np.asarray(proba_a).shape[-1]
+    k = probabilities(proba_a, name='proba_a').shape[1]
     first,second = (_checked(y_true, p, range(k), groups) for p in (proba_a, proba_b))
     a,b = _tally(*first), _tally(*second)
     ranks = [_by_confidence(*x[:3]) for x in (first, second)] if metric=='augrc' else []
@@ -334,7 +359,7 @@ def risk_coverage(
     shares = np.asarray(refused, float)
     if not len(shares) or shares.min()<0 or shares.max()>=1:
         raise ConfigError(f'`refused` must be shares from 0 to below 1, got {list(refused)}')
-    y,p,codes,n_groups = _checked(y_true, proba, range(np.asarray(proba).shape[-1]), groups)
+    y,p,codes,n_groups = _checked(y_true, proba, range(probabilities(proba).shape[1]), groups)
     order = np.argsort(-p.max(1), kind='stable')
     codes = codes[order]
     wrong = (p.argmax(1)!=y)[order]
@@ -426,7 +451,7 @@ class PerformanceAnalyzer:
     # Index metric; `value`, `low`, `high` (NaN where all resamples agree), `resamples` from which it could be had
     ) -> pd.DataFrame:
         "Each metric on the test photos"
-        y,p,codes,n_groups = _checked(y_true, proba, range(np.asarray(proba).shape[-1]), groups)
+        y,p,codes,n_groups = _checked(y_true, proba, range(probabilities(proba).shape[1]), groups)
         values = {name: _metric_value(metric, y, p) for name,metric in self.metrics.items()}
         if bad := [f'{name!r}: {v}' for name,v in values.items() if isinstance(v, str)]:
             raise ConfigError(f'the metric {bad[0]}', code='bad_metric', where='metrics')

@@ -35,7 +35,8 @@ FIGURES = {'balanced_accuracy': ('Balanced accuracy',
                      '0 to 0.5, lower is better; share of photos wrong and yet named, over all shares that it may '
                      'refuse (AUGRC)'),
            'ece_classwise': ('Calibration error by class',
-                             '0 to 1, lower is better; the same for the probability of each class, averaged')}
+                             '0 to 1, lower is better; the same for the probability of each class, averaged'),
+           'roc_auc': ('ROC-AUC', '0.5 is chance; share of pairs in the right order, one class against the rest')}
 MAIN_FIGURES = ('balanced_accuracy', 'accuracy', 'macro_f1', 'log_loss', 'ece') # the others are folded away
 
 # %% ../../nbs/40_evaluate/55_sentences.ipynb #aaaa1573
@@ -46,7 +47,8 @@ def headline_rows(
     support,k = metrics.per_class.support.to_numpy(), len(metrics.per_class)
     most = np.sort(support)[::-1].cumsum()/support.sum()
     guess = {'accuracy': most[0], 'balanced_accuracy': 1/(support>0).sum(), 'log_loss': math.log(k), 'brier': 1-1/k,
-             'top2_accuracy': most[1], 'top3_accuracy': most[min(2, k-1)], 'mcc': 0}
+             'top2_accuracy': most[1], 'top3_accuracy': most[min(2, k-1)], 'mcc': 0,
+             'roc_auc': .5}
     rows = []
     for name,(label,words) in FIGURES.items():
         if name not in metrics.overall.index: continue

@@ -136,11 +136,11 @@ def choice_sections(
     choice = ('The ensemble beside cheaper options, on out-of-fold predictions. A cheaper one takes its place where '
               f'its loss is at most {NOT_WORSE} higher at the upper end of its interval. Being selected flatters an '
               f'ensemble by {trainer.optimism_:.3f} of this loss; the figures here are free of it, those of single '
-              'models too: each was chosen, and its temperature found, on other folds than those that judge it.')
+              'models too: each was chosen on other folds than those that judge it.')
     members = 'Who votes, and with what weight. Chosen on out-of-fold predictions of the training photos.'
-    candidates = ('Every model on every block and join, judged out of fold on the training photos, best first. The first '
-                  f'is flattered by being chosen among {len(trainer.candidates_)}: what was chosen has its figures, free '
-                  'of that, in the table of the choice.')
+    many = len(trainer.candidates_)
+    candidates = ('Every model on every block and join, judged out of fold on the training photos, best first. The '
+                  f'first is flattered by being chosen among {many}: the table of the choice has figures free of that.')
     return [('What was chosen, and why', choice, trainer.choice_.reset_index()),
             ('The ensemble', members, trainer.model_.describe()),
             ('Candidates', candidates, trainer.candidates_)]

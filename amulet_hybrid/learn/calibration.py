@@ -254,7 +254,7 @@ def calibrate_model(
     y:Any, # (n,) class indices
     groups:Any=None, # (n,) photos of one group are judged together; None: each photo alone
     methods:Sequence[str]=tuple(SCALERS), # Names in `SCALERS`; 'none' always takes part
-    cv:int=5, # Folds; fewer where the rarest class has fewer groups
+    cv:int=5, # Folds; fewer where the commonest class has fewer groups
     seed:int=0, # Of the folds
     errors:float=.25, # A simpler method is taken if it is within so many standard errors of the best
     # Take a temperature below 1 without proof of its use: what is served learned from more photos than what these

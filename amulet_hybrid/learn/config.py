@@ -25,7 +25,7 @@ class TrainingConfig(Config):
         'use_dimensionality_reduction': 'Each candidate reduces its columns itself, inside the folds.'})
     models:tuple[str,...] = setting(
         USUAL, 'Classifiers that are tried: keys of `MODELS`', choices=lambda: MODELS, code='unknown_model')
-    cv_folds:int = setting(5, 'Grouped folds; fewer where the rarest class has fewer groups', ge=2)
+    cv_folds:int = setting(5, 'Grouped folds; a class with fewer groups is tested in fewer of them', ge=2)
     max_picks:int = setting(15, 'Picks of the ensemble selection, at most', ge=1)
     quick:bool = setting(False, '3 folds, two models and few joins only: a first look')
     search:str = setting(

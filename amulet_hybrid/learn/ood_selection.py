@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.checks import complete_column, own_groups
 from ..base.estimators import TransformerMixin, clone
 from ..base.parallel import one_blas_thread
 from ..base.projection import Projection, column_scale, principal_axes
@@ -395,8 +396,9 @@ def _surely_best(table, first):
 def _check_features(blocks, labels, group, encoders):
     "Refuse blocks and groups that do not fit the labels"
     for name,X in blocks.items():
-        if np.ndim(X)!=2 or len(X)!=len(labels):
-            raise TrainingError(f'the block {name} has shape {np.shape(X)} for {len(labels)} labels', code='bad_blocks')
+        if not isinstance(X, np.ndarray) or X.ndim!=2 or len(X)!=len(labels):
+            raise TrainingError(f'the block {name} has shape {getattr(X, "shape", None)} for {len(labels)} labels',
+                                code='bad_blocks')
         if name not in encoders and not np.isfinite(X).all():
             raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
     if not blocks or len(group)!=len(labels):
@@ -445,8 +447,8 @@ def select_detector(
     neural:Sequence[str]=() # Names of the blocks that a net makes
 ) -> NoveltyDetector:
     "Choose by leaving classes out, fit on everything, set the threshold"
-    blocks,labels = dict(_as_blocks(features)),np.asarray(y).astype(str)
-    group = np.arange(len(labels)).astype(str) if groups is None else np.asarray(groups).astype(str)
+    blocks,labels = dict(_as_blocks(features)),complete_column(y, 'y', code='bad_labels').astype(str)
+    group = np.arange(len(labels)).astype(str) if groups is None else own_groups(groups).astype(str)
     encoders = {b: e for b,e in (encoders or {}).items() if b in blocks}
     _check_features(blocks, labels, group, encoders)
     full = {b: clone(e).fit(blocks[b]) for b,e in encoders.items()}

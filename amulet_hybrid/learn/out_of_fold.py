@@ -9,7 +9,7 @@ __all__ = ['AXES_FROM_PHOTOS', 'encode_blocks', 'fit_encoders', 'AugmentedRows',
 # %% ../../nbs/30_learn/50_out_of_fold.ipynb #0182a8ed
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,21 @@ class AugmentedRows:
 # %% ../../nbs/30_learn/50_out_of_fold.ipynb #3c60dc51
 def _check_blocks(blocks, n, raw=()):
     "Refuse blocks that are not `n` finite rows each; raw blocks may hold anything"
+    if not isinstance(blocks, Mapping):
+        raise TrainingError(f'blocks by name are needed, got {type(blocks).__name__}', code='bad_blocks',
+                            advice="For example {'features': X}")
     if not blocks: raise TrainingError('there are no feature blocks', code='no_blocks')
     for name,X in blocks.items():
-        if len(X)!=n: raise TrainingError(f'the block {name} has {len(X)} rows for {n} labels', code='bad_blocks')
-        if name not in raw and not np.isfinite(X).all():
+        if not isinstance(X, np.ndarray):
+            raise TrainingError(f'the block {name} must be an array, got {type(X).__name__}', code='bad_blocks')
+        if not X.ndim or len(X)!=n:
+            raise TrainingError(f'the block {name} has {len(X) if X.ndim else "no"} rows for {n} labels',
+                                code='bad_blocks')
+        if name in raw: continue
+        if X.ndim!=2 or not X.shape[1] or X.dtype.kind not in 'biuf':
+            raise TrainingError(f'the block {name} must be (n, n_features) numbers, got {X.shape} of {X.dtype}',
+                                code='bad_blocks')
+        if not np.isfinite(X).all():
             raise TrainingError(f'the block {name} holds NaN or infinity', code='bad_blocks')
 
 # %% ../../nbs/30_learn/50_out_of_fold.ipynb #d2ad7f57
@@ -102,6 +113,9 @@ class TrainingRows:
         _check_blocks(more.blocks, len(more), self.encoders)
         if lacking := sorted(set(self.blocks)-set(more.blocks)):
             raise TrainingError(f'there is no {kind} of {", ".join(lacking)}', code='bad_blocks')
+        for b,X in self.blocks.items():
+            if b not in self.encoders and X.shape[1]!=more.blocks[b].shape[1]:
+                raise TrainingError(f'a {kind} has other features than a photo in {b}', code='bad_blocks')
         if len(more) and not 0 <= more.source.min() <= more.source.max() < len(self.y):
             raise TrainingError(f'a {kind} is of no row', code='bad_blocks')
 

@@ -17,7 +17,7 @@ import pandas as pd
 from sklearn.base import BaseEstimator
 from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss
 
-from ..base.checks import SMALL_DATASET
+from ..base.checks import SMALL_DATASET, complete_column, own_groups
 from ..features.contract import BlockInfo
 from .candidates import Candidate
 from .choice import choose_model
@@ -25,7 +25,7 @@ from .config import TrainingConfig
 from .ensemble import HybridModel, fit_ensemble, pool_predictions, selection_loss
 from .final_steps import Calibrated, calibrate_predictions, calibration_folds, find_detector
 from .final_steps import random_folds
-from .fold_search import FoldSearch, RepeatedPredictions, draw_folds, predict_on_folds
+from .fold_search import FoldSearch, RepeatedPredictions, draw_folds, fold_notes, predict_on_folds
 from .joins import CostModel, default_joins, describe_blocks, list_candidates
 from .out_of_fold import AugmentedRows, TrainingRows
 
@@ -48,7 +48,7 @@ class HybridTrainer(BaseEstimator):
     def fit(self,
         blocks:dict[str,np.ndarray], # Block name -> (n, n_features), training photos only
         labels:Sequence[str], # (n,) class names
-        groups:Sequence, # (n,) photos of one group are never parted
+        groups:Any, # (n,) photos of one group are never parted; '' or None: alone
         encoders:Mapping[str,Any]|None=None, # Block name -> unfitted encoder of a raw block, as its extractor names it
         # Block name -> kind and counted cost, as extractors give them; then the cheapest model that is not worse wins
         block_info:Mapping[str,BlockInfo]|None=None,
@@ -58,12 +58,12 @@ class HybridTrainer(BaseEstimator):
         "Search, choose, calibrate, refit"
         config = self.config # seven tenths of the time are for the search, the rest for the final fit
         until = time.monotonic()+42*config.time_budget_minutes if config.time_budget_minutes else float('inf') # 70 %
-        names,groups = np.asarray(labels, dtype=str),np.asarray(groups) # type: ignore[assignment]
+        names,groups = complete_column(labels, 'labels', code='bad_labels').astype(str),own_groups(groups)
         self.classes_,self.y_ = np.unique(names, return_inverse=True)
         self.encoders_ = {name: e for name,e in (encoders or {}).items() if name in blocks}
-        self.block_info_ = describe_blocks(blocks, block_info)
         rows = TrainingRows(blocks, self.y_, groups, self.encoders_)
         augmented = augmented_rows(rows, mirrored if config.mirror!='never' else None, made)
+        self.block_info_ = describe_blocks(blocks, block_info)
         found = self._search(rows, names, augmented, until)
         cost = CostModel(self.block_info_, {b: X.shape[1] for b,X in blocks.items()}, len(names), len(self.classes_))
         choice = choose_model(found, cost if block_info else None, config.max_picks)
@@ -87,8 +87,8 @@ class HybridTrainer(BaseEstimator):
         search = FoldSearch(rows, draw_folds(names, rows.groups, config), config, until, self.checkpoint_dir)
         logits = search.run(list_candidates(config.models, joins, config.quick), *augmented)
         found = RepeatedPredictions.of(logits, rows, search.folds)
-        self.notes_,self.mirrored_,self.dropped_ = search.notes,search.mirrored,search.dropped
-        self.fold_,self.augmented_ = search.folds[0],search.rows.augmented
+        self.fold_,self.augmented_,self.mirrored_ = search.folds[0],search.rows.augmented,search.mirrored
+        self.notes_,self.dropped_ = fold_notes(names, rows.groups, self.fold_)+search.notes,search.dropped
         self.repeated_oof_,self.temperatures_ = found.proba,found.temperatures
         self.oof_ = {c: p[:len(names)] for c,p in found.proba.items()} # on the first draw of the folds
         self.candidates_ = rank_candidates(found.proba, found.y)
