@@ -57,6 +57,7 @@ def trained(tmp_path_factory):
     from amulet_hybrid.model.bundle import HeldOut, save_bundle
     from amulet_hybrid.model.bundle_files import sign_bundle
     from amulet_hybrid.model.cascade import fit_cascade
+    from amulet_hybrid.model.inference import THRESHOLDS
     folder = tmp_path_factory.mktemp('trained')
     photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10)
               for view in range(2)]
@@ -67,7 +68,7 @@ def trained(tmp_path_factory):
     models = ('logistic_balanced', 'lda_balanced', 'svm', 'cosine_knn', 'extra_trees')
     config = TrainingConfig(cv_folds=3, cv_repeats=1, models=models, jobs=1)
     trainer = HybridTrainer(config).fit(features, labels, groups, extractor.encoders())
-    cascade = fit_cascade(trainer, features, groups, extractor.extractors)
+    cascade = fit_cascade(trainer, features, groups, extractor.extractors, thresholds=THRESHOLDS)
     save_bundle(folder/'bundle', trainer.model_, extractor, cascade=cascade, held_out=HeldOut(features, photos))
     make_keys(folder/'key.pem')
     sign_bundle(folder/'bundle', folder/'key.pem')
