@@ -60,7 +60,7 @@ def photos(tmp_path_factory):
 
 def test_a_node_dies_half_way_and_nothing_is_lost(photos, tmp_path):
     done = subprocess.run([sys.executable, '-c', PROGRAM, str(photos), str(tmp_path/'rows.npz')], capture_output=True,
-                          text=True, timeout=240)
+                          text=True, timeout=600)
     assert done.returncode==0, done.stderr[-3000:]
     paths = sorted(photos.rglob('*.jpg'))
     wanted = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'hog'))).extract_batch(paths)
