@@ -93,7 +93,8 @@ def _suspect_findings(tables):
         yield Finding('warning', 'label_suspects',
                       f'{_count(len(labels), "label is", "labels are")} suspect, first of all {first["path"]}: it '
                       f'looks like {first["suggested"]}.',
-                      'Look at them in the report; nothing was changed.')
+                      'Look at them in the report, and at the undoubted ones beside them, which were chosen at random; '
+                      'nothing was changed.')
 
 # %% ../../nbs/55_audit/18_findings.ipynb #448b2282
 def _shortcut_findings(tables, facts):

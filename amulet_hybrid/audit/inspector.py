@@ -167,7 +167,7 @@ def evaluate_scan(
 
 # %% ../../nbs/55_audit/30_inspector.ipynb #30a90055
 STORE = 'inspection.sqlite' # Measurements, in the folder of the cache
-VERSION = 1 # Of the result; another one is made anew
+VERSION = 2 # Of the result; another one is made anew
 
 def _checked(manifest):
     "A manifest with the columns that are needed, index renewed"

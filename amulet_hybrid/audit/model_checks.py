@@ -21,7 +21,7 @@ from ..core import SplitError, progress
 from ..data.duplicates import chain_pairs, clusters
 from ..data.manifest import groups_from_pattern
 from ..data.split import folds, groups_per_class
-from ..evaluate.label_issues import find_label_issues
+from ..evaluate.label_issues import find_label_issues, undoubted_sample
 from ..evaluate.neighbours import nearest_of_class
 from ..features.config import FeatureConfig
 from ..features.contract import BaseFeatureExtractor, make_extractor
@@ -78,18 +78,21 @@ def doubted_labels(
     data:ProbeData, # Photos that can be folded
     config:InspectionConfig, # `cv_folds` and `seed`
     sure:float=.7 # Probability of the other class from which on a label is listed
-) -> pd.DataFrame: # As from `find_label_issues`, with `path` and `neighbours` (paths); worst first
-    "Photos whose label a probe doubts, each with its nearest photos of the suggested class"
+# As from `find_label_issues`, with `path` and `neighbours` (paths), worst first; and undoubted ones, `path` and `given`
+) -> tuple[pd.DataFrame,pd.DataFrame]:
+    "Photos whose label a probe doubts, each with its nearest photos of the suggested class, and a sample of the others"
     fold = folds(data.labels, np.arange(len(data.y)), config.cv_folds, config.seed)
     found = find_label_issues(data.labels, quick_proba(data.X, data.y, fold, config.seed), data.names)
-    found = found[found['suspect'] & (found['probability_suggested'] > sure)]
+    found['suspect'] &= found['probability_suggested'] > sure
+    others,found = undoubted_sample(found, seed=config.seed),found[found['suspect']]
     space = np.concatenate([(v-v.mean(0))/max(1e-9, np.linalg.norm(v-v.mean(0), axis=1).mean())
                             for v in data.X.values()], axis=1)
     paths = data.photos['path'].to_numpy()
     beside = [paths[nearest_of_class(space, data.labels, row, wanted, 3)].tolist()
               for row,wanted in zip(found['row'], found['suggested'])]
     found = found.assign(path=paths[found['row']], neighbours=beside)
-    return found.drop(columns=['row', 'suspect']).reset_index(drop=True)
+    others = others.assign(path=paths[others['row']])[['path', 'given']]
+    return found.drop(columns=['row', 'suspect']).reset_index(drop=True),others
 
 # %% ../../nbs/55_audit/28_model_checks.ipynb #6ec0efaf
 def _gap_facts(gap):
@@ -135,7 +138,7 @@ def check_sources(
 # %% ../../nbs/55_audit/28_model_checks.ipynb #08bfc080
 # What is asked, in this order; each takes `ProbeData` and `InspectionConfig` and gives tables and facts
 CHECKS = {
-    'labels': lambda data, config: ({'label_issues': doubted_labels(data, config)}, {}),
+    'labels': lambda data, config: (dict(zip(('label_issues', 'undoubted_labels'), doubted_labels(data, config))), {}),
     'groups': check_groups,
     'shortcuts': lambda data, config: (
         {'shortcuts': shortcuts(data.photos, data.labels, data.groups, seed=config.seed).reset_index()}, {}),

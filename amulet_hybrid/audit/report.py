@@ -16,6 +16,7 @@ import pandas as pd
 from ..base.html import ACCENT, INK, figure_source, quiet_figure, render_page, short_name, table_parts
 from ..base.html import thumbnail
 from ..data.quality import ISSUES, has_issue
+from ..evaluate.label_issues import undoubted_words
 
 # %% ../../nbs/55_audit/20_report.ipynb #13f78230
 def plot_classes(
@@ -114,8 +115,10 @@ def render_photo_report(
     conflicts,plain = _cluster_cards(duplicates, True),_cluster_cards(duplicates, False)
     suspects = _suspect_cards(tables['label_issues']) if len(tables.get('label_issues', ())) else []
     worst = list(_worst(found.manifest))
+    others = tables.get('undoubted_labels', pd.DataFrame(columns=['path', 'given'])).to_dict('records')
     wanted = dict.fromkeys([path for *_,photos in conflicts+plain+worst for path,_ in photos]
-                           + [path for s in suspects for path in (s['path'], *s['beside'])])
+                           + [path for s in suspects for path in (s['path'], *s['beside'])]
+                           + [o['path'] for o in others])
     def parts(name, columns=None, most=40):
         if not len(tables.get(name, ())): return None
         return table_parts(tables[name][columns] if columns else tables[name], most)
@@ -126,6 +129,7 @@ def render_photo_report(
         classes=figure_source(plot_classes(tables['classes'])), balance=_balance_sentence(facts['balance']),
         cv_words=_folds_sentence(facts['cv']), augmentation=facts['augmentation'], conflicts=conflicts, clusters=plain,
         n_conflicts=int(n_clusters.get(True, 0)), n_clusters=int(n_clusters.get(False, 0)), suspects=suspects,
+        undoubted=others, undoubted_words=undoubted_words(len(others)),
         n_suspects=len(tables.get('label_issues', ())), gap=facts.get('group_gap'), hidden=facts.get('hidden_groups'),
         suggestions=parts('group_suggestions'),
         shortcuts=parts('shortcuts', ['family', 'columns', 'balanced_accuracy', 'low', 'high', 'predictive']),

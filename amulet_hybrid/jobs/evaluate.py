@@ -27,7 +27,7 @@ from ..data.images import read_image
 from ..data.manifest import GroupsConfig
 from ..audit.inspector import DatasetInspector
 from ..audit.inspection import InspectionConfig
-from ..evaluate.label_issues import find_label_issues
+from ..evaluate.label_issues import find_label_issues, undoubted_sample, undoubted_words
 from ..learn.candidates import MODELS, Candidate
 from .past_run import GIVE_DATA, past_run, still_there
 from .sections import importance_sections, speed_profile
@@ -128,6 +128,14 @@ def _importance(bundle, test, y):
     if len(names) > MOST_COLUMNS: return []
     return [column_importance(bundle.model, test.blocks['table'], names, y, groups)]
 
+# %% ../../nbs/85_jobs/40_evaluate.ipynb #837ba554
+def _undoubted_section(some, read, unit):
+    "Undoubted labels that a person should look at, as sections of the report"
+    if not len(some): return []
+    shown = some[['path', 'given']] if read is None else [
+        (read_small(read, path), f'filed as {given}: {path}') for path,given in zip(some['path'], some['given'])]
+    return [('Undoubted labels to look at too', undoubted_words(len(some), unit), shown)]
+
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #efc7c707
 def doubt_section(
     bundle:Bundle, # Loaded
@@ -135,21 +143,23 @@ def doubt_section(
     proba:np.ndarray, # (n, n_classes)
     unit:str='photos', # What a row is
     most:int=12 # That are shown
-) -> list[tuple[str,str,Any]]: # Sections of the report; empty where no label is doubted
-    "Labels of the test that the model doubts (confident learning; Northcutt, Jiang and Chuang, 2021)"
+) -> list[tuple[str,str,Any]]: # Sections of the report
+    "Labels of the test that the model doubts (confident learning), and undoubted ones chosen at random"
     found = find_label_issues(test.table['label'].to_numpy(str), proba, bundle.classes)
-    found = found[found['suspect']].assign(path=lambda t: test.table['path'].to_numpy()[t['row']])
-    if not len(found): return []
+    found = found.assign(path=test.table['path'].to_numpy()[found['row']])
+    more = _undoubted_section(undoubted_sample(found), test.read, unit)
+    found = found[found['suspect']]
+    if not len(found): return more
     text = (f'The model doubts {len(found)} label{"s"*(len(found)>1)} of these {unit} (confident learning; '
             f'Northcutt, Jiang and Chuang, 2021). '
             'Nothing was changed; a wrong label here makes the figures too low.')
     if test.read is None:
         return [('Labels to look at', text,
-                 found[['path', 'given', 'suggested', 'probability_suggested']].head(most).round(3))]
+                 found[['path', 'given', 'suggested', 'probability_suggested']].head(most).round(3)), *more]
     shown = found.head(most)[['path', 'given', 'suggested', 'probability_suggested']].itertuples(index=False)
     return [('Labels to look at', text,
              [(read_small(test.read, path), f'filed as {given}, looks like {other} ({p:.2f}): {path}')
-              for path,given,other,p in shown])]
+              for path,given,other,p in shown]), *more]
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #c2dcc865
 def _curve_section(bundle, training, seed):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_ROWS', 'LEAST_PHOTOS', 'speed_profile', 'importance_sections', 'random_split_note', 'curve_section',
-           'choice_sections', 'doubted_labels', 'label_sections', 'data_sections', 'settings_section',
-           'training_sections']
+           'choice_sections', 'doubted_labels', 'label_sections', 'undoubted_section', 'data_sections',
+           'settings_section', 'training_sections']
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #c6fd55a0
 import dataclasses
@@ -21,7 +21,7 @@ from sklearn.metrics import balanced_accuracy_score
 from ..core import Config
 from ..evaluate.importance import block_importance, permutation_importance
 from ..evaluate.learning_curve import learning_curve
-from ..evaluate.label_issues import find_label_issues
+from ..evaluate.label_issues import find_label_issues, undoubted_sample, undoubted_words
 from ..evaluate.metrics import paired_difference
 from ..features.extractor import HybridFeatureExtractor
 from .prepare import RunData
@@ -171,6 +171,22 @@ def label_sections(
     shown = [(read(str(row['path'])), words.format_map(row)) for row in some.to_dict('records')]
     return [('Labels to look at', text, shown)]
 
+# %% ../../nbs/85_jobs/18_sections.ipynb #65ec8104
+def undoubted_section(
+    trainer:HybridTrainer, # Fitted
+    table:pd.DataFrame, # The training photos: path, label
+    read:Callable[[str],np.ndarray]|None # Path -> (height, width, 3) uint8; None: rows of a table
+) -> list[tuple[str,str,Any]]: # Empty where every label is doubted
+    "Undoubted labels, chosen at random, that say whether the doubts can be relied on"
+    found = find_label_issues(trainer.classes_[trainer.y_], trainer.oof_proba_, trainer.classes_)
+    some = undoubted_sample(found, seed=trainer.config.seed)
+    some = some.assign(path=table['path'].to_numpy()[some['row']])
+    if not len(some): return []
+    text,title = undoubted_words(len(some), 'training photos' if read else 'rows'),'Undoubted labels to look at too'
+    if read is None: return [(title, text, some[['path', 'given']])]
+    shown = [(read(str(path)), f'filed as {given}: {path}') for path,given in zip(some['path'], some['given'])]
+    return [(title, text, shown)]
+
 # %% ../../nbs/85_jobs/18_sections.ipynb #f6edadb1
 def data_sections(
     data:RunData # What was found
@@ -204,8 +220,9 @@ def training_sections(
     blocks:list[str], # That were measured
     read:Callable[[str],np.ndarray]|None # Path -> (height, width, 3) uint8; None: rows of a table
 ) -> list[tuple[str,str,Any]]:
-    "Classes, choice, doubted labels, what was left out, settings"
+    "Classes, choice, labels to look at, what was left out, settings"
     classes = 'Files, usable photos and independent groups of each class.'
     return [('Classes', classes, data.classes.reset_index()), *choice_sections(trainer),
-            *label_sections(doubted_labels(trainer, data.part('train')), read), *data_sections(data),
+            *label_sections(doubted_labels(trainer, data.part('train')), read),
+            *undoubted_section(trainer, data.part('train'), read), *data_sections(data),
             settings_section(config, blocks)]
