@@ -7,6 +7,7 @@
     python docs/pages.py tidy _docs       # what pages would fetch from elsewhere is taken out
 """
 import ast
+import csv
 import json
 import os
 import re
@@ -253,10 +254,23 @@ def run_files() -> str:
                         '## In the bundle',
                         markdown_table(['file', 'what it is'], [[f'`{k}`', v] for k,v in BUNDLE_FILES.items()])])
 
+def truth() -> str:
+    "Simulations in which the truth is known: what a report promises, and how often it holds"
+    with (ROOT/'benchmarks'/'results'/'truth.csv').open(encoding='utf-8', newline='') as file:
+        found = list(csv.DictReader(file))
+    words = ('A sentence in a report is a claim. Each was tried on made-up tests whose truth is known: '
+             '`python benchmarks/truth.py` (minutes on two cores) makes this table, `--scale 4` with four times the '
+             'repeats. "Before" is what an earlier version did, where it was measured.')
+    header = ['case', 'figure', 'promised', 'before', 'measured', 'repeats']
+    parts = [f'## {topic.replace("_", " ").capitalize()}\n\n'
+             + markdown_table(header, [[row[k] for k in header] for row in found if row['topic']==topic])
+             for topic in dict.fromkeys(row['topic'] for row in found)]
+    return '\n\n'.join([words, *parts])
+
 REFERENCE = {'command_line': ('Command line', command_line), 'http_api': ('HTTP API', http_api),
              'service_settings': ('Settings of the service', service_settings),
              'run_settings': ('Settings of a run', run_settings), 'error_codes': ('Error codes', error_codes),
-             'run_files': ('Files of a run', run_files)}
+             'run_files': ('Files of a run', run_files), 'truth': ('What the figures are worth', truth)}
 
 def write_reference(proc):
     "All reference pages"
