@@ -25,7 +25,7 @@ from ..core import Config, ConfigError, derive_seed, progress, setting
 from ..features.extractor import HybridFeatureExtractor
 from ..data.images import read_image
 from ..evaluate.metrics import paired_difference
-from ..evaluate.intervals import Interval, group_weights
+from ..evaluate.intervals import Interval, clopper_pearson_low, group_weights
 from ..learn.candidates import BlockScaler, make_model
 from ..base.checks import group_codes
 from ..data.split import folds
@@ -151,8 +151,15 @@ def class_differences(
     a,b = counts(proba_a),counts(proba_b)
     def f1(sums): return 2*sums[...,:k]/np.maximum(sums[...,k:], 1e-9)
     samples = np.concatenate([f1(w@a)-f1(w@b) for w in group_weights(len(a), n_boot, seed)])
+    value = f1(a.sum(0))-f1(b.sum(0))
     low,high = np.quantile(samples, [(1-confidence)/2, (1+confidence)/2], axis=0)
-    return [Interval(*map(float, v)) for v in zip(f1(a.sum(0))-f1(b.sum(0)), low, high)]
+    differ = ((a!=b)[:,:k] | (a!=b)[:,k:]).sum(0) # groups, by class
+    there = [len(np.unique(codes[y==c])) for c in range(k)]
+    unseen = np.array([1-clopper_pearson_low(n, confidence) for n in there])
+    few = 2*.5**differ > 1-confidence
+    low,high = np.where(few, np.minimum(low, np.minimum(value-unseen, 0)), low), \
+        np.where(few, np.maximum(high, np.maximum(value+unseen, 0)), high)
+    return [Interval(*map(float, v)) for v in zip(value, np.maximum(low, -1), np.minimum(high, 1))]
 
 # %% ../../nbs/60_augment/60_ablation.ipynb #6dac2ccb
 @dataclass(frozen=True, repr=False)
@@ -168,6 +175,7 @@ class AugmentationStudy:
     # What augmenting before splitting reports: preset, macro F1 as it shows it (`leaky`), in grouped folds (`grouped`)
     # and without made photos (`without`)
     leak:dict[str,Any] = field(default_factory=dict)
+    harm:tuple[str,...] = () # Treatments that are worse than nothing, all of them together at 95 %
     proba:dict[str,np.ndarray] = field(default_factory=dict) # Treatment -> (n, classes) out of fold
 
     @property
@@ -179,8 +187,7 @@ class AugmentationStudy:
         else:
             out = [f'Nothing that was tried helps surely: macro F1 is {f1[BASELINE]:.3f} without, and no interval '
                    f'lies above that']
-        if len(harm := self.table.index[self.table['macro_f1_high'] < 0]):
-            out.append(f'{", ".join(harm)} {"does" if len(harm)==1 else "do"} harm')
+        if self.harm: out.append(f'{", ".join(self.harm)} {"does" if len(self.harm)==1 else "do"} harm')
         if p := self.leak:
             out.append(f'Who augments before splitting ({p["preset"]}) would report {p["leaky"]:.3f}; in grouped '
                        f'folds the same photos give {p["grouped"]:.3f}')
@@ -236,15 +243,14 @@ def _treatment_row(y, p, baseline, groups, smallest, seed):
     return row,each
 
 # %% ../../nbs/60_augment/60_ablation.ipynb #d047474d
-def _best_treatment(y, proba, groups, seed):
-    "The best one whose interval lies above 0, all of them together at 95 %; else the baseline"
+def _verdicts(y, proba, groups, seed):
+    "The best treatment whose interval lies above 0, else the baseline; and those below 0, all of them together at 95 %"
     confidence = 1-.05/(len(proba)-1) # Bonferroni: all treatments together shall mislead no more often than one may
-    helps = {}
-    for treatment,p in proba.items():
-        if treatment==BASELINE: continue
-        by = paired_difference(y, p, proba[BASELINE], 'macro_f1', groups, seed=seed, confidence=confidence)
-        if by.low > 0: helps[treatment] = _macro_f1(y, p)
-    return max(helps, key=lambda treatment: helps[treatment]) if helps else BASELINE
+    by = {name: paired_difference(y, p, proba[BASELINE], 'macro_f1', groups, seed=seed, confidence=confidence)
+          for name,p in proba.items() if name!=BASELINE}
+    helps = [name for name in by if by[name].low > 0]
+    harm = tuple(name for name in by if by[name].high < 0)
+    return max(helps, key=lambda name: by[name].value) if helps else BASELINE,harm
 
 # %% ../../nbs/60_augment/60_ablation.ipynb #2ff1556f
 def _leaky_scores(X, y, sizes, pool, proba, config):
@@ -270,9 +276,9 @@ def _summarise(y, groups, classes, proba, made, leak, seed):
         rows[treatment] = {'made': made if treatment in PRESETS else 0, **row}
         per_class[treatment] = dict(zip(classes, map(str, each)))
     table = pd.DataFrame(rows).T.astype({'made': int}).rename_axis('treatment')
+    choice,harm = _verdicts(y, proba, groups, seed)
     return AugmentationStudy(table, pd.DataFrame(per_class).T.rename_axis('treatment'),
-                             _best_treatment(y, proba, groups, seed), str(classes[smallest]), len(y),
-                             len(np.unique(groups)), leak, proba)
+                             choice, str(classes[smallest]), len(y), len(np.unique(groups)), leak, harm, proba)
 
 # %% ../../nbs/60_augment/60_ablation.ipynb #23109775
 def evaluate_augmentation(
