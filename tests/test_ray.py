@@ -29,8 +29,8 @@ class Where(BaseFeatureExtractor):
         return np.array([int(ray.get_runtime_context().get_node_id()[:6], 16)])
 
 photos,out = sorted(Path(sys.argv[1]).rglob('*.jpg'))+[b'no photo'],Path(sys.argv[2])
-watchful = {'health_check_initial_delay_ms': 1000, 'health_check_period_ms': 500, 'health_check_timeout_ms': 2000,
-            'health_check_failure_threshold': 3} # a dead node is noticed in seconds
+watchful = {'health_check_initial_delay_ms': 1000, 'health_check_period_ms': 500, 'health_check_timeout_ms': 5000,
+            'health_check_failure_threshold': 10} # a dead node is noticed in seconds
 cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1, 'include_dashboard': False,
                                                         '_system_config': watchful})
 doomed = cluster.add_node(num_cpus=1)
