@@ -13,6 +13,7 @@ from amulet_hybrid.core import BundleError, ConfigError, DatasetError
 from amulet_hybrid.data.samples import NO_FAULTS, make_samples
 from amulet_hybrid.jobs.table import TableRun
 from amulet_hybrid.jobs.train import TrainingRun
+from amulet_hybrid.model.cascade import fit_cascade
 
 
 def call(*words): return CliRunner().invoke(app, ['evaluate', *map(str, words)])
@@ -52,6 +53,33 @@ def test_held_out_photos_again(photos, tmp_path):
                   'Does it know what it knows?', 'If it may refuse', 'Short lists instead of one name'):
         assert words in page, words
     assert (tmp_path/'figures'/'confusion.png').stat().st_size > 1000
+
+def test_figures_are_of_what_is_served(tmp_path):
+    "Where cheaper tiers answer, report, card and a later evaluation show the cascade, with the ensemble beside it"
+    make_samples(tmp_path/'photos', photos=80, classes=3, side=96, faults=NO_FAULTS)
+    run = TrainingRun(tmp_path/'photos', groups=str(tmp_path/'photos'/'groups.csv'), output_dir=str(tmp_path/'run'),
+                      blocks=('colour', 'lbp'), quick=True, jobs=1)
+    for step in (run.inspect, run.split, run.extract, run.train): step()
+    known = run.data.part('train')
+    run.cascade = fit_cascade(run.trainer, run.features.part(run.data.rows('train')), known['group'],
+                              run.features.extractor.extractors, thresholds={'rules': .5, 'ensemble': .45})
+    run.evaluate()
+    result,test = run.save(),run.data.part('test')
+    answers = [run.finished.predict(run.root/path) for path in test['path']]
+    assert {a.route for a in answers}=={'rules', 'ensemble'}
+    served = np.mean([a.top==label for a,label in zip(answers, test['label'])])
+    assert result['figures']['accuracy']['value']==pytest.approx(served)
+    found = figures(tmp_path/'run')
+    assert found['metrics']['overall']['accuracy']['value']==pytest.approx(served)
+    table = next(s['table'] for s in found['sections'] if s['title']=='What is served')
+    (cascade,ensemble),at = table['data'],table['columns'].index('accuracy')
+    alone = run.model.predict_proba(run.features.part(run.data.rows('test'))).argmax(1)
+    share = (np.asarray(run.model.classes)[alone]==test['label'].to_numpy()).mean()
+    assert cascade[at].startswith(f'{served:.3f} ') and ensemble[at].startswith(f'{share:.3f} ') and served!=share
+    assert '| figure | as it is served | the ensemble alone |' in (run.output/'bundle'/'MODEL_CARD.md').read_text()
+    said = call('--model-dir', result['bundle'], '--output-dir', tmp_path/'again')
+    assert said.exit_code==0 and 'as it was then' in said.output, said.output
+    assert figures(tmp_path/'again')['metrics']['overall']['accuracy']['value']==pytest.approx(served)
 
 def test_new_photos_and_unknown_classes(photos, tmp_path):
     "A class that the bundle does not know is no mistake; its photos are what the detector must notice"

@@ -18,6 +18,7 @@ import pandas as pd
 from ..evaluate.neighbours import nearest_training
 from ..evaluate.learning_curve import learning_curve
 from ..model.bundle import Bundle, load_bundle
+from ..model.cascade import asked_tiers, cascade_answers
 from ..base.checks import match_names
 from ..core import BundleError, ConfigError, DatasetError, hide_password, setting
 from ..evaluate.report import Evaluation, EvaluationCase, evaluate
@@ -30,7 +31,7 @@ from ..audit.inspection import InspectionConfig
 from ..evaluate.label_issues import find_label_issues, undoubted_sample, undoubted_words
 from ..learn.candidates import MODELS, Candidate
 from .past_run import GIVE_DATA, past_run, still_there
-from .sections import importance_sections, speed_profile
+from .sections import CascadeTest, cascade_sections, importance_sections, speed_profile
 from .tracking import make_tracker, run_parameters, track_report
 from .table import MOST_COLUMNS, MOST_PAIRS, column_importance, row_speed, table_block, table_manifest
 from ..features.table import TableExtractor
@@ -67,7 +68,10 @@ def _same_as_then(bundle, test, unit):
     "Is balanced accuracy what it was when the bundle was made?"
     then = bundle.manifest['figures'].get('overall', {}).get('balanced_accuracy', {}).get('value')
     if then is None: return []
-    right = bundle.model.predict(test.blocks)==test.table['label'].to_numpy(str)
+    # figures that have those of the ensemble beside them are of the cascade; all others of the ensemble
+    tiers = asked_tiers(bundle.tiers) if 'ensemble' in bundle.manifest['figures'] else bundle.tiers[-1:]
+    called = np.asarray(bundle.classes)[cascade_answers(tiers, test.blocks)[1].argmax(1)]
+    right = called==test.table['label'].to_numpy(str)
     now = float(pd.Series(right).groupby(test.table['label']).mean().mean())
     if abs(then-now) < 5e-4:
         return [('info', f'These are the {unit} that were held out in training, unchanged; balanced accuracy is '
@@ -91,8 +95,10 @@ def _unknown_notes(bundle, unknown, unit):
 def _unknown_sections(bundle, unknown, unit):
     "What becomes of photos of unknown classes, class by class, and those that pass for something known"
     if not len(unknown): return []
-    proba,detector = bundle.model.predict_proba(unknown.blocks), bundle.model.novelty
-    noticed = False if detector is None else detector.score(unknown.blocks) > detector.threshold_
+    tiers,detector = asked_tiers(bundle.tiers), bundle.model.novelty
+    route,proba = cascade_answers(tiers, unknown.blocks)
+    noticed = (False if detector is None # a cheaper tier answers only what looks familiar to it
+               else (detector.score(unknown.blocks) > detector.threshold_) & (route==len(tiers)-1))
     rows = unknown.table.assign(called=np.asarray(bundle.classes, dtype=object)[proba.argmax(1)],
                                 confidence=proba.max(1), noticed=noticed)
     table = rows.groupby('label', sort=False).agg(
@@ -193,11 +199,12 @@ class BundleTest:
     training:LabelledRows = field(default_factory=LabelledRows) # What it was trained on, as far as it can be had
     left_out:pd.DataFrame|None = None # AUROC of the detector by class left out of training, as the run found it
     unit:str = 'photos' # What a row is
+    costs:dict[str,float] = field(default_factory=dict) # 'cascade' and 'ensemble': milliseconds, where measured
 
     def case(self,
         **others # Other fields of the case
     ) -> EvaluationCase:
-        "What the model says of the test photos"
+        "What the ensemble says of the test photos"
         model,test,unknown = self.bundle.model, self.test, self.unknown
         case = EvaluationCase.of_model(
             model, test.blocks, test.table, unknown.blocks if len(unknown) else None,
@@ -216,6 +223,14 @@ class BundleTest:
         if not quick and len(self.training): out += _curve_section(self.bundle, self.training, case.seed)
         return out+doubt_section(self.bundle, self.test, case.proba, self.unit)
 
+    def serve(self,
+        case:EvaluationCase # As from `case`; changed where a cheaper tier answers some photos
+    ) -> list[tuple[str,str,Any]]: # Sections of the report
+        "Let the case be that of the cascade, as it is served"
+        test = CascadeTest.of(self.bundle.tiers, self.test.blocks, case)
+        test.serve()
+        return cascade_sections(test, self.bundle, self.costs)
+
     def evaluate(self,
         output_dir:str|Path, # Where report.html, figures.json and figures/ go
         quick:bool=False, # Without importance and learning curve
@@ -223,7 +238,8 @@ class BundleTest:
     ) -> Evaluation:
         "Evaluate what has been measured, and write the report"
         case = self.case(**others)
-        case.sections = [*self.sections(case, quick), *case.sections]
+        served = self.serve(case)
+        case.sections = [*self.sections(case, quick), *served, *case.sections]
         report = evaluate(case)
         report.save(output_dir)
         return report
@@ -337,15 +353,16 @@ def evaluate_bundle(
     found.test.blocks = extractor.extract_manifest(found.test.table, where)
     if len(found.unknown): found.unknown.blocks = extractor.extract_manifest(found.unknown.table, where)
     found.test.read = found.unknown.read = lambda path: read_image(where/path, at_least=160)
-    timings,costs = speed_profile(loaded.extractor, {'ensemble': loaded.model},
-                                  [where/p for p in found.test.table['path'][:20]])
+    asked = asked_tiers(loaded.tiers)
+    models = {'cascade': asked, 'ensemble': asked[-1:]} if len(asked) > 1 else {'ensemble': loaded.model}
+    timings,found.costs = speed_profile(loaded.extractor, models, [where/p for p in found.test.table['path'][:20]])
     if run is not None and not quick: notes += _add_training(found, run, extractor)
     if run is not None and data_dir is None and len(found.test)==len(run.part('test')):
         notes += _same_as_then(loaded, found.test, 'photos')
     again = '' if data_dir else 'held-out photos again, '
     title = f'{Path(data_dir or run.config["data_dir"]).name}: {again}bundle {loaded.version}'
     return found.evaluate(output_dir, quick, notes=notes, sections=sections, title=title, timings=timings,
-                          milliseconds=costs['ensemble'], seed=seed, own_metrics=own_metrics)
+                          milliseconds=found.costs[next(iter(models))], seed=seed, own_metrics=own_metrics)
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #ed5058e9
 def _lost_rows(run, rows):

@@ -30,13 +30,14 @@ from ..features.extractor import HybridFeatureExtractor
 from .config import RunConfig
 from .prepare import RunData, hold_out, prepare_photos, split_table
 from .sections import curve_section, importance_sections, random_split_note, speed_profile
-from .sections import training_sections
+from .sections import CascadeTest, cascade_sections, training_sections
 from .tracking import make_tracker, run_parameters, track_output
 from ..learn.out_of_fold import AugmentedRows, encode_blocks
 from ..learn.trainer import HybridTrainer
 from ..model.bundle import BundleInfo, HeldOut, save_bundle
-from ..model.cascade import fit_cascade
+from ..model.cascade import asked_tiers, fit_cascade
 from ..model.classifier import HybridClassifier
+from ..model.inference import Cascade, Tier
 from ..model.prediction import Prediction
 
 # %% ../../nbs/85_jobs/20_train.ipynb #9b266d0d
@@ -110,13 +111,18 @@ def photo_case(
     config:RunConfig, # Of the run
     data:RunData, # Photos
     features:RunFeatures, # Their blocks
-    trainer:HybridTrainer # Fitted on the training photos
-) -> EvaluationCase: # For `evaluate`
-    "The held-out photos, and all that the report shows of them"
+    trainer:HybridTrainer, # Fitted on the training photos
+    cascade:Cascade # Its cheaper tiers
+) -> CascadeTest: # Its `case` is for `evaluate`
+    "The held-out photos, what is served of them, and all that the report shows"
     model,single,test = trainer.model_,trainer.best_single_,data.part('test')
     paths,blocks,root = [data.root/p for p in test['path']],features.part(data.rows('test')),data.root
     pick = np.random.default_rng(0).permutation(len(paths))[:20]
-    stages,costs = speed_profile(features.extractor, {'ensemble': model, str(single): trainer.single_model_},
+    ensemble:Any = model # as it was trained: it answers as the served one does
+    tiers = [*cascade.tiers, Tier('ensemble', ensemble, cascade.threshold)]
+    asked = asked_tiers(tiers)
+    models = {'cascade': asked, 'ensemble': asked[-1:]} if len(asked) > 1 else {'ensemble': model}
+    stages,costs = speed_profile(features.extractor, {**models, str(single): trainer.single_model_},
                                  [paths[i] for i in pick])
     rival = trainer.single_model_.predict_proba(blocks),costs[str(single)]
     y,known = np.searchsorted(model.classes, test['label'].to_numpy(str)),data.part('train')['group'].to_numpy()
@@ -125,12 +131,15 @@ def photo_case(
     if not quick: sections.append(curve_section(trainer, features.part(data.rows('train')), known, seed))
     sections += training_sections(config, data, trainer, list(features.blocks),
                                   lambda path: read_image(root/path, at_least=160))
-    return EvaluationCase.of_model(
+    served = CascadeTest.of(tiers, blocks, EvaluationCase.of_model(
         model, blocks, test, read_photo=lambda i: read_image(paths[i], at_least=160), timings=stages,
-        milliseconds=costs['ensemble'], rivals={f'best single block ({single})': rival},
+        milliseconds=costs[next(iter(models))], rivals={f'best single block ({single})': rival},
         neighbours=nearest_photos(trainer, data, features),
         read_neighbour=lambda path: read_image(root/path, at_least=100), notes=list(data.notes), sections=sections,
-        title=f'{Path(config.data_dir).name}: held-out report', seed=seed)
+        title=f'{Path(config.data_dir).name}: held-out report', seed=seed))
+    case = served.serve()
+    case.sections = [*cascade_sections(served, cascade, costs), *sections]
+    return served
 
 # %% ../../nbs/85_jobs/20_train.ipynb #8a8536a5
 BUNDLE = 'bundle'
@@ -249,6 +258,8 @@ class FinishedRun:
 # %% ../../nbs/85_jobs/20_train.ipynb #5953baca
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
+    served:CascadeTest|None = None # What the cascade says of the held-out photos; None for a table
+
     def __init__(self,
         config:Config|str|Path, # Settings (`RunConfig`), or just the folder of photos
         **settings # Changes to the settings
@@ -288,7 +299,8 @@ class TrainingRun:
 
     def case(self) -> EvaluationCase:
         "The held-out photos, and all that the report shows of them"
-        return photo_case(self.config, self.data, self.features, self.trainer)
+        self.served = photo_case(self.config, self.data, self.features, self.trainer, self.cascade)
+        return self.served.case
 
     def evaluate(self) -> Evaluation:
         "Evaluate the model on what was held out, and write report.html and figures.json"
@@ -301,8 +313,8 @@ class TrainingRun:
 
     def save(self) -> dict: # Paths and headline figures, see `run_result`
         "Write the bundle, prove that it answers as the trained model does, and sum up"
-        digest = save_model(self.output, self.config, self.data, self.features, (self.trainer, self.cascade),
-                            self.evaluation.metrics.to_dict())
+        figures = self.evaluation.metrics.to_dict() | (self.served.beside() if self.served else {})
+        digest = save_model(self.output, self.config, self.data, self.features, (self.trainer, self.cascade), figures)
         try: self.check_bundle()
         except AmuletError: shutil.rmtree(self.output/BUNDLE); raise
         self.config.save(self.output/CONFIG)

@@ -336,7 +336,7 @@ def _write_parts(part, tiers, cascade, about, info, blocks):
     for t in tiers: (part/f'{t.name}.npz').write_bytes(pack_arrays(t.model.to_arrays()))
     title = info.title or f'{len(about["classes"])} classes by {" + ".join(tiers[-1].model.blocks)}'
     parts = card_parts(about, [t.about() for t in tiers], {r['tier']: r for r in cascade.table}, info.about,
-                       info.not_for)
+                       info.not_for, cascade.notes)
     described = {'tiers': [t.to_dict() for t in tiers], 'cascade': cascade.table, 'notes': cascade.notes}
     contents = {MODEL: dump_json(described), 'training_config.json': dump_json(info.training),
                 REQUIREMENTS: production_requirements(blocks).encode(),

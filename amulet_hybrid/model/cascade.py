@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'WORTH', 'ALLOWED', 'CONFIDENCE', 'CHEAP', 'LINEAR_MODELS', 'route_of', 'LossBound', 'fit_thresholds',
-           'CascadeData', 'rules_text', 'fit_cascade']
+           'CascadeData', 'rules_text', 'fit_cascade', 'asked_tiers', 'cascade_answers']
 
 # %% ../../nbs/50_model/30_cascade.ipynb #b872c4e2
 import math
@@ -363,3 +363,29 @@ def fit_cascade(
     if thresholds is None and bound.least > allowed: notes.append(_too_few_note(bound, allowed, trainer.classes_))
     elif thresholds is None: notes += _tier_notes(bound, tiers, kept, proba, y, allowed)
     return Cascade(kept, float((thresholds or THRESHOLDS)['ensemble']), table, notes)
+
+# %% ../../nbs/50_model/30_cascade.ipynb #a14eaa5f
+def asked_tiers(
+    tiers:Sequence[Tier] # From cheap to dear, the ensemble last
+) -> list[Tier]: # Without those that are there as a fallback
+    "Tiers that a cascade asks"
+    return [*(t for t in tiers[:-1] if t.threshold <= 1), tiers[-1]]
+
+def cascade_answers(
+    tiers:Sequence[Tier], # As from `asked_tiers`
+    blocks:Mapping[str,np.ndarray] # Block name -> (n, n_features) of photos
+) -> tuple[np.ndarray,np.ndarray]: # (n,) number of the tier that answers, and its (n, n_classes) probabilities
+    "What a cascade says of many photos"
+    n = len(next(iter(blocks.values())))
+    route,proba = np.full(n, len(tiers)-1),np.zeros((n, len(tiers[-1].model.classes)))
+    left = np.arange(n)
+    for k,tier in enumerate(tiers):
+        last = k==len(tiers)-1
+        if not len(left): break
+        some = {b: X[left] for b,X in blocks.items()}
+        found,novelty = tier.model.predict_proba(some),tier.model.novelty
+        sure = (found.max(1) >= tier.threshold) | last
+        if novelty is not None and not last: sure &= novelty.score(some) <= novelty.threshold_
+        route[left[sure]],proba[left[sure]] = k,found[sure]
+        left = left[~sure]
+    return route,proba

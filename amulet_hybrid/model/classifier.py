@@ -300,4 +300,4 @@ class HybridClassifier(BatchMixin):
 
     def print_rules(self):
         "Show the rules tier"
-        print(printable(self.rules or 'This bundle has no rules: it was saved without a cascade.', keep='\n'))
+        print(printable(self.rules or 'This bundle has no rules: none were kept when it was made.', keep='\n'))

@@ -65,27 +65,31 @@ def _figures_part(manifest):
         return Part('How well', ['It was not judged on photos that were held out. Do so before it is used: amulet '
                                  'evaluate.'])
     known = {k: f for k,f in figures['overall'].items() if f.get('value') is not None}
-    rows = [[k.replace('_', ' '), _interval_text(f)] for k,f in known.items()]
+    alone = figures.get('ensemble', {}) # of a cascade whose cheaper tiers answer too
+    rows = [[k.replace('_', ' '), _interval_text(f), *([_interval_text(alone[k])] if k in alone else [])]
+            for k,f in known.items()]
+    columns = ['figure', 'as it is served', 'the ensemble alone'] if alone else ['figure', 'value']
     share = round(100*figures.get('confidence', .95))
     words = (f'On {figures["n"]} photos of {figures["n_groups"]} sources that had no part in training, with {share} % '
              f'intervals over sources. '
              'A photo of a new source will do as these did, if it is of the same kind.')
-    return Part('How well', [words, Table(['figure', 'value'], rows)])
+    return Part('How well', [words, Table(columns, rows)])
 
 # %% ../../nbs/50_model/40_model_card.ipynb #713c0c8d
-def _decision_part(tiers, table):
-    "Members of each tier and, for a cascade, the thresholds"
+def _decision_part(tiers, table, notes):
+    "Members of each tier and, for a cascade, the thresholds; and why a tier does not answer"
     members = [[t['name'], m['title'], ' + '.join(m['blocks']), f'{m["weight"]:.2f}'] for t in tiers
                for m in t['voices']]
     body:list[Any] = [Table(['tier', 'model', 'looks at', 'weight'], members)]
-    if len(tiers)==1: return Part('How it decides', body)
+    why = [list(notes)] if notes else []
+    if len(tiers)==1: return Part('How it decides', body+why)
     def threshold(t): return f'{t["threshold"]:.3f}' if t['threshold'] <= 1 else 'only as a fallback'
     def share(t): return f'{table.get(t["name"], {}).get("share", 0):.0%}'
     words = ('From cheap to dear: a tier answers when its confidence reaches its threshold and the photo '
              'does not look strange to it; otherwise the next is asked. '
              'Thresholds were fitted on out-of-fold predictions of the training photos.')
     rows = [[t['name'], threshold(t), share(t)] for t in tiers]
-    return Part('How it decides', [words, *body, Table(['tier', 'threshold', 'answers'], rows)])
+    return Part('How it decides', [words, *body, Table(['tier', 'threshold', 'answers'], rows), *why])
 
 # %% ../../nbs/50_model/40_model_card.ipynb #93d0c86c
 def _limits_part(manifest, tiers):
@@ -123,12 +127,13 @@ def card_parts(
     tiers:Sequence[Mapping[str,Any]],
     table:Mapping[str,Mapping[str,float]]|None=None, # Tier -> what it did out of fold
     about:str='', # In the maker's words
-    not_for:Sequence[str]=() # What else it must not be used for
+    not_for:Sequence[str]=(), # What else it must not be used for
+    notes:Sequence[str]=() # On the cascade, in words
 ) -> list[Part]:
     "The card, part by part"
     software = ', '.join(f'{k} {v}' for k,v in manifest['versions'].items() if v)
     return [*([Part('About', [about])] if about else []), _classes_part(manifest), _photos_part(manifest),
-            _figures_part(manifest), _decision_part(tiers, table or {}), _limits_part(manifest, tiers),
+            _figures_part(manifest), _decision_part(tiers, table or {}, notes), _limits_part(manifest, tiers),
             Part('What it must not be used for', [[*NOT_FOR, *not_for]]), Part('Made with', [software+'.'])]
 
 # %% ../../nbs/50_model/40_model_card.ipynb #ccab54a6
