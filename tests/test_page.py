@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -131,6 +132,10 @@ def test_a_photo_is_dropped(page, amulets, service):
                                                                "l.innerText)"))==3
     page.run("document.querySelectorAll('#answer details').forEach(d => d.open = true)")
     assert 'stranger than' in page.text('dl') and 'ms in the model' in page.text('dl')
+    least = f'{100*want.confidence_threshold:.0f}'
+    assert 0 < want.confidence_threshold < 1 and re.search(rf'{least}\s*%\s*for a name', page.text('dl'))
+    page.run("document.querySelector('#about').open = true")
+    assert re.search(rf'no name where its confidence is below {least}\s*%, by itself', page.text('#card'))
     page.screenshot(SHOTS/'page_wide.png')
     assert page.complaints()==[] and all(u.startswith((service[0], 'blob:', 'data:')) for u in page.requests())
 

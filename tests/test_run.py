@@ -146,7 +146,9 @@ def test_predict_goes_on_past_a_broken_file(done, photos, broken, tmp_path):
     named = amulet('predict', folder, *model)
     assert named.returncode==0 and re.search(r'^bad\.jpg\ttruncated: ', named.stdout, re.M)
     assert len(named.stdout.splitlines())==4
-    assert amulet('predict', folder, *model, '--output', tmp_path/'named.csv').returncode==0
+    assert "model's own threshold" in named.stderr and '--confidence-threshold 0' in named.stderr
+    everything = amulet('predict', folder, *model, '--output', tmp_path/'named.csv', '--confidence-threshold', 0)
+    assert everything.returncode==0 and 'threshold' not in everything.stderr
     table = pd.read_csv(tmp_path/'named.csv').set_index('path')
     assert table.error_code.dropna().to_dict()=={'bad.jpg': 'truncated'} and table.label.notna().sum()==3
     for good in folder.glob('good*'): good.unlink()

@@ -35,6 +35,16 @@ def _predict(
     if classifier.columns: _predict_table(classifier, _one_table(photos), config.confidence_threshold, output)
     elif output: _write_predictions(classifier, photos, output, budget)
     else: _print_predictions(classifier, photos, budget)
+    _print_refusal(classifier)
+
+# %% ../../nbs/90_cli/40_predict.ipynb #19480ee1
+def _print_refusal(classifier):
+    "Whose threshold it was, and whether novelty was judged: beside the answers, for people"
+    refusal = classifier.bundle.refusal
+    if classifier.config.confidence_threshold is None and refusal.method:
+        echo(f'No label below a confidence of {refusal.threshold:.2f}: {refusal.meaning}. All labels: '
+             f'--confidence-threshold 0', err=True)
+    if classifier.bundle.novelty_note: echo(classifier.bundle.novelty_note, err=True)
 
 # %% ../../nbs/90_cli/40_predict.ipynb #39f5e47d
 def _one_table(sources):

@@ -34,7 +34,8 @@ def print_summary(
     for name,f in result['figures'].items():
         echo(f'  {name.replace("_", " "):18s} {f["value"]:.3f}  [{f["low"]:.3f}, {f["high"]:.3f}]')
     print_notes(('warning', text) for text in result['notes'])
-    echo(f'\nReport     {result["report"]}')
+    if (refusal := result.get('refusal')): echo(f'\nThreshold  {refusal["summary"]}')
+    echo(f'Report     {result["report"]}')
     if notebook: echo(f'Notebook   {notebook}')
     echo(f'Bundle     {result["bundle"]}  ({result["digest"][:12]})\nServe it   amulet serve --model-dir '
                f'{quoted(result["bundle"])}')

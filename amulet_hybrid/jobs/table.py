@@ -279,11 +279,13 @@ def predict_table(
     bundle:Bundle|str|Path, # A loaded bundle, or its folder
     # Rows with the columns that the bundle knows, or their file or database; other columns are passed over
     table:pd.DataFrame|str|Path,
-    confidence_threshold:float=0., # Below it no label is given, 0..1
+    confidence_threshold:float|None=None, # Below it no label is given, 0..1; None: as the bundle says
     query:str|None=None # For a database: name of a table, or a query
-) -> pd.DataFrame: # row (from 1), label, confidence, top, novel and a column p_<class> each; one row a row
+# row (from 1), label, confidence, top, novel (None where that cannot be judged) and a column p_<class> each
+) -> pd.DataFrame:
     "Name many rows at once"
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    confidence_threshold = bundle.refusal.threshold if confidence_threshold is None else confidence_threshold
     if not 0 <= confidence_threshold <= 1:
         raise ConfigError(f'`confidence_threshold` must be in 0..1, got {confidence_threshold}')
     table = read_source(table, query)
@@ -296,5 +298,5 @@ def predict_table(
     empty = np.isnan(blocks['table']).all(1)
     label = np.where((confidence >= confidence_threshold) & ~novel & ~empty, top, None)
     out = pd.DataFrame({'row': np.arange(len(table))+1, 'label': pd.Series(label, dtype=object),
-                        'confidence': confidence, 'top': top, 'novel': novel})
+                        'confidence': confidence, 'top': top, 'novel': novel if novelty is not None else None})
     return out.join(pd.DataFrame(proba, columns=[f'p_{c}' for c in bundle.classes]))

@@ -33,6 +33,7 @@ from .sections import curve_section, importance_sections, random_split_note, spe
 from .sections import CascadeTest, cascade_sections, training_sections
 from .tracking import make_tracker, run_parameters, track_output
 from ..learn.out_of_fold import AugmentedRows, encode_blocks
+from ..learn.refusal import Refusal, cascade_predictions
 from ..learn.trainer import HybridTrainer
 from ..model.bundle import BundleInfo, HeldOut, save_bundle
 from ..model.cascade import asked_tiers, fit_cascade
@@ -92,7 +93,11 @@ def train_model(
     trainer.fit(blocks, table['label'].tolist(), table['group'].tolist(), extractor.encoders(), costs,
                 features.mirrored, features.augmented)
     if data.root is None: return trainer,None
-    return trainer,fit_cascade(trainer, blocks, table['group'], extractor.extractors)
+    cascade = fit_cascade(trainer, blocks, table['group'], extractor.extractors)
+    proba = [*(t.model.calibrator.cross_proba_ for t in cascade.tiers), trainer.calibrator_.cross_proba_]
+    served = cascade_predictions(proba, [t.threshold for t in cascade.tiers])
+    cascade.refusal = trainer.find_refusal(served, table['group'])
+    return trainer,cascade
 
 # %% ../../nbs/85_jobs/20_train.ipynb #9e82c2b4
 def nearest_photos(
@@ -168,14 +173,15 @@ def run_result(
     digest:str, # Of the bundle
     evaluation:Evaluation, # On the held-out photos
     data:RunData, # Photos or rows
-    gap:dict|None=None # What random folds would have shown, as from `random_split_note`
+    gap:dict|None=None, # What random folds would have shown, as from `random_split_note`
+    refusal:Refusal=Refusal() # Where answers stop
 ) -> dict: # Plain values
     "Paths, digest, headline figures and warnings, as result.json holds them"
     paths = {'bundle': BUNDLE, 'report': REPORT, 'figures_file': FIGURES, 'manifest': 'manifest.csv'}
     metrics = evaluation.metrics
     return {**{k: str(output/name) for k,name in paths.items()}, 'digest': digest, 'test_photos': metrics.n,
             'test_groups': metrics.n_groups, 'figures': metrics.to_dict()['overall'], 'random_split': gap,
-            'left_out': len(data.unreadable),
+            'left_out': len(data.unreadable), 'refusal': refusal.to_dict(),
             'notes': [text for level,text in evaluation.notes if level=='warning']}
 
 # %% ../../nbs/85_jobs/20_train.ipynb #06bf6fef
@@ -295,6 +301,8 @@ class TrainingRun:
         "Search, choose, calibrate and refit on the training photos"
         self.trainer,self.cascade = train_model(self.config, self.data, self.features, self.cache_dir/'training')
         self.data.notes[:0] = self.trainer.notes_
+        if self.model.novelty is None:
+            self.data.notes.append(('info', f'Novelty cannot be judged: {self.model.novelty_note}.'))
         return self.trainer.candidates_
 
     def case(self) -> EvaluationCase:
@@ -307,6 +315,7 @@ class TrainingRun:
         case = self.case()
         self.gap,note = random_split_note(self.trainer, self.data.part('train')['group'].to_numpy())
         case.notes[:0] = [note] if note else []
+        case.sections.insert(-1, self.refusal.section(case.y_true, case.proba, case.groups))
         self.evaluation = evaluate(case)
         self.evaluation.save(self.output)
         return self.evaluation
@@ -318,7 +327,7 @@ class TrainingRun:
         try: self.check_bundle()
         except AmuletError: shutil.rmtree(self.output/BUNDLE); raise
         self.config.save(self.output/CONFIG)
-        self.result = run_result(self.output, digest, self.evaluation, self.data, self.gap)
+        self.result = run_result(self.output, digest, self.evaluation, self.data, self.gap, self.refusal)
         with atomic_write(self.output/RESULT) as part:
             part.write_text(json.dumps(self.result, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
         return self.result
@@ -350,6 +359,11 @@ class TrainingRun:
     def model(self) -> Any:
         "The ensemble that was trained"
         return self.trainer.model_
+
+    @property
+    def refusal(self) -> Refusal:
+        "Confidence below which what was trained names nothing"
+        return self.cascade.refusal if self.cascade is not None else self.model.refusal
 
     @property
     def finished(self) -> FinishedRun:

@@ -9,7 +9,7 @@ __all__ = ['MIRROR', 'QUICK_MODELS', 'MIN_OOD_AUROC', 'CALIBRATIONS', 'CALIBRATI
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..core import Config, setting
+from ..core import Config, ConfigError, setting
 from .candidates import MODELS, START, USUAL
 from .search import METHODS
 
@@ -41,8 +41,21 @@ class TrainingConfig(Config):
     novelty:bool = setting(True, 'Also choose a detector of photos of no known class')
     false_alarm_rate:float = setting(
         .05, 'Share of photos of known classes that the detector may refuse', gt=0, lt=1)
+    max_error:float = setting(
+        .05, 'Share of wrong labels that the stored confidence threshold shall keep to: what is less sure gets no '
+        'label', gt=0, lt=1)
+    cost_wrong:float = setting(
+        0., 'What a wrong label costs, in the unit of cost_refuse; with both, the threshold is the one of least cost '
+        'instead; 0: not known', ge=0)
+    cost_refuse:float = setting(0., 'What it costs to get no label; 0: not known', ge=0)
     jobs:int = setting(0, 'Processes; 0: one a core', ge=0)
     seed:int = setting(42, 'Seed of all that is drawn')
+
+    def validate(self):
+        "Costs come in pairs"
+        if bool(self.cost_wrong)!=bool(self.cost_refuse):
+            name = 'cost_refuse' if self.cost_wrong else 'cost_wrong'
+            raise ConfigError('one cost says nothing without the other', where=name, advice=f'Give {name}, too')
 
 # %% ../../nbs/30_learn/48_config.ipynb #f294c7ff
 QUICK_MODELS = START # Models of a quick run

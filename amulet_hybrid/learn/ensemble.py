@@ -25,6 +25,7 @@ from .candidates import START, BlockScaler, Candidate, model_logits
 from .conformal import ConformalPredictor
 from .ood_selection import NoveltyDetector
 from .out_of_fold import TrainingRows, encode_blocks, fit_encoders, fit_join
+from .refusal import Refusal
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #9fa054ac
 def photo_losses(
@@ -178,6 +179,8 @@ class HybridModel:
     geometric:bool=False # Weights are exponents of a geometric mean, found by stacking
     conformal:ConformalPredictor|None=None # Gives prediction sets
     novelty:NoveltyDetector|None=None # Detects photos of no known class
+    refusal:Refusal=Refusal() # Confidence below which nothing is named
+    novelty_note:str='' # Why there is no `novelty`
 
     @property
     def blocks(self) -> list[str]:

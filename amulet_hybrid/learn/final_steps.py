@@ -72,6 +72,7 @@ class DetectorResult(NamedTuple):
     detector:NoveltyDetector|None # None: no photo is refused as novel
     aurocs:pd.DataFrame|None # AUROC of each candidate by left-out class, where any was left out
     notes:list[tuple[str,str]] # Level and text, for the report
+    reason:str='' # Why there is no detector
 
 # %% ../../nbs/30_learn/79_final_steps.ipynb #2c0517e6
 def find_detector(
@@ -81,7 +82,7 @@ def find_detector(
     block_info:Mapping[str,BlockInfo]|None=None # Name -> what its extractor says
 ) -> DetectorResult:
     "Novelty detector that is good enough to refuse photos"
-    if not config.novelty: return DetectorResult(None, None, [])
+    if not config.novelty: return DetectorResult(None, None, [], 'it was switched off when the model was trained')
     neural = [b for b,info in describe_blocks(rows.blocks, block_info).items() if info.neural]
     novelty = NoveltyConfig(false_alarm_rate=config.false_alarm_rate, cv_folds=3 if config.quick else config.cv_folds,
                             seed=config.seed, jobs=config.jobs or joblib.cpu_count())
@@ -89,7 +90,10 @@ def find_detector(
     try: found = select_detector(rows.blocks, labels, rows.groups, novelty, encoders=rows.encoders,
                                  candidates=candidates, neural=neural)
     except TrainingError as error:
-        return DetectorResult(None, None, [('warning', f'There is no detector of novelty: {error.message}.')])
+        note = 'warning',f'There is no detector of novelty: {error.message}.'
+        return DetectorResult(None, None, [note], error.message)
     if found.table is None or found.table.loc[found.candidate.name].mean() >= MIN_OOD_AUROC:
         return DetectorResult(found, found.table, found.notes)
-    return DetectorResult(None, found.table, [*found.notes, ('warning', 'So no photo is refused as novel.')])
+    auroc = found.table.loc[found.candidate.name].mean()
+    reason = f'classes left out of training were hardly told from known ones (AUROC {auroc:.2f}, chance is 0.5)'
+    return DetectorResult(None, found.table, [*found.notes, ('warning', 'So no photo is refused as novel.')], reason)

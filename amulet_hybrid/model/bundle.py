@@ -30,11 +30,12 @@ from ..core import BundleError, ConfigError, FeatureError, file_digest
 from ..features.config import FeatureConfig
 from ..features.contract import EXTRACTORS, make_extractor, parse_block
 from ..features.extractor import HybridFeatureExtractor
+from ..learn.refusal import Refusal
 from .bundle_files import FORMAT, MANIFEST, MODEL, MOST_CLASSES, MOST_FILES, REQUIREMENTS, TRAINING
 from .bundle_files import bundle_folder, file_entry, maker_of
 from .bundle_files import read_verified, refuse_bundle, signed_at, write_manifest
 from .inference import TIERS, Cascade, ServedModel, Tier
-from .model_card import card_html, card_markdown, card_parts
+from .model_card import Part, card_html, card_markdown, card_parts
 
 # %% ../../nbs/50_model/50_bundle.ipynb #14a25f08
 @dataclass
@@ -124,6 +125,17 @@ class Bundle:
     def classes(self) -> list[str]:
         "Labels that it knows, in the order of its probabilities"
         return self.model.classes
+
+    @property
+    def refusal(self) -> Refusal: # One that refuses nothing, in bundles made before there was any
+        "Confidence below which nothing is named, unless somebody names another"
+        return self.model.refusal
+
+    @property
+    def novelty_note(self) -> str: # One sentence; '' where it can
+        "Why it cannot tell whether a photo is of no known class, or how little is known of that"
+        if self.model.novelty is not None: return str(getattr(self.model.novelty, 'note', ''))
+        return f'Novelty cannot be judged: {self.model.novelty_note or "this model has no detector"}.'
 
     def __repr__(self): return f'Bundle({self.version}: {len(self.classes)} classes by {" + ".join(self.model.blocks)})'
 
@@ -337,6 +349,8 @@ def _write_parts(part, tiers, cascade, about, info, blocks):
     title = info.title or f'{len(about["classes"])} classes by {" + ".join(tiers[-1].model.blocks)}'
     parts = card_parts(about, [t.about() for t in tiers], {r['tier']: r for r in cascade.table}, info.about,
                        info.not_for, cascade.notes)
+    refusal,at = tiers[-1].model.refusal,[p.title for p in parts].index('Limits')
+    if refusal.method: parts.insert(at, Part('When it gives no label', [[refusal.note]]))
     described = {'tiers': [t.to_dict() for t in tiers], 'cascade': cascade.table, 'notes': cascade.notes}
     contents = {MODEL: dump_json(described), 'training_config.json': dump_json(info.training),
                 REQUIREMENTS: production_requirements(blocks).encode(),
@@ -367,6 +381,7 @@ def save_bundle(
     if folder.exists() and any(folder.iterdir()) and not (folder/MANIFEST).is_file():
         refuse_bundle('the folder is not empty and holds no bundle', 'not_empty', folder, 'Name another one')
     ensemble = ServedModel.from_trained(model, None if held_out is None else held_out.blocks)
+    if cascade.refusal.method: ensemble.refusal = cascade.refusal # chosen on what all tiers answer together
     tiers = [*cascade.tiers, Tier('ensemble', ensemble, cascade.threshold)]
     blocks = list(dict.fromkeys(b for t in tiers for b in t.model.blocks))
     folder.parent.mkdir(parents=True, exist_ok=True)

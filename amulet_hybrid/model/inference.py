@@ -19,6 +19,7 @@ from ..features.contract import join_blocks
 from ..learn.calibration import log_proba, scaler_from_arrays
 from ..learn.conformal import ConformalPredictor
 from ..learn.ood_selection import NoveltyDetector
+from ..learn.refusal import Refusal
 from .checks import check_calibrator, check_conformal, check_head, check_numbers, check_projection
 from .export import ClassifierHead, convert_model
 
@@ -91,6 +92,8 @@ class ServedModel:
     conformal:ConformalPredictor|None=None # Gives prediction sets
     novelty:NoveltyDetector|None=None # Detects photos of no known class
     geometric:bool=False # Weights are exponents of a geometric mean
+    refusal:Refusal=Refusal() # Confidence below which nothing is named
+    novelty_note:str='' # Why there is no `novelty`
 
     @property
     def blocks(self) -> list[str]:
@@ -140,7 +143,8 @@ class ServedModel:
             members |= dict(zip(map(id, trained), found))
             if projection is not None: projections[join] = projection
         return cls(list(model.classes), [members[id(m)] for m in model.members], projections, model.calibrator,
-                   dict(model.encoders), model.conformal, model.novelty, model.geometric)
+                   dict(model.encoders), model.conformal, model.novelty, model.geometric, model.refusal,
+                   model.novelty_note)
 
     def to_dict(self) -> dict: # What JSON can hold
         "All that is no array"
@@ -168,8 +172,10 @@ class ServedModel:
 def _model_dict(model):
     members = [{'blocks': list(m.blocks), 'title': m.title, 'weight': m.weight, 'temperature': m.temperature,
                 'direct': m.direct} for m in model.members]
+    said = {'refusal': model.refusal.to_dict()} if model.refusal.method else {}
+    if model.novelty_note: said['novelty_note'] = model.novelty_note
     return {'voices': members, 'geometric': model.geometric, 'projections': [list(join) for join in model.projections],
-            'parts': [k for k in ('conformal', 'novelty') if getattr(model, k) is not None]}
+            'parts': [k for k in ('conformal', 'novelty') if getattr(model, k) is not None], **said}
 
 # %% ../../nbs/50_model/20_inference.ipynb #dcbfb4b3
 def _model_arrays(model):
@@ -182,6 +188,7 @@ def _model_arrays(model):
 
 # %% ../../nbs/50_model/20_inference.ipynb #40b14782
 _MOST = 1000 # Members of an ensemble, and joins
+_LONGEST = 1000 # Characters of a note
 
 def _load_members(about, heads, n_classes, widths):
     "Members from their descriptions and arrays; they agree on the columns of their joins"
@@ -214,7 +221,8 @@ def _load_model(cls, about, arrays, classes, extractors):
     def part(name, build): return build(_part_arrays(arrays, name)) if name in about['parts'] else None
     return cls(list(classes), members, projections, scaler_from_arrays(parts['calibrator']), encoders,
                part('conformal', ConformalPredictor.from_arrays), part('novelty', NoveltyDetector.from_arrays),
-               bool(about['geometric']))
+               bool(about['geometric']), Refusal.from_dict(about.get('refusal', {})),
+               str(about.get('novelty_note', ''))[:_LONGEST])
 
 # %% ../../nbs/50_model/20_inference.ipynb #073590a2
 TIERS = ('rules', 'neural', 'ensemble') # From cheap to dear
@@ -253,3 +261,4 @@ class Cascade:
     # A row a tier, and one for the whole: tier, accuracy, share, loss, ...
     table:list[dict] = field(default_factory=list)
     notes:list[str] = field(default_factory=list) # What a reader of the table should know, in words
+    refusal:Refusal=Refusal() # Confidence below which none of them names anything

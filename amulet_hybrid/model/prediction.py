@@ -30,6 +30,8 @@ class Prediction:
     model_version:str='' # Of the bundle
     note:str='' # What a time budget or a broken tier cost; '' if nothing
     cached:bool = field(default=False, compare=False) # It was known, or found by another request at the same moment
+    confidence_threshold:float=0. # Below it there is no label
+    novelty_note:str='' # Why `novelty` is None, or how little is known of it
 
     def to_dict(self) -> dict: # `success`, then the fields by name
         "All of it as plain values that JSON can hold"

@@ -253,7 +253,9 @@ def _add_model_routes(app, service, settings, keys):
         return json_response({'model_version': model.version, 'version': __version__,
                               'classes': list(model.classifier.classes),
                               'columns': list(getattr(model.classifier, 'columns', ())),
-                              'figures': model.figures, 'card': model.card, 'limits': limits})
+                              'figures': model.figures, 'card': model.card, 'limits': limits,
+                              'confidence_threshold': model.confidence_threshold, 'refusal': model.refusal,
+                              'novelty_note': model.novelty_note})
 
     text = {'description': 'In the text format of Prometheus',
             'content': {'text/plain': {'schema': {'type': 'string'}}}}

@@ -176,7 +176,7 @@ _ANSWER:Any = dict(success=True, prediction_id='5f0c'*8, request_id='9e1b'*8, pr
                    confidence=0.9, probabilities={'clay': 0.1, 'gold': 0.9}, reason='', prediction_set=['gold'],
                    coverage=0.9, novelty=0.31, route='ensemble', note='', cached=False, model_version='bright-1',
                    processing_time_ms=4.2, timings_ms={'decode': 1.7, 'features': 2.1},
-                   recorded=True)
+                   recorded=True, confidence_threshold=0.62, novelty_note='')
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #9895dea7
 class PredictResponse(BaseModel):
@@ -202,6 +202,8 @@ class PredictResponse(BaseModel):
     processing_time_ms:float = Field(description='From the bytes of the photo to this answer')
     timings_ms:dict[str,float] = Field(description='Where that time went')
     recorded:bool = Field(description='Whether it was written down; false where that is switched off or failed')
+    confidence_threshold:float = Field(default=0., description='Confidence below which this answer would have no label')
+    novelty_note:str = Field(default='', description='Why `novelty` is null, or how little is known of it; else empty')
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #798bb869
 def prediction_fields(
@@ -291,6 +293,12 @@ class Info(BaseModel):
     figures:dict[str,Any] = Field(description='On photos that were held out, with intervals')
     card:str = Field(description='The model card (Markdown)')
     limits:dict[str,int] = Field(description='max_bytes, max_photos, max_batch_bytes')
+    confidence_threshold:float = Field(description='Below it no label is given, where a request names no other')
+    refusal:dict[str,Any] = Field(description='The threshold that the bundle brings, and what was seen there: '
+                                              '`threshold`, `method` (promise, estimate, cost), `max_error`, `error`, '
+                                              '`bound`, `named`, `photos`, `groups`, `note`; empty where it brings '
+                                              'none')
+    novelty_note:str = Field(description='Why novelty cannot be judged, or how little is known of it; else empty')
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #0f8b4d75
 class Reloaded(BaseModel):

@@ -95,6 +95,10 @@ class Model:
         bundle:Any = getattr(classifier, 'bundle', None)
         self.figures = dict(bundle.manifest['figures'].get('overall') or {}) if bundle is not None else {}
         self.card = str(getattr(bundle, 'card', '')) # as it was when the bundle was checked
+        refusal = getattr(bundle, 'refusal', None)
+        self.refusal = refusal.to_dict() if refusal is not None and refusal.method else {}
+        self.novelty_note = str(getattr(bundle, 'novelty_note', ''))
+        self.confidence_threshold = float(getattr(classifier, 'confidence_threshold', 0.))
 
     @property
     def accuracy(self) -> float|None: # 0..1; None where it was not evaluated

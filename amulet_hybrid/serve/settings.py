@@ -83,7 +83,8 @@ class Settings(BaseSettings):
                                    'before it is loaded', gt=0, le=3600)
     trial_bytes:ByteSize = _setting(ByteSize(2*2**30), 'Memory that this process may take, and never more than there '
                                     'is', ge=2**26)
-    confidence_threshold:float = _setting(0., 'Below it no label is given, where the caller names no other', ge=0, le=1)
+    confidence_threshold:float|None = _setting(None, 'Below it no label is given, where the caller names no other; not '
+                                               'set: as the bundle says; 0: none is too low', ge=0, le=1)
     host:str = _setting('127.0.0.1', 'Address to listen on; with the default only this machine can call', min_length=1)
     port:int = _setting(8000, 'Port; 0 takes any free one', ge=0, le=65535)
     root_path:str = _setting('', 'Path under which a proxy shows the service, e.g. /amulets',

@@ -490,14 +490,17 @@ function bars(s) {
 }
 
 function facts(s, took) {
-  const strange =
-    s.novelty === null || s.novelty === undefined ? '' : `stranger than ${percent(s.novelty)} of known ${thing()}s`;
+  const blind = s.novelty === null || s.novelty === undefined;
+  const strange = [blind ? '' : `stranger than ${percent(s.novelty)} of known ${thing()}s`, s.novelty_note]
+    .filter(Boolean)
+    .join('; ');
   const spent = Object.entries(s.timings_ms || {})
     .map(([k, v]) => `${k} ${time(v)}`)
     .join(', ');
   const rows = [
     ['Answered by', (ROUTES[s.route] || s.route || 'the model') + (s.cached ? ', from memory' : '')],
     ['How strange', strange],
+    ['Least confidence', s.confidence_threshold > 0 ? `${percent(s.confidence_threshold)} for a name` : ''],
     [
       'Time',
       s.processing_time_ms === undefined
@@ -702,6 +705,7 @@ function card(markdown) {
 (async () => {
   try {
     info = { classes: [], ...(await ask('info')) };
+    const own = () => info.refusal?.threshold === info.confidence_threshold;
     const chips = () => [
       make('ul', { className: 'chips' }, ...info.classes.map((c) => make('li', { textContent: pretty(c) }))),
     ];
@@ -710,7 +714,15 @@ function card(markdown) {
     $('state').classList.add('up');
     const title = info.card?.match(/^# (.+)/)?.[1]; // the maker's, if it is more than a count
     if (title && !/^\d+ classes by /.test(title)) document.title = $('title').textContent = plain(title);
-    $('card').replaceChildren(...(info.card ? card(info.card) : chips()));
+    const least = info.confidence_threshold;
+    const limits = [
+      least > 0 ? `It gives no name where its confidence is below ${percent(least)}${own() ? ', by itself' : ''}.` : '',
+      info.novelty_note,
+    ].filter(Boolean);
+    $('card').replaceChildren(
+      ...limits.map((textContent) => make('p', { className: 'note', textContent })),
+      ...(info.card ? card(info.card) : chips()),
+    );
     $('about').hidden = false;
     if (forRows()) setFields(info.columns);
   } catch (e) {
