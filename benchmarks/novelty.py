@@ -5,8 +5,8 @@ them
         [--ood-python PYTHON] [--parts bar left-out sets pytorch-ood]
 
 bar          What the shipped threshold refuses at a stated 5 %: known photos of other groups, classes that were left
-             out in turn, and photos of the other sets (generated ones among them); with the whole choice and with the
-             standing candidate. Minutes.
+             out in turn, and photos of the other sets (generated ones among them); all from one fold of three. Minutes
+             (novelty_bar.csv: --parts bar --most 30).
 left-out     Each class of a set is left out in turn and is the stranger; known photos are held out by grouped folds.
 `select_detector` chooses anew for each
              class and fold, by leaving out each of the REMAINING classes. AUROC with an interval from a
@@ -220,31 +220,29 @@ def generated(folder, weights, cache, classes=8):
     return found, manifest['label'].to_numpy(str), manifest['group'].to_numpy(str)
 
 
-def refusals(case, others, c, standing):
+def refusals(case, others, c):
     "Shares that the shipped threshold refuses: of held-out known photos, of class `c` (None: none), of other sets"
     blocks, labels, groups = case
     fold = known_folds(labels, groups, 3, 0)
     stranger = labels == c if c is not None else np.zeros(len(labels), bool)
     train = ~np.isin(groups, groups[fold == 0]) & ~stranger
-    candidates = novelty_candidates(list(blocks))[:1 if standing else None]
     detector = select_detector({b: X[train] for b, X in blocks.items()}, labels[train], groups[train],
-                               candidates=candidates, neural=nets(blocks))
+                               neural=nets(blocks))
     asked = {'known': (blocks, np.flatnonzero((fold == 0) & ~stranger & np.isin(labels, labels[train])))}
     if c is not None: asked['left out'] = (blocks, np.flatnonzero(stranger & ~np.isin(groups, groups[train])))
     else: asked |= {f'photos of {name}': (theirs, np.random.default_rng(0).permutation(len(y))[:60])
                     for name, (theirs, y, _) in others.items()}
-    return [{'choice': 'standing' if standing else 'chosen', 'class': c or '', 'asked': what, 'photos': len(rows),
+    return [{'class': c or '', 'asked': what, 'photos': len(rows),
              'refused': float(detector.is_novel({b: X[rows] for b, X in X.items()}).mean()),
              'detector': detector.candidate.name} for what, (X, rows) in asked.items() if len(rows)]
 
 
 def bar(cases, jobs):
     "A row a detector and a kind of photos that it is asked about"
-    tasks = [(name, c, standing) for name, (_, labels, _) in cases.items() for c in [None, *np.unique(labels)]
-             for standing in (True, False)]
+    tasks = [(name, c) for name, (_, labels, _) in cases.items() for c in [None, *np.unique(labels)]]
     run = joblib.Parallel(jobs)(joblib.delayed(refusals)(
-        cases[name], {n: case for n, case in cases.items() if n != name}, c, standing) for name, c, standing in tasks)
-    return pd.DataFrame([{'set': name, **row} for (name, *_), rows in zip(tasks, run) for row in rows])
+        cases[name], {n: case for n, case in cases.items() if n != name}, c) for name, c in tasks)
+    return pd.DataFrame([{'set': name, **row} for (name, _), rows in zip(tasks, run) for row in rows])
 
 
 OOD = r'''
@@ -348,7 +346,7 @@ def main():
         cases = {n: ({b: X[some] for b, X in blocks.items()}, y[some], g[some])
                  for n, (blocks, y, g) in cases.items() for some in [thin(g, y, args.most)]}
         table = keep(bar(cases, args.jobs), 'bar')
-        mean = table.groupby(['set', 'choice', 'asked'], sort=False)[['refused', 'photos']]
+        mean = table.groupby(['set', 'asked'], sort=False)[['refused', 'photos']]
         print(mean.agg({'refused': 'mean', 'photos': 'sum'}).round(3).to_string(), flush=True)
     if 'pytorch-ood' in args.parts and args.ood_python:
         print(keep(agreement(args.ood_python, found), 'pytorch_ood').to_string(index=False), flush=True)
