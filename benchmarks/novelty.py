@@ -2,8 +2,11 @@
 them
 
     python benchmarks/novelty.py --data ../shared/data --weights ../shared/weights \\
-        [--ood-python PYTHON] [--parts left-out sets pytorch-ood]
+        [--ood-python PYTHON] [--parts bar left-out sets pytorch-ood]
 
+bar          What the shipped threshold refuses at a stated 5 %: known photos of other groups, classes that were left
+             out in turn, and photos of the other sets (generated ones among them); all from one fold of three. Minutes
+             (novelty_bar.csv: --parts bar --most 30).
 left-out     Each class of a set is left out in turn and is the stranger; known photos are held out by grouped folds.
 `select_detector` chooses anew for each
              class and fold, by leaving out each of the REMAINING classes. AUROC with an interval from a
@@ -31,20 +34,21 @@ import pandas as pd  # noqa: E402
 from sklearn.base import clone  # noqa: E402
 
 from amulet_hybrid.data.manifest import make_manifest  # noqa: E402
+from amulet_hybrid.data.samples import NO_FAULTS, make_samples  # noqa: E402
 from amulet_hybrid.data.scan import scan_files  # noqa: E402
 from amulet_hybrid.features.config import FeatureConfig  # noqa: E402
 from amulet_hybrid.features.extractor import HybridFeatureExtractor  # noqa: E402
 from amulet_hybrid.learn.joins import describe_blocks  # noqa: E402
 from amulet_hybrid.learn.ood_selection import (  # noqa: E402
-    NoveltyCandidate,
+    KnownPhotos,
     NoveltyConfig,
     held_out_scores,
     known_folds,
-    novelty_candidates,
     pair_auroc,
     score_units,
     select_detector,
 )
+from amulet_hybrid.learn.ood_spaces import NoveltyCandidate, novelty_candidates  # noqa: E402
 
 CHEAP = ('colour', 'hog', 'lbp', 'cnn:mobilenet_v2', 'cnn:mobilenet_v2@max', 'cnn:mobilenet_v2@texture')
 MORE = (*CHEAP, 'haralick', 'gabor', 'edges', 'gradient', 'shape', 'moments', 'dense_sift', 'cnn:squeezenet1_1',
@@ -92,10 +96,10 @@ def one_fold(blocks, labels, groups, encoders, fold, f, c):
     detector = select_detector({b: X[train] for b, X in coded.items()}, labels[train], groups[train],
                                NoveltyConfig(choice_folds=2, choice_photos=500), neural=nets(blocks))
     softmax = NoveltyCandidate('frozen embedding: max_softmax', (('head', 'max_softmax'),))
-    fixed = [*novelty_candidates(list(blocks), neural=nets(blocks)), *BASELINES, softmax]
+    fixed = [*novelty_candidates(list(blocks)), *BASELINES, softmax]
     members = tuple(dict.fromkeys(m for x in fixed[:-1] for m in x.members))
-    scores = held_out_scores(coded, labels, groups, members, fold, f, c, neural=nets(blocks))
-    alone = held_out_scores({FROZEN: coded[FROZEN]}, labels, groups, fixed[-1].members, fold, f, c)
+    scores = held_out_scores(KnownPhotos(coded, labels, groups, neural=nets(blocks)), members, fold, f, c)
+    alone = held_out_scores(KnownPhotos({FROZEN: coded[FROZEN]}, labels, groups), fixed[-1].members, fold, f, c)
     rows = np.r_[known, novel]
     pick = detector.score({b: X[rows] for b, X in coded.items()})
     return {'class': c, 'fold': f, 'known': known, 'novel': novel, 'chosen': detector.candidate.name, 'score': pick,
@@ -133,7 +137,7 @@ def left_out(name, blocks, labels, groups, encoders, folds, jobs):
     parts = [p for p in joblib.Parallel(jobs)(joblib.delayed(one_fold)(blocks, labels, groups, encoders, fold, f, c)
                                               for f, c in tasks) if p]
     softmax = NoveltyCandidate('frozen embedding: max_softmax', (('-', '-'),))
-    fixed = [*novelty_candidates(list(blocks), neural=nets(blocks)), *BASELINES, softmax]
+    fixed = [*novelty_candidates(list(blocks)), *BASELINES, softmax]
     for c in classes: # units of each score: its spread on the held-out known photos of all folds
         mine = [p for p in parts if p['class'] == c]
         if not mine: continue
@@ -170,7 +174,7 @@ def against(found, jobs):
         train, known = ~np.isin(groups, groups[fold == 0]), np.flatnonzero(fold == 0)
         detector = select_detector({b: X[train] for b, X in blocks.items()}, labels[train], groups[train],
                                    NoveltyConfig(choice_folds=2, choice_photos=500, jobs=jobs), neural=nets(blocks))
-        fixed = novelty_candidates(list(blocks), neural=nets(blocks))+BASELINES
+        fixed = novelty_candidates(list(blocks))+BASELINES
         scored = {}
         for other, (theirs, *_) in found.items():
             if other == name: continue
@@ -181,8 +185,8 @@ def against(found, jobs):
             both_labels = np.r_[labels, np.full(stranger.sum(), ' stranger')]
             both_groups = np.r_[groups, [f' {i}' for i in range(stranger.sum())]]
             both_folds = np.r_[fold, np.full(stranger.sum(), -1)]
-            k, n, _rows = held_out_scores(joint, both_labels, both_groups, members, both_folds, 0, ' stranger',
-                                          neural=nets(blocks))
+            k, n, _rows = held_out_scores(KnownPhotos(joint, both_labels, both_groups, neural=nets(blocks)), members,
+                                          both_folds, 0, ' stranger')
             centre, scale = detector_units(blocks, labels, groups, members, fold)
             for x in fixed:
                 at = [members.index(m) for m in x.members]
@@ -203,8 +207,42 @@ def detector_units(blocks, labels, groups, members, fold):
     y = labels[train]
     g = groups[train]
     inner = known_folds(y, g, 2, 0)
-    parts = [held_out_scores(X, y, g, members, inner, f, neural=nets(X)) for f in range(2)]
+    parts = [held_out_scores(KnownPhotos(X, y, g, neural=nets(X)), members, inner, f) for f in range(2)]
     return score_units(np.concatenate([known for known, _, _ in parts]))
+
+
+def generated(folder, weights, cache, classes=8):
+    "Blocks, labels and groups of generated amulets"
+    make_samples(folder/'photos', photos=25*classes, classes=classes, seed=3, faults=NO_FAULTS)
+    manifest, root = make_manifest(folder/'photos', folder/'photos'/'groups.csv')
+    manifest = manifest.join(scan_files(manifest['path'], root).table)
+    found = HybridFeatureExtractor(FeatureConfig(blocks=CHEAP, weights=weights), cache).extract_manifest(manifest, root)
+    return found, manifest['label'].to_numpy(str), manifest['group'].to_numpy(str)
+
+
+def refusals(case, others, c):
+    "Shares that the shipped threshold refuses: of held-out known photos, of class `c` (None: none), of other sets"
+    blocks, labels, groups = case
+    fold = known_folds(labels, groups, 3, 0)
+    stranger = labels == c if c is not None else np.zeros(len(labels), bool)
+    train = ~np.isin(groups, groups[fold == 0]) & ~stranger
+    detector = select_detector({b: X[train] for b, X in blocks.items()}, labels[train], groups[train],
+                               neural=nets(blocks))
+    asked = {'known': (blocks, np.flatnonzero((fold == 0) & ~stranger & np.isin(labels, labels[train])))}
+    if c is not None: asked['left out'] = (blocks, np.flatnonzero(stranger & ~np.isin(groups, groups[train])))
+    else: asked |= {f'photos of {name}': (theirs, np.random.default_rng(0).permutation(len(y))[:60])
+                    for name, (theirs, y, _) in others.items()}
+    return [{'class': c or '', 'asked': what, 'photos': len(rows),
+             'refused': float(detector.is_novel({b: X[rows] for b, X in X.items()}).mean()),
+             'detector': detector.candidate.name} for what, (X, rows) in asked.items() if len(rows)]
+
+
+def bar(cases, jobs):
+    "A row a detector and a kind of photos that it is asked about"
+    tasks = [(name, c) for name, (_, labels, _) in cases.items() for c in [None, *np.unique(labels)]]
+    run = joblib.Parallel(jobs)(joblib.delayed(refusals)(
+        cases[name], {n: case for n, case in cases.items() if n != name}, c) for name, c in tasks)
+    return pd.DataFrame([{'set': name, **row} for (name, _), rows in zip(tasks, run) for row in rows])
 
 
 OOD = r'''
@@ -238,7 +276,7 @@ def agreement(python, found):
     from scipy.stats import spearmanr
 
     from amulet_hybrid.learn.ood_detectors import DETECTORS, LinearHead
-    from amulet_hybrid.learn.ood_selection import Axes
+    from amulet_hybrid.learn.ood_spaces import Axes
     rows = []
     for name, (blocks, labels, groups, _) in found.items():
         some = thin(groups, labels, 150)
@@ -274,8 +312,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, default=Path(os.environ.get('AMULET_DATA', '../shared/data')))
     parser.add_argument('--weights', default=os.environ.get('AMULET_WEIGHTS', '../shared/weights'))
-    parser.add_argument('--parts', nargs='+', default=['left-out', 'sets', 'pytorch-ood'],
-                        choices=['left-out', 'sets', 'pytorch-ood'])
+    parser.add_argument('--parts', nargs='+', default=['bar', 'left-out', 'sets', 'pytorch-ood'],
+                        choices=['bar', 'left-out', 'sets', 'pytorch-ood'])
     parser.add_argument('--sets', nargs='+', default=['amulet6', 'coins', 'magtile'])
     parser.add_argument('--most', type=int, default=40,
                         help='photos of a class at most in the large sets, whole groups')
@@ -301,6 +339,15 @@ def main():
     for name, (blocks, labels, groups, _) in found.items():
         some = thin(groups, labels, 6*args.most)
         cheap[name] = {b: blocks[b][some] for b in CHEAP}, labels[some], groups[some], {}
+    if 'bar' in args.parts:
+        cases = {n: (b, y, g) for n, (b, y, g, _) in cheap.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            cases['generated'] = generated(Path(folder), args.weights, args.cache)
+        cases = {n: ({b: X[some] for b, X in blocks.items()}, y[some], g[some])
+                 for n, (blocks, y, g) in cases.items() for some in [thin(g, y, args.most)]}
+        table = keep(bar(cases, args.jobs), 'bar')
+        mean = table.groupby(['set', 'asked'], sort=False)[['refused', 'photos']]
+        print(mean.agg({'refused': 'mean', 'photos': 'sum'}).round(3).to_string(), flush=True)
     if 'pytorch-ood' in args.parts and args.ood_python:
         print(keep(agreement(args.ood_python, found), 'pytorch_ood').to_string(index=False), flush=True)
     if 'sets' in args.parts and len(found) > 1:

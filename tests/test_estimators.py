@@ -15,8 +15,15 @@ from amulet_hybrid.features.table import TableEncoder
 from amulet_hybrid.jobs.sections import random_split_note
 from amulet_hybrid.learn.candidates import MODELS, BlockScaler
 from amulet_hybrid.learn.config import TrainingConfig
-from amulet_hybrid.learn.ood_detectors import KernelDetector, KNNDetector, LinearHead, MahalanobisDetector, ViMDetector
-from amulet_hybrid.learn.ood_selection import Axes
+from amulet_hybrid.learn.ood_detectors import (
+    DistanceDetector,
+    KernelDetector,
+    KNNDetector,
+    LinearHead,
+    MahalanobisDetector,
+    ViMDetector,
+)
+from amulet_hybrid.learn.ood_spaces import Axes
 from amulet_hybrid.learn.trainer import HybridTrainer
 
 NO_MATRIX = { # Estimators that take something else than any matrix of numbers, and what
@@ -45,7 +52,7 @@ CHECKED = {name: cls for name,cls in sorted(estimators().items()) if takes_matri
 OTHERWISE = [BlockScaler(power=.5), BlockScaler(dimensions=2), BlockScaler(variance=1.),
              TableEncoder(indicators=0., log=0.), TableEncoder(categories=(0,)),
              Axes(most=2), KNNDetector(k=5, unit=False), MahalanobisDetector(shrinkage=.1), KernelDetector(limit=20),
-             ViMDetector(axes=1), LinearHead(C=1.)]
+             ViMDetector(axes=1), DistanceDetector(shrinkage=.1), LinearHead(C=1.)]
 
 def name_of(estimator): return str(estimator).replace(' ', '')
 

@@ -27,6 +27,7 @@ class NoveltyTest:
     unknown_groups:ArrayLike|None=None # (m,) names; None: each photo alone
     table:pd.DataFrame|None=None # AUROC of each candidate (row) by left-out class (column), as `NoveltyDetector.table`
     name:str='' # Row of `table` that was chosen
+    note:str='' # Why nobody knows how much the detector notices; '': it was tried on left-out classes
 
     def evaluate(self,
         groups:ArrayLike|None=None, # (n,) of the test photos
@@ -69,4 +70,5 @@ def novelty_sentences(
         out.append(f'Left out of training, each class in turn was told from known photos with an area under the ROC '
                    f'curve of {left.auroc.mean():.2f} in the mean, '
                    f'{left.auroc.iloc[0]:.2f} for {left.index[0]}. This comes from the training photos.')
+    if test.note and 'found' not in figures: return [*out, test.note]
     return out if len(out)>1 else [*out, 'No strangers were at hand: how many of them it notices is not known.']

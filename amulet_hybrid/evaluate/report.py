@@ -104,7 +104,8 @@ class EvaluationCase:
             case.novelty = NoveltyTest(
                 detector.score(blocks), detector.threshold_, detector.rate,
                 detector.score(unknown) if unknown else None, unknown_groups if unknown else None,
-                getattr(detector, 'table', None) if left_out is None else left_out, detector.candidate.name)
+                getattr(detector, 'table', None) if left_out is None else left_out, detector.candidate.name,
+                getattr(detector, 'note', ''))
         return case
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #9a6c0f24

@@ -79,6 +79,7 @@ class HybridTrainer(BaseEstimator):
         self.single_model_ = self.refit(blocks, {self.best_single_: 1.})
         detector = find_detector(rows.only(self.model_.blocks), names, config, self.block_info_)
         self.notes_,self.novelty_aurocs_ = self.notes_+detector.notes,detector.aurocs
+        self.novelty_note_ = detector.note
         self.model_.conformal,self.model_.novelty = sets,detector.detector
         self.model_.refusal = self.find_refusal(self.calibrator_.cross_proba_, groups)
         self.model_.novelty_note = detector.reason
