@@ -124,7 +124,8 @@ def main():
                 rows.append({**about, 'preset': args.preset, 'mode': 'quick' if args.quick else 'full',
                              'method': method, 'fold_seed': seed, 'balanced_accuracy': figure.value,
                              'low': figure.low, 'high': figure.high, 'macro_f1': overall.loc['macro_f1', 'value'],
-                             'log_loss': overall.loc['log_loss', 'value'], 'ece': overall.loc['ece', 'value'],
+                             'log_loss': overall.loc['log_loss', 'value'],
+                             'ece': overall.loc['rms_calibration_error', 'value'],
                              'seconds': seconds/5})
                 print(name, method, seed, overall['value'].round(3).to_dict(), f'{seconds/5:.0f} s a fold', flush=True)
         if args.rival:

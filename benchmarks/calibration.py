@@ -2,7 +2,7 @@
 inside the outer training folds.
 
     python benchmarks/calibration.py logits --data ../shared/data --weights ../shared/weights   # once; minutes a set
-    # log loss, ECE, Brier; probmetrics beside it where it is installed
+    # log loss, Brier, calibration error, temperature; probmetrics beside it where it is installed
     python benchmarks/calibration.py scalers
     # coverage and size at 90 %; MAPIE beside it where it is installed
     python benchmarks/calibration.py sets
@@ -33,6 +33,7 @@ from amulet_hybrid.learn.calibration import (
     evaluate_calibration,
     log_proba,
 )
+from amulet_hybrid.learn.calibration_test import temperature_test
 from amulet_hybrid.learn.config import CALIBRATIONS, TrainingConfig
 from amulet_hybrid.learn.conformal import METHODS, ConformalPredictor, evaluate_sets
 from amulet_hybrid.learn.trainer import HybridTrainer
@@ -115,8 +116,11 @@ def scalers(args):
             for method, run in rivals().items(): found[method][test] = run(known, y[train], new)
         for method, p in found.items():
             r = evaluate_calibration(p/p.sum(1, keepdims=True), y, groups)
+            low, high = (r.figures[end]['rms_calibration_error'] for end in ('low', 'high'))
+            asks = temperature_test(p/p.sum(1, keepdims=True), y, groups)
             rows.append({'set': name, 'seed': seed, 'method': method, **r.figures.value,
-                         'ece_low': r.figures.low['ece'], 'ece_high': r.figures.high['ece']})
+                         'rms_low': low, 'rms_high': high,
+                         'temperature': asks.temperature, 'temperature_low': asks.low, 'temperature_high': asks.high})
         print(name, seed, 'chosen:', ', '.join(chosen), flush=True)
     return rows
 
@@ -154,6 +158,8 @@ def sets(args):
             p, q = (x/x.sum(1, keepdims=True) for x in (scaler.cross_proba_, scaler.predict_proba(new)))
             ways = {f'{m}': {'method': m, 'never_empty': False} for m in METHODS}
             ways |= {'auto': {'never_empty': False}, 'auto, never empty': {},
+                     'auto, a vote a photo, one threshold': {'never_empty': False, 'vote': 'photo',
+                                                             'class_conditional': False},
                      'auto, a vote a group': {'never_empty': False, 'vote': 'group'},
                      'auto, a threshold a class': {'never_empty': False, 'class_conditional': True}}
             for way, settings in ways.items():
@@ -167,7 +173,8 @@ def sets(args):
             rows.append({'set': name, 'seed': seed, 'sets': way, 'coverage': r.coverage, 'by_group': by_group.mean(),
                          'band_low': r.band[0], 'band_high': r.band[1],
                          'binomial_low': plain[0], 'binomial_high': plain[1], 'mean_size': r.mean_size,
-                         'empty': r.empty, 'worst_class': r.per_class.coverage.min()})
+                         'empty': r.empty, 'verdict': r.verdict, 'worst_class': r.worst['coverage'],
+                         'worst_low': r.worst['low'], 'worst_high': r.worst['high']})
     return rows
 
 

@@ -29,7 +29,7 @@ from .plots import plot_confusion, plot_per_class, plot_risk, plot_roc
 from .rivals import compare_rivals, format_ms
 from .sentences import (calibration_error_sentence, calibration_sentence, confusion_sentences,
                                               headline_rows, range_sentences, refusal_sentences, set_parts)
-from ..learn.calibration import plot_reliability, reliability
+from ..learn.calibration_test import plot_reliability, reliability
 from ..learn.conformal import SetReport, evaluate_sets
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #a8d573e0
@@ -160,7 +160,7 @@ class Evaluation:
     name:str # Of the evaluated model
     metrics:Metrics # Figures with intervals
     rivals:pd.DataFrame|None # As from `compare_rivals`
-    reliability:pd.DataFrame # As from `amulet_hybrid.learn.calibration.reliability`
+    reliability:pd.DataFrame # As from `amulet_hybrid.learn.calibration_test.reliability`
     risks:pd.DataFrame # As from `amulet_hybrid.evaluate.metrics.risk_coverage`
     errors:pd.DataFrame # As from `list_cases`
     unsure:pd.DataFrame # Right ones, least certain first
@@ -268,13 +268,14 @@ def _section_name(i, title):
     return f'section_{i:02}_{re.sub("[^a-z0-9]+", "_", title.lower()).strip("_")[:40]}'.rstrip('_')
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #15652b31
-def _draw_plots(y, p, metrics, risks, novelty, sections):
+def _draw_plots(case, y, p, metrics, risks, sections):
     "The pictures of the page by name"
     order = confusion_order(metrics.confusion)
     names = [str(metrics.per_class.index[i]) for i in order]
     plots = {'confusion': plot_confusion(metrics.confusion[np.ix_(order, order)], names),
-             'per_class': plot_per_class(metrics.per_class.iloc[order]), 'reliability': plot_reliability(p, y),
-             'risk_coverage': plot_risk(risks)}
+             'per_class': plot_per_class(metrics.per_class.iloc[order]), 'risk_coverage': plot_risk(risks),
+             'reliability': plot_reliability(p, y, groups=case.groups)}
+    novelty = case.novelty
     if novelty is not None and novelty.unknown is not None:
         plots['novelty_roc'] = plot_roc(novelty.known, novelty.unknown, novelty.threshold)
     own = {_section_name(i, title): c for i,(title,_,c) in enumerate(sections) if hasattr(c, 'savefig')}
@@ -310,9 +311,9 @@ def evaluate(
     risks = risk_coverage(y, proba, groups, np.linspace(0, .6, 61).tolist(), min(n_boot, 1000), seed=seed)
     sets = (None if case.sets is None
             else evaluate_sets(np.asarray(case.sets), y, groups, case.set_coverage, case.set_groups))
-    plots = _draw_plots(y, proba, metrics, risks, case.novelty, sections)
+    plots = _draw_plots(case, y, proba, metrics, risks, sections)
     return Evaluation(
-        case.title, case.name, metrics, rivals, reliability(proba, y), risks, errors, unsure,
+        case.title, case.name, metrics, rivals, reliability(proba, y, groups=groups), risks, errors, unsure,
         float(proba.max(1).mean()), thumbnails, neighbours, plots, timings,
         (*((level, text) for level,text in case.notes), *_absent_note(metrics)), sections, n_boot, sets, case.novelty,
         case.novelty.evaluate(groups, n_boot, seed) if case.novelty else None, own)
@@ -343,8 +344,9 @@ def _rival_rows(rivals):
 # %% ../../nbs/40_evaluate/60_report.ipynb #a799973a
 def _fold_tables(e):
     "The tables that are folded away: calibration by class, and risk at a few shares"
-    heads = {'share': 'share of photos', 'ece': 'calibration error'}
-    by_class = e.metrics.calibration.per_class.set_axis(pd.Index(list(e.metrics.per_class.index), name='class'))
+    heads = {'share': 'share of photos', 'below': 'calibration error (root mean square) below'}
+    by_class = e.metrics.calibration.per_class.drop(columns='rms_error')
+    by_class = by_class.set_axis(pd.Index(list(e.metrics.per_class.index), name='class'))
     risks = e.risks.iloc[::10].rename(columns={'photos': 'named'})[['named', 'threshold', 'wrong', 'low', 'high']]
     risks.index = pd.Index([f'{r:.0%}' for r in risks.index], name='refused')
     return table_parts(by_class.rename(columns=heads).round(3)), table_parts(risks.round(3))

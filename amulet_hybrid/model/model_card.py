@@ -53,8 +53,9 @@ def _photos_part(manifest):
     return Part('On what photos', [points])
 
 # %% ../../nbs/50_model/40_model_card.ipynb #d394fe9c
-def _interval_text(figure):
+def _interval_text(name, figure):
     value,low,high = figure['value'],figure.get('low'),figure.get('high')
+    if name.startswith('rms_') and low==0: return f'below {high:.3f}' # free of chance, and nothing left
     return f'{value:.3f}' if low is None else f'{value:.3f} ({low:.3f} to {high:.3f})'
 
 # %% ../../nbs/50_model/40_model_card.ipynb #de1dacf8
@@ -66,7 +67,7 @@ def _figures_part(manifest):
                                  'evaluate.'])
     known = {k: f for k,f in figures['overall'].items() if f.get('value') is not None}
     alone = figures.get('ensemble', {}) # of a cascade whose cheaper tiers answer too
-    rows = [[k.replace('_', ' '), _interval_text(f), *([_interval_text(alone[k])] if k in alone else [])]
+    rows = [[k.replace('_', ' '), _interval_text(k, f), *([_interval_text(k, alone[k])] if k in alone else [])]
             for k,f in known.items()]
     columns = ['figure', 'as it is served', 'the ensemble alone'] if alone else ['figure', 'value']
     share = round(100*figures.get('confidence', .95))
@@ -106,7 +107,8 @@ def _limits_part(manifest, tiers):
                       'perhaps with confidence.')
     if last.get('coverage'):
         points.append(f'A prediction set holds the true class for {last["coverage"]:.0%} of photos like those of '
-                      f'training, not for each class alone.')
+                      f'training, nearly: its scores were out of fold, and the model was fitted again. It is a promise '
+                      f'over all photos, not for each class alone.')
     few = [c for c,n in manifest['data'].get('classes', {}).items() if n < 30]
     if few: points.append(f'Fewer than 30 photos: {", ".join(few)}. What is said of these rests on little.')
     points.append('Two photos of one source are no two witnesses: figures hold for new sources only as far as these '
