@@ -9,8 +9,9 @@ photos. Features come from the cache where they are known.
 Writes benchmarks/results/accuracy.csv, from which the README makes its table. Intervals include the luck of the
 training sets (`evaluate.learning_curve.cross_validated`).
 
-amulet6, coins and magtile also chose defaults of this package, so their figures flatter it. One set had no part in any
-choice, needs nothing but scikit-learn, and can be had by anyone: 30 handwritten digits of each kind (`load_digits`).
+amulet6, coins and magtile also chose defaults of this package, so their figures flatter it. One set is in no
+benchmark that chose them, needs nothing but scikit-learn, and can be had by anyone: 30 handwritten digits of each kind
+(`load_digits`).
 
     python benchmarks/accuracy.py --sets digits --weights none --preset fast --quick --append
 """
