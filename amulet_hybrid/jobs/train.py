@@ -32,6 +32,7 @@ from .prepare import RunData, hold_out, prepare_photos, split_table
 from .sections import curve_section, importance_sections, random_split_note, speed_profile
 from .sections import CascadeTest, cascade_sections, training_sections
 from .tracking import make_tracker, run_parameters, track_output
+from ..learn.final_steps import find_refusal
 from ..learn.out_of_fold import AugmentedRows, encode_blocks
 from ..learn.refusal import Refusal, cascade_predictions
 from ..learn.trainer import HybridTrainer
@@ -96,7 +97,7 @@ def train_model(
     cascade = fit_cascade(trainer, blocks, table['group'], extractor.extractors)
     proba = [*(t.model.calibrator.cross_proba_ for t in cascade.tiers), trainer.calibrator_.cross_proba_]
     served = cascade_predictions(proba, [t.threshold for t in cascade.tiers])
-    cascade.refusal = trainer.find_refusal(served, table['group'])
+    cascade.refusal = find_refusal(trainer.y_, served, table['group'], config.training)
     return trainer,cascade
 
 # %% ../../nbs/85_jobs/20_train.ipynb #9e82c2b4
@@ -271,8 +272,7 @@ class TrainingRun:
         **settings # Changes to the settings
     ):
         made:Any = config if isinstance(config, Config) else RunConfig(data_dir=str(config))
-        changes = {k: str(v) if isinstance(v, Path) else v for k,v in settings.items()}
-        self.config = made.replace(**changes) if changes else made
+        self.config = made.replace(**{k: str(v) if isinstance(v, Path) else v for k,v in settings.items()})
         self.output = Path(self.config.output_dir)
         check_apart(self.output, self.config.data_dir)
         check_output(self.output, self.config)
@@ -301,8 +301,6 @@ class TrainingRun:
         "Search, choose, calibrate and refit on the training photos"
         self.trainer,self.cascade = train_model(self.config, self.data, self.features, self.cache_dir/'training')
         self.data.notes[:0] = self.trainer.notes_
-        if self.model.novelty is None:
-            self.data.notes.append(('info', f'Novelty cannot be judged: {self.model.novelty_note}.'))
         return self.trainer.candidates_
 
     def case(self) -> EvaluationCase:

@@ -31,12 +31,37 @@ def error_bound(
     mean,square = wrong.sum(-1)+usual,(wrong**2).sum(-1)+usual**2
     return np.minimum(gammaincinv(mean**2/square, confidence)*square/mean/total, 1)
 
-# %% ../../nbs/30_learn/35_refusal.ipynb #10c5b2af
+# %% ../../nbs/30_learn/35_refusal.ipynb #f646bc90
 METHODS = ('', 'promise', 'estimate', 'cost') # None; an error that is promised, one that is aimed at, least cost
-_LONGEST = 2000 # Characters of a text in a file
 
 def _share(value): return f'{100*value:.3g}%'
 
+# %% ../../nbs/30_learn/35_refusal.ipynb #1fc0e454
+def _aim_words(refusal):
+    "What the threshold is for"
+    aim = f'at most {_share(refusal.max_error)} of the labels shall be wrong'
+    return {'promise': f'{aim}, which holds with {_share(refusal.confidence)} certainty for photos like these.',
+            'estimate': f'{aim}. This is aimed at, not promised.',
+            'cost': f'this is of least cost where a wrong label costs {refusal.cost_wrong:g} and none '
+                    f'{refusal.cost_refuse:g}; it saves {refusal.saved:.3g} a photo against naming '
+                    'all.'}[refusal.method]
+
+# %% ../../nbs/30_learn/35_refusal.ipynb #4ca7d918
+def _seen_words(refusal):
+    "On what it was chosen, and what was seen there"
+    count = f'{refusal.photos:,} photos'+(f' in {refusal.groups:,} groups' if refusal.groups!=refusal.photos else '')
+    return (f'Of {count}, each judged without having been learned from, {_share(1-refusal.named)} got no label and '
+            f'{_share(refusal.error)} of the labels were wrong (it may be up to {_share(refusal.bound)}).')
+
+# %% ../../nbs/30_learn/35_refusal.ipynb #578789b5
+def _why_words(refusal):
+    "What a promise would take, where there is none"
+    needed = math.ceil(-math.log(1-refusal.confidence)/refusal.max_error)
+    if refusal.method!='estimate': return ''
+    if refusal.groups < needed: return f' A promise takes {needed} groups that are named without a mistake.'
+    return ' A promise takes more photos or a larger max_error, or it refuses more than half of them.'
+
+# %% ../../nbs/30_learn/35_refusal.ipynb #10c5b2af
 @dataclass(frozen=True)
 class Refusal:
     "Confidence below which a model names nothing, and what was seen there"
@@ -80,25 +105,7 @@ class Refusal:
         "What the threshold does, and what it was chosen on"
         if not self.method: return 'No confidence is too low for a label: this model has no threshold of its own.'
         start = f'Below a confidence of {self.threshold:.2f} no label is given'
-        return f'{start}: {self._aim()} {self._seen()}{self._why()}'
-
-    def _aim(self):
-        aim = f'at most {_share(self.max_error)} of the labels shall be wrong'
-        return {'promise': f'{aim}, which holds with {_share(self.confidence)} certainty for photos like these.',
-                'estimate': f'{aim}. This is aimed at, not promised.',
-                'cost': f'this is of least cost where a wrong label costs {self.cost_wrong:g} and none '
-                        f'{self.cost_refuse:g}; it saves {self.saved:.3g} a photo against naming all.'}[self.method]
-
-    def _seen(self):
-        count = f'{self.photos:,} photos'+(f' in {self.groups:,} groups' if self.groups!=self.photos else '')
-        return (f'Of {count}, each judged without having been learned from, {_share(1-self.named)} got no label and '
-                f'{_share(self.error)} of the labels were wrong (it may be up to {_share(self.bound)}).')
-
-    def _why(self):
-        needed = math.ceil(-math.log(1-self.confidence)/self.max_error)
-        if self.method!='estimate': return ''
-        if self.groups < needed: return f' A promise takes {needed} groups that are named without a mistake.'
-        return ' A promise takes more photos or a larger max_error, or it refuses more than half of them.'
+        return f'{start}: {_aim_words(self)} {_seen_words(self)}{_why_words(self)}'
 
     @property
     def summary(self) -> str: # One line

@@ -24,17 +24,15 @@ from .choice import choose_model
 from .config import TrainingConfig
 from .ensemble import HybridModel, fit_ensemble, pool_predictions, selection_loss
 from .final_steps import Calibrated, calibrate_predictions, calibration_folds, find_detector
-from .final_steps import random_folds
+from .final_steps import find_refusal, random_folds
 from .fold_search import FoldSearch, RepeatedPredictions, draw_folds, fold_notes, predict_on_folds
 from .joins import CostModel, default_joins, describe_blocks, list_candidates
 from .out_of_fold import AugmentedRows, TrainingRows
-from .refusal import Refusal, recommend_refusal
 
 # %% ../../nbs/30_learn/80_trainer.ipynb #0c01545a
 class HybridTrainer(BaseEstimator):
     "Search blocks x classifiers out of fold, choose, calibrate, detect novelty, fit on all photos"
     notes_:list[tuple[str,str]] # What was found: level and text, for the report
-    best_single_:Candidate # Best on a single block
 
     def __init__(self,
         config:TrainingConfig=TrainingConfig(),
@@ -79,10 +77,8 @@ class HybridTrainer(BaseEstimator):
         self.single_model_ = self.refit(blocks, {self.best_single_: 1.})
         detector = find_detector(rows.only(self.model_.blocks), names, config, self.block_info_)
         self.notes_,self.novelty_aurocs_ = self.notes_+detector.notes,detector.aurocs
-        self.novelty_note_ = detector.note
-        self.model_.conformal,self.model_.novelty = sets,detector.detector
-        self.model_.refusal = self.find_refusal(self.calibrator_.cross_proba_, groups)
-        self.model_.novelty_note = detector.reason
+        self.model_.conformal,self.model_.novelty,self.model_.novelty_note = sets,detector.detector,detector.reason
+        self.model_.refusal = find_refusal(self.y_, self.calibrator_.cross_proba_, groups, config)
         return self
 
     def _search(self, rows, names, augmented, until):
@@ -116,14 +112,6 @@ class HybridTrainer(BaseEstimator):
     ) -> Calibrated:
         "Calibrator and prediction sets for out-of-fold predictions of the training photos"
         return calibrate_predictions(proba, self.y_, groups, self.config, errors)
-
-    def find_refusal(self,
-        proba:np.ndarray, # (n times draws, n_classes) calibrated, of photos that had no part in their calibration
-        groups:Any # (n,) as in `fit`
-    ) -> Refusal:
-        "Confidence below which nothing should be named, by the settings"
-        costs = self.config.cost_wrong,self.config.cost_refuse
-        return recommend_refusal(self.y_, proba, groups, self.config.max_error, costs)
 
     def refit(self,
         blocks:dict[str,np.ndarray], # Block name -> (n, n_features), as in `fit`
