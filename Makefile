@@ -99,13 +99,15 @@ types:
 docs-check:
 	@$(BIN)/python -m pytest -q tests/test_docs.py
 
-# A worker a core, each with one thread
+# More workers than two cores: a test often waits for a server, a process or a disk. Each has one thread
+WORKERS ?= 3
+
 tests:
 	@rm -f .coverage .coverage.*
-	@OMP_NUM_THREADS=1 AMULET_PROGRESS=off $(BIN)/python -m pytest -n 2 $(MEASURED) tests
+	@OMP_NUM_THREADS=1 AMULET_PROGRESS=off $(BIN)/python -m pytest -n $(WORKERS) $(MEASURED) tests
 
 notebooks: dev ## Every notebook, executed, without the other tests
-	@OMP_NUM_THREADS=1 AMULET_PROGRESS=off $(BIN)/python -m pytest -n 2 tests/test_notebooks.py
+	@OMP_NUM_THREADS=1 AMULET_PROGRESS=off $(BIN)/python -m pytest -n $(WORKERS) tests/test_notebooks.py
 
 lock: .venv/bin/pip ## Write constraints.txt anew: the newest versions that go together, for Python 3.11 to 3.13
 	@$(PIP) 'uv>=0.9' | $(SHOW)

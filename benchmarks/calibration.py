@@ -33,9 +33,9 @@ from amulet_hybrid.learn.calibration import (
     evaluate_calibration,
     log_proba,
 )
-from amulet_hybrid.learn.calibration_test import temperature_test
 from amulet_hybrid.learn.config import CALIBRATIONS, TrainingConfig
 from amulet_hybrid.learn.conformal import METHODS, ConformalPredictor, evaluate_sets
+from amulet_hybrid.learn.reliability import temperature_test
 from amulet_hybrid.learn.trainer import HybridTrainer
 
 warnings.filterwarnings('ignore', message='The groups parameter')

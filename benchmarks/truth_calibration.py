@@ -15,8 +15,8 @@ from scipy.special import softmax
 
 from amulet_hybrid.evaluate.metrics import evaluate_predictions
 from amulet_hybrid.learn.calibration import bin_numbers, evaluate_calibration
-from amulet_hybrid.learn.calibration_test import reliability, temperature_test
 from amulet_hybrid.learn.conformal import ConformalPredictor, evaluate_sets
+from amulet_hybrid.learn.reliability import reliability, temperature_test
 
 DEFAULT_REPEATS = 150
 SIZES = ((34, 1), (68, 1), (150, 1), (34, 4), (80, 4)) # photos, and photos a group

@@ -32,7 +32,9 @@ def print_summary(
     "Print what `train` and `run` end with"
     echo(f'\nHeld out: {result["test_photos"]} {unit} of {result["test_groups"]} groups')
     for name,f in result['figures'].items():
-        echo(f'  {name.replace("_", " "):18s} {f["value"]:.3f}  [{f["low"]:.3f}, {f["high"]:.3f}]')
+        some = f'{f["value"]:.3f}  [{f["low"]:.3f}, {f["high"]:.3f}]'
+        if name.startswith('rms_') and f['low']==0: some = f'below {f["high"]:.3f}' # chance explains it
+        echo(f'  {name.replace("_", " "):30s} {some}')
     print_notes(('warning', text) for text in result['notes'])
     if (refusal := result.get('refusal')): echo(f'\nThreshold  {refusal["summary"]}')
     echo(f'Report     {result["report"]}')

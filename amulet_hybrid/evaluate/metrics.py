@@ -22,7 +22,7 @@ from ..core import ConfigError, derive_seed, printable
 from .intervals import Interval, check_bootstrap, clopper_pearson_low, count_words, group_weights
 from .intervals import loss_limits, percentile_limits, wrong_losses
 from ..learn.calibration import RMS_ERRORS, CalibrationReport, evaluate_calibration
-from ..learn.calibration_test import temperature_test
+from ..learn.reliability import temperature_test
 
 # %% ../../nbs/40_evaluate/10_metrics.ipynb #ec5d343d
 def _checked(y_true, proba, classes, groups=None):

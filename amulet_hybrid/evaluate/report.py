@@ -29,7 +29,7 @@ from .plots import plot_confusion, plot_per_class, plot_risk, plot_roc
 from .rivals import compare_rivals, format_ms
 from .sentences import (calibration_error_sentence, calibration_sentence, confusion_sentences,
                                               headline_rows, range_sentences, refusal_sentences, set_parts)
-from ..learn.calibration_test import plot_reliability, reliability
+from ..learn.reliability import plot_reliability, reliability
 from ..learn.conformal import SetReport, evaluate_sets
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #a8d573e0
@@ -160,7 +160,7 @@ class Evaluation:
     name:str # Of the evaluated model
     metrics:Metrics # Figures with intervals
     rivals:pd.DataFrame|None # As from `compare_rivals`
-    reliability:pd.DataFrame # As from `amulet_hybrid.learn.calibration_test.reliability`
+    reliability:pd.DataFrame # As from `amulet_hybrid.learn.reliability.reliability`
     risks:pd.DataFrame # As from `amulet_hybrid.evaluate.metrics.risk_coverage`
     errors:pd.DataFrame # As from `list_cases`
     unsure:pd.DataFrame # Right ones, least certain first

@@ -70,9 +70,9 @@ def _temperature(logits, wanted, bounds):
     return float(np.exp(found.x)) if found.fun <= loss(0.) else 1.
 
 # %% ../../nbs/30_learn/20_calibration.ipynb #32bedc27
-def _smooth_targets(logits, y):
+def _smooth_targets(logits, y, photos):
     "Rows that put half a photo in n+1 on the other classes, as the logits share it"
-    doubt,truth = .5/(len(y)+1),np.eye(logits.shape[1])[y]
+    doubt,truth = .5/(photos+1),np.eye(logits.shape[1])[y]
     if logits.shape[1]==1: return truth
     return (1-doubt)*truth + doubt*softmax(np.where(truth > 0, -np.inf, logits), axis=1)
 
@@ -86,11 +86,13 @@ class TemperatureScaler(_Scaler):
 
     def fit(self,
         logits:Any, # (n, n_classes) array or tensor, out-of-fold
-        y:Any # (n,) class indices
+        y:Any, # (n,) class indices
+        # So many say how sure it may be: all, where these are the photos of some folds; None: these
+        photos:int|None=None
     ):
         "Find the temperature of least log loss"
         logits,y = _checked(logits, y)
-        self.temperature_ = _temperature(logits, _smooth_targets(logits, y), self.bounds)
+        self.temperature_ = _temperature(logits, _smooth_targets(logits, y, photos or len(y)), self.bounds)
         return self
 
     def predict_proba(self,

@@ -135,8 +135,9 @@ def fold_predictions(
     "Predictions at temperatures that were found on the other folds"
     if len(y) >= LARGE_DATASET: return dict.fromkeys(np.unique(fold).tolist(), oof)
     logits = {c: log_proba(p) for c,p in oof.items()}
-    return {f: {c: TemperatureScaler().fit(L[fold!=f], y[fold!=f]).predict_proba(L) for c,L in logits.items()}
-            for f in np.unique(fold).tolist()}
+    def at(rest): return {c: TemperatureScaler().fit(L[rest], y[rest], len(y)).predict_proba(L)
+                          for c,L in logits.items()}
+    return {f: at(fold!=f) for f in np.unique(fold).tolist()}
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #e750f1a2
 def cross_select(
@@ -144,6 +145,7 @@ def cross_select(
     y:np.ndarray, # (n,) class indices
     groups:Any, # (n,), or None
     fold:np.ndarray, # (n,) fold of each photo
+    # Predictions, y and groups -> weight of each member
     choose:Callable[[dict[Candidate,np.ndarray],np.ndarray,Any],dict[Candidate,float]]=select_ensemble,
     geometric:bool=False # Weights are exponents of a geometric mean
 ) -> np.ndarray: # (n, n_classes)
