@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = shutil.ignore_patterns('.*', '*.egg-info', '__pycache__', 'build', 'dist', '_proc', '_docs')
@@ -45,7 +46,18 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    "Folder of a signed bundle with three tiers, its keys, and a photo"
+    "Folder of a signed bundle with three tiers, its keys, and a photo: made once for all workers, changed by none"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get('PYTEST_XDIST_WORKER') else base)/'trained'
+    with FileLock(f'{folder}.lock'):
+        if not folder.exists():
+            part = tmp_path_factory.mktemp('training')
+            train_bundle(part)
+            part.rename(folder)
+    return folder
+
+def train_bundle(folder):
+    "What `trained` gives"
     from PIL import Image
 
     from amulet_hybrid.base.signing import make_keys
@@ -58,7 +70,6 @@ def trained(tmp_path_factory):
     from amulet_hybrid.model.bundle_files import sign_bundle
     from amulet_hybrid.model.cascade import fit_cascade
     from amulet_hybrid.model.inference import THRESHOLDS
-    folder = tmp_path_factory.mktemp('trained')
     photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10)
               for view in range(2)]
     labels,groups = np.repeat(list(LOGOS), 20),np.repeat(np.arange(10*len(LOGOS)), 2)
@@ -73,7 +84,6 @@ def trained(tmp_path_factory):
     make_keys(folder/'key.pem')
     sign_bundle(folder/'bundle', folder/'key.pem')
     Image.fromarray(photos[3]).save(folder/'photo.png')
-    return folder
 
 def free_ports(number):
     "So many ports in a row that nobody has; each worker looks in a range of its own, so that none is taken meanwhile"
