@@ -32,7 +32,10 @@ def processed(tmp_path_factory):
                     ignore=shutil.ignore_patterns('__pycache__'))
     (copy/'benchmarks').symlink_to(ROOT/'benchmarks')
     pages.write_sidebar(copy/'nbs')
-    env = {**os.environ, 'PYTHONPATH': str(DOCS), 'AMULET_PROGRESS': 'off'}
+    (copy/'bin').mkdir()
+    (copy/'bin'/'quarto').touch(0o755) # is not run here; where there is none, nbdev would install it, and the package
+    env = {**os.environ, 'PYTHONPATH': str(DOCS), 'AMULET_PROGRESS': 'off',
+           'PATH': f'{copy/"bin"}{os.pathsep}{os.environ["PATH"]}'}
     command = [Path(sys.executable).with_name('nbdev_proc_nbs'), '--file_re', r'\.(ipynb|qmd)$', '--n_workers', '2']
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
     said = done.stdout+done.stderr

@@ -16,7 +16,7 @@ def python(built, tmp_path_factory):
     env = tmp_path_factory.mktemp('bare')/'venv'
     venv.create(env, with_pip=True)
     python = env/('Scripts' if os.name=='nt' else 'bin')/'python'
-    done = subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check',
+    done = subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-compile',
                            next(built.glob('*.whl'))], capture_output=True, text=True)
     assert done.returncode==0, done.stderr[-2000:]
     return python
