@@ -34,7 +34,7 @@ def simulate(topic: str, scale: float, seed: int) -> pd.DataFrame:
         found = case(max(2, round(scale*module.DEFAULT_REPEATS)), seed)
         rows += [{'topic': topic, **row} for row in found]
         print(f'{topic}: {name}, {time.perf_counter()-start:.0f} s', flush=True)
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=COLUMNS).round({'before': 4, 'measured': 4})
 
 
 def main():
