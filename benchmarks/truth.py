@@ -20,6 +20,11 @@ HERE = Path(__file__).resolve().parent
 COLUMNS = ['topic', 'point', 'case', 'figure', 'promised', 'before', 'measured', 'repeats']
 
 
+def row(point: int, case: str, figure: str, promised, before, measured: float, repeats: int) -> dict:
+    "A row of the table, for the topics"
+    return dict(zip(COLUMNS[1:], (point, case, figure, promised, before, round(float(measured), 4), repeats)))
+
+
 def topics() -> list[str]:
     "Names of the topics: modules `truth_TOPIC` beside this one"
     return sorted(p.stem.removeprefix('truth_') for p in HERE.glob('truth_*.py'))

@@ -1,16 +1,13 @@
 """Calibration and prediction sets where the truth is known: does what the report says of them hold?
 
-    python benchmarks/truth_calibration.py              # minutes on 2 cores
-    python benchmarks/truth_calibration.py --repeats 50
+    python benchmarks/truth.py calibration
 
 Probabilities are drawn first and labels from them, so a model that is right about its doubts, and one that is twice too
 sure, are known to be so. Photos of a group are right or wrong together.
 """
-import argparse
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import pandas as pd
 from scipy.special import softmax
 
 from amulet_hybrid.evaluate.metrics import evaluate_predictions
@@ -182,16 +179,3 @@ def verdicts(repeats: int, seed: int) -> list[dict]:
 CASES: dict[str, Callable[[int, int], list[dict]]] = {
     'temperature': temperature, 'error and skill': error_and_skill, 'consistency bands': bands,
     'sets of few groups': few_groups, 'sets of a rare class': rare, 'verdict on sets': verdicts}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--repeats', type=int, default=DEFAULT_REPEATS)
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
-    rows = [row for case in CASES.values() for row in case(args.repeats, args.seed)]
-    columns = ['point', 'case', 'figure', 'promised', 'before', 'measured', 'repeats']
-    print(pd.DataFrame(rows)[columns].round(3).to_string(index=False))
-
-
-if __name__ == '__main__': main()

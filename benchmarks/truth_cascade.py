@@ -1,15 +1,13 @@
 """What a cascade truly loses against its last tier, beside what its thresholds promise, on tiers of known strength.
 
 Thresholds are fitted with the package's own `fit_thresholds` on few photos; what they lose, by photo and by class, is
-counted on a hundred thousand of the same kind. `benchmarks/truth.py` shows it with the other simulations; alone:
+counted on a hundred thousand of the same kind.
 
-    python benchmarks/truth_cascade.py [REPEATS]
+    python benchmarks/truth.py cascade
 """
-import sys
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 
 from amulet_hybrid.base.estimators import softmax
 from amulet_hybrid.model.cascade import ALLOWED, CONFIDENCE, fit_thresholds, route_of
@@ -78,7 +76,3 @@ _CASES = {'60 photos': (60,), '140 photos': (140,), '300 photos': (300,), '300 p
           '700 photos, classes of 8 to 55 %': (700, 1, TWO, SKEWED), '75 groups of 4 photos': (75, 4),
           '300 groups of 4 photos': (300, 4)}
 CASES = {name: case(name, *settings) for name, settings in _CASES.items()}
-
-if __name__ == '__main__':
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_REPEATS
-    print(pd.DataFrame([row for run in CASES.values() for row in run(repeats, 0)]).to_string(index=False))

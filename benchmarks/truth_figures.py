@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy.special import softmax
+from truth import row
 
 from amulet_hybrid.evaluate.metrics import evaluate_predictions, paired_difference
 from amulet_hybrid.evaluate.rivals import rival_verdict
@@ -12,11 +13,6 @@ from amulet_hybrid.learn.choice import list_options
 from amulet_hybrid.learn.fold_search import RepeatedPredictions
 
 DEFAULT_REPEATS = 200
-
-
-def row(point, case, figure, promised, before, measured, repeats):
-    return {'point': point, 'case': case, 'figure': figure, 'promised': promised, 'before': before,
-            'measured': round(float(measured), 4), 'repeats': repeats}
 
 
 def sure_model(rng, photos, classes, distance, size=1):

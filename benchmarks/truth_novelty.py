@@ -1,14 +1,13 @@
 """What is said of photos of no known class, simulated with known truth: the share of known photos that are refused, and
 what is far away, or of a class that was never shown
 
-    python benchmarks/truth_novelty.py [--repeats 12]
+    python benchmarks/truth.py novelty
 
 Photos are rows of 120 features whose spreads fall from 1 to .09, in three classes whose means are as far apart as
 photos of one class vary; in groups of five, half of the variance is shared by the group. New photos are of new groups.
 `before` is what the code did when the threshold came from five folds, with as many axes as each fit found, and its
 detectors of two classes looked at angles only.
 """
-import argparse
 from collections.abc import Callable
 
 import numpy as np
@@ -94,15 +93,3 @@ def third_class(repeats: int, seed: int) -> list[dict]:
 
 CASES: dict[str, Callable[[int, int], list[dict]]] = {
     'novelty: false alarms': false_alarms, 'novelty: far rows': far_rows, 'novelty: a third class': third_class}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--repeats', type=int, default=DEFAULT_REPEATS)
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
-    rows = [row for case in CASES.values() for row in case(args.repeats, args.seed)]
-    print(pd.DataFrame(rows).round(3).to_string(index=False))
-
-
-if __name__ == '__main__': main()

@@ -1,16 +1,15 @@
 """The refusal threshold that a bundle stores, against known truth: is the promised error kept, what is refused for it,
 and what does the threshold of least cost cost
 
-    python benchmarks/truth_refusal.py [--repeats 300] [--seed 0]
+    python benchmarks/truth.py refusal
 
 Most cases draw out-of-fold predictions of a model whose error at each confidence is known. `trained` draws features,
 trains `HybridTrainer` on them, and counts what the model does with new photos of new groups.
 """
-import argparse
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
+from truth import row
 
 from amulet_hybrid.core import derive_seed
 from amulet_hybrid.learn.config import TrainingConfig
@@ -48,9 +47,6 @@ def seeds(repeats, seed, *names):
     "A generator for each repeat"
     return (np.random.default_rng(derive_seed(seed, *names, i)) for i in range(repeats))
 
-def row(case, figure, promised, before, measured, repeats):
-    return {'point': 9, 'case': case, 'figure': figure, 'promised': promised, 'before': before,
-            'measured': round(float(measured), 3), 'repeats': repeats}
 
 def promise(repeats: int, seed: int) -> list[dict]:
     "How often a promise is broken, how often one is made, and what is named"
@@ -64,11 +60,12 @@ def promise(repeats: int, seed: int) -> list[dict]:
             made = np.array([r.promised for r in found])
             where = f'{name}, {groups*photos} photos of {groups} objects'
             broken = made & (true[:, 0] > MAX_ERROR)
-            rows += [row(where, 'promises of 5 % that are broken', '<= 0.05', None, broken.mean(), repeats),
-                     row(where, 'promises made', None, None, made.mean(), repeats),
-                     row(where, 'true share of wrong labels', 'about 0.05', round(truth.at(0)[0], 3), true[:, 0].mean(),
+            rows += [row(9, where, 'promises of 5 % that are broken', '<= 0.05', None, broken.mean(), repeats),
+                     row(9, where, 'promises made', None, None, made.mean(), repeats),
+                     row(9, where, 'true share of wrong labels', 'about 0.05', round(truth.at(0)[0], 3), true[:,
+                         0].mean(),
                          repeats),
-                     row(where, 'photos named', '>= 0.5', 1., true[:, 1].mean(), repeats)]
+                     row(9, where, 'photos named', '>= 0.5', 1., true[:, 1].mean(), repeats)]
     return rows
 
 def worst(repeats: int, seed: int) -> list[dict]:
@@ -80,7 +77,7 @@ def worst(repeats: int, seed: int) -> list[dict]:
             sure = rng.uniform(.6, 1, groups)
             y = (rng.random(groups) < MAX_ERROR+.001).astype(int)
             made.append(recommend_refusal(y, np.column_stack([sure, 1-sure])).promised)
-        rows.append(row(f'useless confidence, error 5.1 %, {groups} photos', 'promises of 5 % that are broken',
+        rows.append(row(9, f'useless confidence, error 5.1 %, {groups} photos', 'promises of 5 % that are broken',
                         '<= 0.05', None, np.mean(made), repeats))
     return rows
 
@@ -92,10 +89,11 @@ def few(repeats: int, seed: int) -> list[dict]:
         found = [recommend_refusal(*draw(rng, 48, 1, hard)) for rng in seeds(repeats, seed, 'few', name)]
         true = np.array([truth.at(r.threshold) for r in found])
         where = f'{name}, 48 photos'
-        rows += [row(where, 'true share of wrong labels beyond the stated limit', '<= 0.05', None,
+        rows += [row(9, where, 'true share of wrong labels beyond the stated limit', '<= 0.05', None,
                      np.mean([e > r.bound for e, r in zip(true[:, 0], found, strict=True)]), repeats),
-                 row(where, 'true share of wrong labels', 'none', round(truth.at(0)[0], 3), true[:, 0].mean(), repeats),
-                 row(where, 'photos named', 'about 0.5 or more', 1., true[:, 1].mean(), repeats)]
+                 row(9, where, 'true share of wrong labels', 'none', round(truth.at(0)[0], 3), true[:, 0].mean(),
+                     repeats),
+                 row(9, where, 'photos named', 'about 0.5 or more', 1., true[:, 1].mean(), repeats)]
     return rows
 
 def costs(repeats: int, seed: int) -> list[dict]:
@@ -108,7 +106,7 @@ def costs(repeats: int, seed: int) -> list[dict]:
             found = [recommend_refusal(*draw(rng, photos, 1, hard), costs=(10, 1))
                      for rng in seeds(repeats, seed, 'costs', name, photos)]
             paid = np.mean([truth.cost(r.threshold, 10, 1) for r in found])
-            rows.append(row(f'{name}, wrong 10, refused 1, {photos} photos', 'mean cost over the least possible',
+            rows.append(row(9, f'{name}, wrong 10, refused 1, {photos} photos', 'mean cost over the least possible',
                             'about 1', round(truth.cost(0, 10, 1)/best, 3), paid/best, repeats))
     return rows
 
@@ -135,23 +133,15 @@ def trained(repeats: int, seed: int) -> list[dict]:
             found.append((model.refusal, wrong[named].mean(), named.mean(), wrong.mean()))
         error, named, before = (np.array([f[k] for f in found]) for k in (1, 2, 3))
         where = f'trained on {groups*photos} photos of {groups} objects'
-        rows += [row(where, 'promises of 5 % that are broken', '<= 0.05', None,
+        rows += [row(9, where, 'promises of 5 % that are broken', '<= 0.05', None,
                      np.mean([f[0].promised and f[1] > MAX_ERROR for f in found]), some),
-                 row(where, 'promises made', None, None, np.mean([f[0].promised for f in found]), some),
-                 row(where, 'true share of wrong labels beyond the stated limit', '<= 0.05', None,
+                 row(9, where, 'promises made', None, None, np.mean([f[0].promised for f in found]), some),
+                 row(9, where, 'true share of wrong labels beyond the stated limit', '<= 0.05', None,
                      np.mean([f[1] > f[0].bound for f in found]), some),
-                 row(where, 'true share of wrong labels', None, round(before.mean(), 3), error.mean(), some),
-                 row(where, 'photos named', None, 1., named.mean(), some)]
+                 row(9, where, 'true share of wrong labels', None, round(before.mean(), 3), error.mean(), some),
+                 row(9, where, 'photos named', None, 1., named.mean(), some)]
     return rows
 
 CASES: dict[str, Callable[[int, int], list[dict]]] = {
     'refusal: promise': promise, 'refusal: worst case': worst, 'refusal: few photos': few, 'refusal: costs': costs,
     'refusal: trained': trained}
-
-if __name__=='__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--repeats', type=int, default=DEFAULT_REPEATS)
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
-    table = pd.DataFrame([r for case in CASES.values() for r in case(args.repeats, args.seed)])
-    print(table.to_string(index=False))

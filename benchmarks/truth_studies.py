@@ -1,11 +1,11 @@
 """Simulations with known truth: cross-validated intervals, the study of augmentation, labels, rare classes, ROC-AUC.
 
-    python benchmarks/truth_studies.py
+    python benchmarks/truth.py studies
 """
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
+from truth import row
 
 from amulet_hybrid.augment.ablation import BASELINE, _verdicts, class_differences
 from amulet_hybrid.data.split import folds
@@ -15,11 +15,6 @@ from amulet_hybrid.evaluate.learning_curve import cross_validated, learning_curv
 from amulet_hybrid.evaluate.metrics import evaluate_predictions
 
 DEFAULT_REPEATS = 60
-
-
-def _row(point, case, figure, promised, before, measured, repeats):
-    return {'point': point, 'case': case, 'figure': figure, 'promised': promised, 'before': before,
-            'measured': round(float(measured), 3), 'repeats': repeats}
 
 
 def _photos(centres, n, per, rng):
@@ -59,8 +54,8 @@ def cross_validation(repeats: int, seed: int) -> list[dict]:
             seen = evaluate_predictions(y, p, 'abc', groups, 200).interval('balanced_accuracy')
             nested.append(truth in cross_validated(seen))
         case = f'{n} photos, {n//per} groups, 3 folds'
-        out += [_row(10, case, 'learning curve covers the truth', .95, before, np.mean(curves), repeats),
-                _row(10, case, 'nested figure covers the truth', .95, None, np.mean(nested), repeats)]
+        out += [row(10, case, 'learning curve covers the truth', .95, before, np.mean(curves), repeats),
+                row(10, case, 'nested figure covers the truth', .95, None, np.mean(nested), repeats)]
     return out
 
 
@@ -78,9 +73,9 @@ def augmentation(repeats: int, seed: int) -> list[dict]:
     harm, helped = np.mean(found, axis=0)
     same = np.eye(3)[y]
     width = min(d.high-d.low for d in class_differences(y, same, same, np.arange(n), 200))
-    return [_row(10, '7 arms of chance, 100 photos', 'studies that say "does harm"', 'at most .05', .16, harm, repeats),
-            _row(10, '7 arms of chance, 100 photos', 'studies that say "helps"', 'at most .05', None, helped, repeats),
-            _row(10, 'two models that agree everywhere', 'least width of a class difference', 'above 0', 0, width, 1)]
+    return [row(10, '7 arms of chance, 100 photos', 'studies that say "does harm"', 'at most .05', .16, harm, repeats),
+            row(10, '7 arms of chance, 100 photos', 'studies that say "helps"', 'at most .05', None, helped, repeats),
+            row(10, 'two models that agree everywhere', 'least width of a class difference', 'above 0', 0, width, 1)]
 
 
 def label_advice(repeats: int, seed: int) -> list[dict]:
@@ -100,9 +95,9 @@ def label_advice(repeats: int, seed: int) -> list[dict]:
         found.append((issues.suspect.mean()/share, share in estimate, np.isin(sample.row, bad).any()))
     doubted, covers, shows = np.mean(found, axis=0)
     case = 'half of a class in another folder'
-    return [_row(11, case, 'doubted for each wrong label', None, None, doubted, repeats),
-            _row(11, case, 'samples of 20 undoubted that show a wrong one', None, 0, shows, repeats),
-            _row(11, case, 'wrong share in its interval', .95, None, covers, repeats)]
+    return [row(11, case, 'doubted for each wrong label', None, None, doubted, repeats),
+            row(11, case, 'samples of 20 undoubted that show a wrong one', None, 0, shows, repeats),
+            row(11, case, 'wrong share in its interval', .95, None, covers, repeats)]
 
 
 def rare_class(repeats: int, seed: int) -> list[dict]:
@@ -111,8 +106,8 @@ def rare_class(repeats: int, seed: int) -> list[dict]:
     many = [folds(y, np.arange(90), 5, seed+i) for i in range(max(5, repeats//10))]
     known = np.mean([all(len(np.unique(y[f != k])) == 3 for k in range(f.max()+1)) for f in many])
     case = '90 photos, two of the rarest class'
-    return [_row(11, case, 'folds for the others', 5, 2, np.mean([f.max()+1 for f in many]), len(many)),
-            _row(11, case, 'draws whose models all know every class', 1, 1, known, len(many))]
+    return [row(11, case, 'folds for the others', 5, 2, np.mean([f.max()+1 for f in many]), len(many)),
+            row(11, case, 'draws whose models all know every class', 1, 1, known, len(many))]
 
 
 def roc_auc(repeats: int, seed: int) -> list[dict]:
@@ -130,13 +125,10 @@ def roc_auc(repeats: int, seed: int) -> list[dict]:
         covered.append(truth in evaluate_predictions(y, p, 'abcd', groups, 300).interval('roc_auc'))
     perfect: Interval = evaluate_predictions(np.arange(34) % 2, np.eye(2)[np.arange(34) % 2], 'ab').interval('roc_auc')
     case = '60 groups of 4 photos, 4 classes'
-    return [_row(12, case, 'ROC-AUC in its interval', .95, None, np.mean(covered), repeats),
-            _row(12, '34 photos, all in order', 'lower end of ROC-AUC', 'below 1', None, perfect.low, 1)]
+    return [row(12, case, 'ROC-AUC in its interval', .95, None, np.mean(covered), repeats),
+            row(12, '34 photos, all in order', 'lower end of ROC-AUC', 'below 1', None, perfect.low, 1)]
 
 
 CASES: dict[str, Callable[[int, int], list[dict]]] = {
     'cross_validation': cross_validation, 'augmentation': augmentation, 'label_advice': label_advice,
     'rare_class': rare_class, 'roc_auc': roc_auc}
-
-if __name__ == '__main__':
-    print(pd.DataFrame([row for case in CASES.values() for row in case(DEFAULT_REPEATS, 0)]).to_string(index=False))

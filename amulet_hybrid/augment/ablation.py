@@ -25,7 +25,7 @@ from ..core import Config, ConfigError, derive_seed, progress, setting
 from ..features.extractor import HybridFeatureExtractor
 from ..data.images import read_image
 from ..evaluate.metrics import paired_difference
-from ..evaluate.intervals import Interval, clopper_pearson_low, group_weights
+from ..evaluate.intervals import Interval, allow_unseen, group_weights
 from ..learn.candidates import BlockScaler, make_model
 from ..base.checks import group_codes
 from ..data.split import folds
@@ -155,11 +155,9 @@ def class_differences(
     low,high = np.quantile(samples, [(1-confidence)/2, (1+confidence)/2], axis=0)
     differ = ((a!=b)[:,:k] | (a!=b)[:,k:]).sum(0) # groups, by class
     there = [len(np.unique(codes[y==c])) for c in range(k)]
-    unseen = np.array([1-clopper_pearson_low(n, confidence) for n in there])
-    few = 2*.5**differ > 1-confidence
-    low,high = np.where(few, np.minimum(low, np.minimum(value-unseen, 0)), low), \
-        np.where(few, np.maximum(high, np.maximum(value+unseen, 0)), high)
-    return [Interval(*map(float, v)) for v in zip(value, np.maximum(low, -1), np.minimum(high, 1))]
+    seen = [Interval(*map(float, v)) for v in zip(value, low, high)]
+    ends = [allow_unseen(x, d, n, confidence) for x,d,n in zip(seen, differ, there)]
+    return [Interval(x.value, max(low, -1.), min(high, 1.)) for x,(low,high) in zip(seen, ends)]
 
 # %% ../../nbs/60_augment/60_ablation.ipynb #6dac2ccb
 @dataclass(frozen=True, repr=False)

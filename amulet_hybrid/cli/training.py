@@ -30,11 +30,10 @@ def print_summary(
     unit:str='photos' # What was held out
 ) -> None:
     "Print what `train` and `run` end with"
+    from amulet_hybrid.evaluate.intervals import figure_interval
     echo(f'\nHeld out: {result["test_photos"]} {unit} of {result["test_groups"]} groups')
     for name,f in result['figures'].items():
-        some = f'{f["value"]:.3f}  [{f["low"]:.3f}, {f["high"]:.3f}]'
-        if name.startswith('rms_') and f['low']==0: some = f'below {f["high"]:.3f}' # chance explains it
-        echo(f'  {name.replace("_", " "):30s} {some}')
+        echo(f'  {name.replace("_", " "):30s} {figure_interval(name, **f)}')
     print_notes(('warning', text) for text in result['notes'])
     if (refusal := result.get('refusal')): echo(f'\nThreshold  {refusal["summary"]}')
     echo(f'Report     {result["report"]}')

@@ -398,8 +398,7 @@ class HybridFeatureExtractor(PhotoBlocks):
             raise ConfigError(f'no engine is called {engine!r}', code='unknown_engine',
                               advice=f'Known: {", ".join(ENGINES)}')
         if cache_bytes is not None and cache_bytes < 10**7:
-            raise ConfigError(f'`cache_bytes` must be at least {10**7}, got {cache_bytes}',
-                              advice='None means no limit')
+            raise ConfigError(f'`cache_bytes` must be at least {10**7}, got {cache_bytes}', advice='None: no limit')
         self.notes:list[tuple[str,str]] = [] # ('warning', text) of blocks that were left out
         if extractors is None: extractors,self.notes = ready_extractors(config, cache_dir)
         super().__init__(extractors, config, limits)

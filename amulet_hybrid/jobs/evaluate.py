@@ -9,6 +9,7 @@ __all__ = ['QUICK', 'MOST_KNOWN', 'LabelledRows', 'read_small', 'doubt_section',
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #40d57827
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from ..data.images import read_image
 from ..data.manifest import GroupsConfig
 from ..audit.inspector import DatasetInspector
 from ..audit.inspection import InspectionConfig
-from ..evaluate.label_issues import find_label_issues, undoubted_sample, undoubted_words
+from ..evaluate.label_issues import find_label_issues
 from ..learn.candidates import MODELS, Candidate
 from .past_run import GIVE_DATA, past_run, still_there
 from .sections import CascadeTest, cascade_sections, importance_sections, speed_profile
+from .sections import undoubted_section
 from .tracking import make_tracker, run_parameters, track_report
 from .table import MOST_COLUMNS, MOST_PAIRS, column_importance, row_speed, table_block, table_manifest
 from ..features.table import TableExtractor
@@ -134,14 +136,6 @@ def _importance(bundle, test, y):
     if len(names) > MOST_COLUMNS: return []
     return [column_importance(bundle.model, test.blocks['table'], names, y, groups)]
 
-# %% ../../nbs/85_jobs/40_evaluate.ipynb #837ba554
-def _undoubted_section(some, read, unit):
-    "Undoubted labels that a person should look at, as sections of the report"
-    if not len(some): return []
-    shown = some[['path', 'given']] if read is None else [
-        (read_small(read, path), f'filed as {given}: {path}') for path,given in zip(some['path'], some['given'])]
-    return [('Undoubted labels to look at too', undoubted_words(len(some), unit), shown)]
-
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #efc7c707
 def doubt_section(
     bundle:Bundle, # Loaded
@@ -153,7 +147,7 @@ def doubt_section(
     "Labels of the test that the model doubts (confident learning), and undoubted ones chosen at random"
     found = find_label_issues(test.table['label'].to_numpy(str), proba, bundle.classes)
     found = found.assign(path=test.table['path'].to_numpy()[found['row']])
-    more = _undoubted_section(undoubted_sample(found), test.read, unit)
+    more = undoubted_section(found, test.read and partial(read_small, test.read), unit)
     found = found[found['suspect']]
     if not len(found): return more
     text = (f'The model doubts {len(found)} label{"s"*(len(found)>1)} of these {unit} (confident learning; '

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_ROWS', 'LEAST_PHOTOS', 'speed_profile', 'importance_sections', 'random_split_note', 'curve_section',
-           'choice_sections', 'CascadeTest', 'cascade_sections', 'doubted_labels', 'label_sections',
-           'undoubted_section', 'data_sections', 'settings_section', 'training_sections']
+           'choice_sections', 'CascadeTest', 'cascade_sections', 'judged_labels', 'label_sections', 'undoubted_section',
+           'data_sections', 'settings_section', 'training_sections']
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #c6fd55a0
 import dataclasses
@@ -245,21 +245,22 @@ def cascade_sections(
     return [*out, ('', oof, pd.DataFrame(cascade.table))] if cascade.table else out
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #d160adda
-def doubted_labels(
+def judged_labels(
     trainer:HybridTrainer, # Fitted
     table:pd.DataFrame # The training photos: path, label
-) -> pd.DataFrame: # row, given, suggested, probability_suggested, path; worst first
-    "Training photos whose label their out-of-fold probabilities doubt"
+) -> pd.DataFrame: # As from `find_label_issues`, with `path`; worst first
+    "What out-of-fold probabilities say of the labels of the training photos"
     found = find_label_issues(trainer.classes_[trainer.y_], trainer.oof_proba_, trainer.classes_)
-    return found[found['suspect']].assign(path=lambda t: table['path'].to_numpy()[t['row']])
+    return found.assign(path=table['path'].to_numpy()[found['row']])
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #780a04ca
 def label_sections(
-    doubts:pd.DataFrame, # As from `doubted_labels`
+    issues:pd.DataFrame, # As from `judged_labels`
     read:Callable[[str],np.ndarray]|None, # Path -> (height, width, 3) uint8; None: rows of a table
     most:int=12 # That are shown
 ) -> list[tuple[str,str,Any]]: # Empty where no label is doubted
     "Labels of the training photos that are worth a second look"
+    doubts = issues[issues['suspect']]
     if not len(doubts): return []
     text = (f'The ensemble, which had not seen them, doubts {len(doubts)} labels of the training photos (confident '
             'learning; Northcutt, Jiang and Chuang, 2021). Nothing was changed.')
@@ -272,19 +273,17 @@ def label_sections(
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #65ec8104
 def undoubted_section(
-    trainer:HybridTrainer, # Fitted
-    table:pd.DataFrame, # The training photos: path, label
-    read:Callable[[str],np.ndarray]|None # Path -> (height, width, 3) uint8; None: rows of a table
+    issues:pd.DataFrame, # As from `find_label_issues`, with `path`
+    read:Callable[[str],np.ndarray]|None, # Path -> (height, width, 3) uint8; None: rows of a table
+    unit:str, # 'photos', 'rows', or which of them
+    seed:int=0 # Of the choice
 ) -> list[tuple[str,str,Any]]: # Empty where every label is doubted
     "Undoubted labels, chosen at random, that say whether the doubts can be relied on"
-    found = find_label_issues(trainer.classes_[trainer.y_], trainer.oof_proba_, trainer.classes_)
-    some = undoubted_sample(found, seed=trainer.config.seed)
-    some = some.assign(path=table['path'].to_numpy()[some['row']])
+    some = undoubted_sample(issues, seed=seed)
     if not len(some): return []
-    text,title = undoubted_words(len(some), 'training photos' if read else 'rows'),'Undoubted labels to look at too'
-    if read is None: return [(title, text, some[['path', 'given']])]
-    shown = [(read(str(path)), f'filed as {given}: {path}') for path,given in zip(some['path'], some['given'])]
-    return [(title, text, shown)]
+    shown = some[['path', 'given']] if read is None else [(read(path), f'filed as {given}: {path}')
+                                                          for path,given in zip(some['path'], some['given'])]
+    return [('Undoubted labels to look at too', undoubted_words(len(some), unit), shown)]
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #f6edadb1
 def data_sections(
@@ -321,7 +320,7 @@ def training_sections(
 ) -> list[tuple[str,str,Any]]:
     "Classes, choice, labels to look at, what was left out, settings"
     classes = 'Files, usable photos and independent groups of each class.'
+    issues,unit = judged_labels(trainer, data.part('train')),'training photos' if read else 'rows'
     return [('Classes', classes, data.classes.reset_index()), *choice_sections(trainer),
-            *label_sections(doubted_labels(trainer, data.part('train')), read),
-            *undoubted_section(trainer, data.part('train'), read), *data_sections(data),
-            settings_section(config, blocks)]
+            *label_sections(issues, read), *undoubted_section(issues, read, unit, trainer.config.seed),
+            *data_sections(data), settings_section(config, blocks)]

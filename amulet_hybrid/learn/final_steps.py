@@ -86,11 +86,6 @@ class DetectorResult(NamedTuple):
     notes:list[tuple[str,str]] # Level and text, for the report
     reason:str='' # Why there is no detector
 
-    @property
-    def note(self) -> str: # '' where it was tried on left-out classes
-        "Why there is no detector, or nobody knows how much it notices"
-        return self.reason or (self.detector.note if self.detector is not None else 'there is no detector')
-
 # %% ../../nbs/30_learn/79_final_steps.ipynb #2c0517e6
 def find_detector(
     rows:TrainingRows, # Of the blocks that the model needs anyway

@@ -102,6 +102,8 @@ class KNNDetector(BaseDetector):
 # %% ../../nbs/30_learn/60_ood_detectors.ipynb #719cb866
 def _scatter(R, shrinkage):
     "Inverse of the shrunk covariance of centred rows"
+    if shrinkage!='auto' and (isinstance(shrinkage, str) or not 0 <= shrinkage <= 1):
+        raise ValueError(f"`shrinkage` must be 'auto' or 0..1, got {shrinkage!r}")
     if shrinkage=='auto':
         from sklearn.covariance import ledoit_wolf
         S = ledoit_wolf(R, assume_centered=True)[0]
@@ -126,8 +128,6 @@ class MahalanobisDetector(BaseDetector):
         y=None # (n,) classes, for those that need them
     ):
         "Learn class means and covariance; without `y` all rows are one class"
-        if self.shrinkage!='auto' and (isinstance(self.shrinkage, str) or not 0 <= self.shrinkage <= 1):
-            raise ValueError(f"`shrinkage` must be 'auto' or 0..1, got {self.shrinkage!r}")
         X,y = self._checked(X, y)
         X = self._along(X)
         self.means_ = np.stack([X[y==c].mean(0) for c in range(y.max()+1)])

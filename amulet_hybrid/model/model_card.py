@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core import printable
+from ..evaluate.intervals import figure_interval
 
 # %% ../../nbs/50_model/40_model_card.ipynb #a632216f
 @dataclass
@@ -55,8 +56,9 @@ def _photos_part(manifest):
 # %% ../../nbs/50_model/40_model_card.ipynb #d394fe9c
 def _interval_text(name, figure):
     value,low,high = figure['value'],figure.get('low'),figure.get('high')
-    if name.startswith('rms_') and low==0: return f'below {high:.3f}' # free of chance, and nothing left
-    return f'{value:.3f}' if low is None else f'{value:.3f} ({low:.3f} to {high:.3f})'
+    if low is None: return f'{value:.3f}'
+    words = str(figure_interval(name, value, low, high)) # without brackets, which Markdown takes for links
+    return words.replace('[', '(').replace(', ', ' to ').replace(']', ')')
 
 # %% ../../nbs/50_model/40_model_card.ipynb #de1dacf8
 def _figures_part(manifest):
