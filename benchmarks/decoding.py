@@ -4,7 +4,7 @@
 
 e702e41 is the commit before those bounds. Each kind of photo is read by both, photo by photo, in two processes of
 which one works at a time; which of them is first changes at random. `read` is `read_image` of a file's content,
-`answer` is a whole classification without a cache by a small bundle with a neural net that this code trains. The ratio
+`answer` is a whole classification without a cache by a small bundle that the earlier code trains. The ratio
 is after/before of each photo's fastest of several turns; the table has its median over the photos and where the middle
 half of them lies. Writes benchmarks/results/decoding.csv.
 """
@@ -88,7 +88,8 @@ def main(args):
                                  capture_output=True).stdout
         (work/'before').mkdir()
         with tarfile.open(fileobj=io.BytesIO(archive)) as tree: tree.extractall(work/'before', filter='data')
-        bundle = make_bundle(work)
+        # by the older code, for the newer reads what the older wrote, not the other way round
+        bundle = make_bundle(work, {**os.environ, 'PYTHONPATH': str(work/'before')})
         rows, sides = [], {'before': Revision(work/'before'), 'after': Revision(ROOT)}
         for kind, files in photos(args.data, work, args.photos).items():
             if args.only and args.only not in kind: continue

@@ -475,9 +475,9 @@ class Container:
             except OSError: time.sleep(.1)
 
 
-def make_bundle(home):
+def make_bundle(home, env=None):
     "A small bundle, trained on drawn photos"
-    run = {'cwd': home, 'check': True, 'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+    run = {'cwd': home, 'env': env, 'check': True, 'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
     subprocess.run([BIN/'amulet', 'samples', '--output-dir', 'photos', '--photos', '96', '--classes', '3', '--side',
                     '128'], **run)
     subprocess.run([BIN/'amulet', 'train', '--data-dir', 'photos', '--groups', 'photos/groups.csv', '--output-dir',

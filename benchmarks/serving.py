@@ -534,6 +534,7 @@ http {
         listen 127.0.0.1:%(port)d;
         location / {
             proxy_pass http://amulet; proxy_http_version 1.1; proxy_set_header Connection "";
+            proxy_set_header Host $http_host;
             proxy_connect_timeout 1s; proxy_read_timeout 60s;
             proxy_request_buffering off; proxy_next_upstream error timeout; proxy_next_upstream_tries 3;
         }
