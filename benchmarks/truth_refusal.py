@@ -13,7 +13,7 @@ from truth import row
 
 from amulet_hybrid.core import derive_seed
 from amulet_hybrid.learn.config import TrainingConfig
-from amulet_hybrid.learn.refusal import Refusal, recommend_refusal
+from amulet_hybrid.learn.refusal import Refusal, cascade_predictions, recommend_refusal
 from amulet_hybrid.learn.trainer import HybridTrainer
 
 DEFAULT_REPEATS = 300
@@ -110,6 +110,35 @@ def costs(repeats: int, seed: int) -> list[dict]:
                             'about 1', round(truth.cost(0, 10, 1)/best, 3), paid/best, repeats))
     return rows
 
+def passing_on(repeats: int, seed: int) -> list[dict]:
+    "A cascade whose first tier blurs half of the certainties: a refusal ends there, or the photo is passed on"
+    def tiers(rng, groups, hard):
+        y, dear, code = draw(rng, groups, 1, hard)
+        cheap = np.where(rng.random((groups, 1)) < .5, dear, .75*dear+.25*dear[:, ::-1])
+        return y, [cheap, dear], code
+
+    def served(proba, least, passes): return cascade_predictions(proba, [.6], least if passes else 0.)
+
+    rows = []
+    for name, hard in MODELS.items():
+        truth, many, _ = tiers(np.random.default_rng(1), 200_000, hard)
+        for passes, what in ((False, 'a refusal ends at the first tier'), (True, 'it is passed on')):
+            found = []
+            for rng in seeds(repeats, seed, 'passing on', name):
+                y, proba, code = tiers(rng, 600, hard)
+                chosen = recommend_refusal(y, lambda least, p=proba, on=passes: served(p, least, on), code)
+                answers = served(many, chosen.threshold, passes)
+                named = answers.max(1) >= chosen.threshold
+                wrong = (answers.argmax(1)!=truth)[named].mean()
+                found.append((chosen.promised, wrong, named.mean()))
+            made, wrong, named = np.array(found, float).T
+            where = f'{name}, 600 photos, two tiers, {what}'
+            rows += [row(9, where, 'promises of 5 % that are broken', '<= 0.05', None,
+                         ((made > 0) & (wrong > MAX_ERROR)).mean(), repeats),
+                     row(9, where, 'true share of wrong labels', 'about 0.05', None, wrong.mean(), repeats),
+                     row(9, where, 'photos named', '>= 0.5', None, named.mean(), repeats)]
+    return rows
+
 def photos_like(rng, centres, groups, photos):
     "Two blocks of features of photos in groups, and their labels"
     label = rng.integers(0, len(centres), groups)
@@ -144,4 +173,4 @@ def trained(repeats: int, seed: int) -> list[dict]:
 
 CASES: dict[str, Callable[[int, int], list[dict]]] = {
     'refusal: promise': promise, 'refusal: worst case': worst, 'refusal: few photos': few, 'refusal: costs': costs,
-    'refusal: trained': trained}
+    'refusal: passing on': passing_on, 'refusal: trained': trained}

@@ -7,14 +7,17 @@
     python docs/pages.py tidy _docs       # what pages would fetch from elsewhere is taken out
 """
 import ast
+import contextlib
 import csv
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'amulet_hybrid'
@@ -86,15 +89,17 @@ def markdown_table(header, rows) -> str:
     def line(cells): return '| '+' | '.join(' '.join(str(c).split()).replace('|', '\\|') for c in cells)+' |'
     return '\n'.join([line(header), line(['---']*len(header)), *map(line, rows)])
 
+@cache
 def amulet(*words) -> str:
-    "What the command prints, at a width that a page can show"
-    env = {**os.environ, 'COLUMNS': '96', 'TERMINAL_WIDTH': '96', 'NO_COLOR': '1'}
-    code = 'from amulet_hybrid.cli.app import main; main()'
-    done = subprocess.run([sys.executable, '-c', f'import sys; sys.argv[0] = "amulet"; {code}', *words],
-                          capture_output=True, text=True, env=env, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(f'amulet {" ".join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}')
-    return done.stdout.strip()
+    "What the command prints, at a width that a page can show; in this process, for starting one takes a second"
+    from amulet_hybrid.cli.app import app
+    shown,env = io.StringIO(),{**os.environ, 'COLUMNS': '96', 'TERMINAL_WIDTH': '96', 'NO_COLOR': '1'}
+    with mock.patch.dict(os.environ, env), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        try: app(words, prog_name='amulet')
+        except SystemExit as end:
+            if not end.code: return shown.getvalue().strip()
+            raise SystemExit(f'amulet {" ".join(words)} ended with {end.code}:\n{shown.getvalue()[-2000:]}') from end
+    return shown.getvalue().strip()
 
 def subcommands(help_text) -> list[str]:
     "Names under `Commands:` in a help text"

@@ -2,6 +2,7 @@
 import dataclasses
 import inspect
 import textwrap
+from functools import cached_property
 from typing import Any
 
 import numpy.typing as npt
@@ -153,7 +154,11 @@ class Renderer:
         self.name = name or getattr(sym, '__qualname__', None) or str(sym)
         self.level = title_level
 
-    def _repr_markdown_(self):
+    def _repr_markdown_(self): return self.text
+
+    @cached_property
+    def text(self) -> str: # Asked for as markdown and as plain text
+        "All of it"
         sym,parts = self.sym,['---']
         source = NbdevLookup().code(self.name)
         if source: parts.append(f'[source]({source}){{target="_blank" style="float:right; font-size:smaller"}}')

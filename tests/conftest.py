@@ -39,9 +39,15 @@ def built(tmp_path_factory):
     left_out = {str(ROOT/'samples'), str(ROOT/'runs')}
     shutil.copytree(ROOT, tree, symlinks=True, ignore=lambda folder, names: SKIP(folder, names)
                     | {n for n in names if os.path.join(folder, n) in left_out})
-    done = subprocess.run([sys.executable, '-m', 'build', '--outdir', tree/'dist', tree], capture_output=True,
-                          text=True)
-    assert done.returncode==0, done.stdout[-2000:]+done.stderr[-2000:]
+    def build(*words):
+        done = subprocess.run([sys.executable, '-m', 'build', '--outdir', tree/'dist', *words], capture_output=True,
+                              text=True)
+        assert done.returncode==0, done.stdout[-2000:]+done.stderr[-2000:]
+    # what is needed to build is installed anew once; the wheel is made of what the sdist holds, by the same
+    build('--sdist', tree)
+    sdist = next((tree/'dist').glob('*.tar.gz'))
+    shutil.unpack_archive(sdist, tree.parent/'unpacked', filter='data')
+    build('--wheel', '--no-isolation', tree.parent/'unpacked'/sdist.name.removesuffix('.tar.gz'))
     return tree/'dist'
 
 @pytest.fixture(scope='session')
@@ -73,8 +79,8 @@ def train_bundle(folder):
     photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10)
               for view in range(2)]
     labels,groups = np.repeat(list(LOGOS), 20),np.repeat(np.arange(10*len(LOGOS)), 2)
-    extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'lbp', 'dense_sift', 'cnn:squeezenet1_1'),
-                                                     weights='random', cnn_side=64), folder/'cache')
+    extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'lbp', 'dense_sift:step=16',
+                                                             'cnn:squeezenet1_1'), weights='random', cnn_side=64))
     features = extractor.extract_batch(photos)
     models = ('logistic_balanced', 'lda_balanced', 'svm', 'cosine_knn', 'extra_trees')
     config = TrainingConfig(cv_folds=3, cv_repeats=1, models=models, jobs=1)

@@ -38,8 +38,8 @@ def trained():
                                                      cnn_side=64))
     features = extractor.extract_batch(photos)
     def fit():
-        trainer = HybridTrainer(TrainingConfig(cv_folds=3, models=('logistic_balanced', 'svm', 'extra_trees'),
-                                               jobs=1)).fit(features, labels, groups)
+        config = TrainingConfig(cv_folds=3, cv_repeats=1, models=('logistic_balanced', 'svm', 'extra_trees'), jobs=1)
+        trainer = HybridTrainer(config).fit(features, labels, groups)
         return trainer,fit_cascade(trainer, features, groups, extractor.extractors)
     return photos,features,extractor,fit
 
@@ -62,7 +62,7 @@ def test_hostile_photos_get_structured_answers(bench, folder, caplog):
     assert got['structured answers']==got['photos']==400 and got['refused'] > 200
 
 def test_threads_answer_as_one(bench, folder):
-    got = bench.many_threads(load_bundle(folder/'bundle'), seconds=4, threads=20, photos=12)
+    got = bench.many_threads(load_bundle(folder/'bundle'), seconds=2, threads=20, photos=12)
     assert (got['errors'], got['answers that differ'])==(0, 0) and got['answers'] > 20
 
 def test_same_photos_same_digest(trained, folder, tmp_path):

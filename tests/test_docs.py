@@ -34,9 +34,9 @@ def processed(tmp_path_factory):
     pages.write_sidebar(copy/'nbs')
     (copy/'bin').mkdir()
     (copy/'bin'/'quarto').touch(0o755) # is not run here; where there is none, nbdev would install it, and the package
-    env = {**os.environ, 'PYTHONPATH': str(DOCS), 'AMULET_PROGRESS': 'off',
+    env = {**os.environ, 'PYTHONPATH': f'{DOCS}{os.pathsep}{ROOT}', 'AMULET_PROGRESS': 'off',
            'PATH': f'{copy/"bin"}{os.pathsep}{os.environ["PATH"]}'}
-    command = [Path(sys.executable).with_name('nbdev_proc_nbs'), '--file_re', r'\.(ipynb|qmd)$', '--n_workers', '2']
+    command = [Path(sys.executable).with_name('nbdev_proc_nbs'), '--file_re', r'\.(ipynb|qmd)$', '--n_workers', '0']
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
     said = done.stdout+done.stderr
     assert done.returncode==0 and 'Error in' not in said, said[-4000:]

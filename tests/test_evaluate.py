@@ -1,6 +1,7 @@
 "A bundle evaluated again by the command line: held-out photos, new ones, unknown classes, tables, what is refused"
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp('evaluate')
     make_samples(folder/'photos', photos=80, classes=3, side=96, faults=NO_FAULTS)
     result = TrainingRun(folder/'photos', groups=str(folder/'photos'/'groups.csv'), output_dir=str(folder/'run'),
-                         weights='none', quick=True, jobs=1).run()
+                         blocks=('colour', 'lbp'), quick=True, jobs=1).run()
     return result,folder
 
 @pytest.fixture(scope='module')
@@ -48,6 +49,10 @@ def test_held_out_photos_again(photos, tmp_path):
     for name,then in result['figures'].items():
         assert found['metrics']['overall'][name]['value']==pytest.approx(then['value'], abs=1e-6)
     assert 'as it was then' in said.output and f'Judged: {result["test_photos"]} photos' in said.output
+    refused = found['refused'] # what the stored threshold comes to
+    assert refused['verdict'] in ('kept', 'not_kept', 'unclear') and all(w in said.output for w in refused['words'])
+    then = figures(Path(result['report']).parent)['refused']
+    assert all(refused[k]==then[k] for k in ('threshold', 'unsure', 'novel', 'both', 'error_if_all_are_named'))
     page = (tmp_path/'report.html').read_text(encoding='utf-8')
     for words in ('Would more photos help?', 'nearest in training', 'Where the time goes',
                   'Does it know what it knows?', 'If it may refuse', 'Short lists instead of one name'):
@@ -58,7 +63,7 @@ def test_figures_are_of_what_is_served(tmp_path):
     "Where cheaper tiers answer, report, card and a later evaluation show the cascade, with the ensemble beside it"
     make_samples(tmp_path/'photos', photos=80, classes=3, side=96, faults=NO_FAULTS)
     run = TrainingRun(tmp_path/'photos', groups=str(tmp_path/'photos'/'groups.csv'), output_dir=str(tmp_path/'run'),
-                      blocks=('colour', 'lbp'), quick=True, jobs=1)
+                      blocks=('colour', 'lbp'), quick=True, jobs=1, cost_wrong=1, cost_refuse=2) # all are named
     for step in (run.inspect, run.split, run.extract, run.train): step()
     known = run.data.part('train')
     run.cascade = fit_cascade(run.trainer, run.features.part(run.data.rows('train')), known['group'],
@@ -67,6 +72,9 @@ def test_figures_are_of_what_is_served(tmp_path):
     result,test = run.save(),run.data.part('test')
     answers = [run.finished.predict(run.root/path) for path in test['path']]
     assert {a.route for a in answers}=={'rules', 'ensemble'}
+    named = run.finished.classifier
+    strict = [named.classify(run.root/path, confidence_threshold=.95) for path in test['path']]
+    assert all(a.confidence >= .95 for a in strict if a.route=='rules') # what would be refused is passed on
     served = np.mean([a.top==label for a,label in zip(answers, test['label'])])
     assert result['figures']['accuracy']['value']==pytest.approx(served)
     found = figures(tmp_path/'run')
@@ -132,7 +140,7 @@ def test_held_out_rows_again(rows, tmp_path):
         assert found['metrics']['overall'][name]['value']==pytest.approx(then['value'], abs=1e-6)
     assert 'as it was then' in said.output and f'Judged: {result["test_photos"]} rows' in said.output
     assert set(found['milliseconds']) >= {'row', 'model'} and [s['title']
-                                                               for s in found['sections']][0]=='What each column brings'
+                                                               for s in found['sections']][1]=='What each column brings'
 
 def test_another_table(rows, tmp_path):
     "Same columns in another order, others beside them, a kind that was never seen, words as the bundle knows them"

@@ -38,7 +38,7 @@ def extractor():
 def bundle(extractor, tmp_path_factory):
     photos = [draw_logo(kind, seed=piece, side=64) for kind in LOGOS for piece in range(6)]
     labels = np.repeat(list(LOGOS), 6)
-    config = TrainingConfig(cv_folds=2, models=('extra_trees',), jobs=1)
+    config = TrainingConfig(cv_folds=2, cv_repeats=1, models=('extra_trees',), jobs=1)
     trainer = HybridTrainer(config).fit(extractor.extract_batch(photos), labels, np.arange(len(labels)))
     folder = tmp_path_factory.mktemp('hostile')/'bundle'
     save_bundle(folder, trainer.model_, extractor, keep_training=False)
@@ -219,7 +219,7 @@ def test_files_of_other_blocks_are_those_that_were_checked(tmp_path, monkeypatch
     own = HybridFeatureExtractor(FeatureConfig(blocks=('hog',)), extractors={'shifted': Shifted(tmp_path/'table.txt')})
     photos = [draw_logo(kind, seed=piece, side=64) for kind in LOGOS for piece in range(6)]
     labels = np.repeat(list(LOGOS), 6)
-    trainer = HybridTrainer(TrainingConfig(cv_folds=2, models=('logistic_balanced',), jobs=1))
+    trainer = HybridTrainer(TrainingConfig(cv_folds=2, cv_repeats=1, models=('logistic_balanced',), jobs=1))
     model = trainer.fit(own.extract_batch(photos), labels, np.arange(len(labels))).model_
     save_bundle(tmp_path/'bundle', model, own, keep_training=False)
     classifier = HybridClassifier(tmp_path/'bundle', enable_caching=False)
@@ -393,7 +393,7 @@ EXTRACTORS['brightness'] = Brightness
     own = HybridFeatureExtractor(FeatureConfig(blocks=('hog',)), extractors=brightness)
     photos = [draw_logo(kind, seed=piece, side=64) for kind in LOGOS for piece in range(6)]
     labels = np.repeat(list(LOGOS), 6)
-    trainer = HybridTrainer(TrainingConfig(cv_folds=2, models=('logistic_balanced',), jobs=1))
+    trainer = HybridTrainer(TrainingConfig(cv_folds=2, cv_repeats=1, models=('logistic_balanced',), jobs=1))
     model = trainer.fit(own.extract_batch(photos), labels, np.arange(len(labels))).model_
     save_bundle(tmp_path/'bundle', model, own, keep_training=False)
     assert try_bundle(tmp_path/'bundle').checksum==load_bundle(tmp_path/'bundle').manifest['checksum']

@@ -64,7 +64,7 @@ def test_second_look_changes_nothing(photos, tmp_path):
 
 def test_interrupted_look_goes_on(tmp_path):
     photos = tmp_path/'photos'
-    for i in range(4000):
+    for i in range(1500):
         path = photos/f'class{i%4}'/f'{i}.bmp'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (16,16,3), dtype=np.uint8).repeat(20, 0).repeat(20,
@@ -74,7 +74,7 @@ def test_interrupted_look_goes_on(tmp_path):
                                 '--quick-mode'], stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     store = tmp_path/'out'/'cache'/'inspection.sqlite-wal'
-    while not store.exists() or store.stat().st_size < 500_000: # however long the machine takes
+    while not store.exists() or store.stat().st_size < 200_000: # however long the machine takes
         assert process.poll() is None
         time.sleep(.02)
     process.send_signal(signal.SIGINT)
@@ -84,9 +84,9 @@ def test_interrupted_look_goes_on(tmp_path):
     import sqlite3
     kept = (sqlite3.connect(tmp_path/'out'/'cache'/'inspection.sqlite').execute('select count(*) from '
             'files').fetchone()[0])
-    assert 0 < kept < 4000
+    assert 0 < kept < 1500
     said = inspect(photos, tmp_path/'out', '--quick-mode', '--verbose', '--no-check-duplicates')
-    assert '4,000 usable photos' in said
+    assert '1,500 usable photos' in said
 
 def test_fix_copies_and_never_touches(photos, tmp_path):
     before = digests(photos)

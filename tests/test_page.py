@@ -42,7 +42,7 @@ def amulets(tmp_path_factory):
     folder = tmp_path_factory.mktemp('amulets')
     extractor = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'hog'), weights='none'), folder/'cache')
     features = extractor.extract_batch(list(paths))
-    config = TrainingConfig(cv_folds=3, models=('logistic_balanced',), jobs=1)
+    config = TrainingConfig(cv_folds=3, cv_repeats=1, models=('logistic_balanced',), jobs=1)
     trainer = HybridTrainer(config).fit(features, np.array(labels), np.arange(len(labels)), extractor.encoders())
     save_bundle(folder/'bundle', trainer.model_, extractor, held_out=HeldOut(features, paths, 2),
                 info=BundleInfo(title='Thai amulets'))

@@ -55,7 +55,7 @@ cluster.shutdown()
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp('photos')
-    make_samples(folder, photos=160, classes=4, side=96, faults=NO_FAULTS)
+    make_samples(folder, photos=96, classes=4, side=96, faults=NO_FAULTS)
     return folder
 
 def test_a_node_dies_half_way_and_nothing_is_lost(photos, tmp_path):

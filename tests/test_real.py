@@ -70,11 +70,12 @@ def test_one_in_a_hundred_is_broken(tmp_path):
 @pytest.fixture(scope='module')
 def inspect(tmp_path_factory):
     cache = tmp_path_factory.mktemp('measured')
-    def inspect(name, groups=True, **settings):
-        "A set as its owner published it, and the codes of what was found; no file is measured twice"
-        csv = data(name).parent/f'{name}_groups.csv'
+    def inspect(name, groups=True, folder=None, **settings):
+        "A set as its owner published it, or part of it, and the codes of what was found; no file is measured twice"
+        folder = folder or data(name)
+        csv = folder.parent/f'{name}_groups.csv'
         inspector = DatasetInspector(InspectionConfig(**settings), cache/name)
-        found = inspector.inspect(data(name), csv if groups and csv.exists() else None)
+        found = inspector.inspect(folder, csv if groups and csv.exists() else None)
         return found,{f.code: f for f in found.findings}
     return inspect
 
@@ -87,13 +88,25 @@ def test_amulets_inspected(inspect):
     assert (named[named['label']=='waek_man']['word']=='front').sum() >= 2 and 'name_conflicts' in codes
     assert not {'label_conflict', 'unreadable', 'no_honest_split'} & set(codes)
 
-def test_coins_inspected(inspect):
+TWO_LABELS = {'10c/train__train_36_4.jpg', '50c/train__train_37_4.jpg'} # One coin
+
+@pytest.fixture
+def some_coins(tmp_path):
+    "All 86 sources of the coins with all their classes, three photos of each class of a source"
+    table = pd.read_csv(data('coins_groups.csv')).assign(label=lambda t: t['path'].str.split('/').str[0])
+    some = table[table['path'].isin(TWO_LABELS) | (table.groupby(['group', 'label']).cumcount() < 3)]
+    for path in some['path']:
+        (tmp_path/'coins'/path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data('coins')/path, tmp_path/'coins'/path)
+    some[['path', 'group']].to_csv(tmp_path/'coins_groups.csv', index=False)
+    return tmp_path/'coins'
+
+def test_coins_inspected(inspect, some_coins):
     "Sources of one class, a coin under two labels, and sources that only the file names betray"
-    found,codes = inspect('coins')
+    found,codes = inspect('coins', folder=some_coins)
     assert '25 of 86' in codes['one_class_groups'].text and found.findings[0].code=='label_conflict'
-    assert set(found.duplicates[found.duplicates['conflict']]['path'])=={'10c/train__train_36_4.jpg',
-            '50c/train__train_37_4.jpg'}
-    hidden,codes = inspect('coins', groups=False)
+    assert set(found.duplicates[found.duplicates['conflict']]['path'])==TWO_LABELS
+    hidden,codes = inspect('coins', groups=False, folder=some_coins)
     assert codes['hidden_groups'].level=='warning' and hidden.facts['hidden_groups']['gap']['value'] > .03
     suggested = hidden.tables['group_suggestions'].query('plausible')
     assert suggested['groups'].iloc[0]==pd.read_csv(data('coins_groups.csv'))['group'].nunique()==86

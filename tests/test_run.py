@@ -26,7 +26,7 @@ def amulet(*words): return subprocess.run([AMULET, *map(str, words)], capture_ou
 
 def settings(photos, output, seed=7):
     return ['--data-dir', photos, '--groups', photos/'groups.csv', '--output-dir', output, '--weights', 'none',
-            '--quick', '--seed', seed, '--test-size', .3]
+            '--quick', '--blocks', 'colour+lbp', '--seed', seed, '--test-size', .3]
 
 def outputs(notebook):
     "Text of all outputs of a notebook, whatever their type"
@@ -64,7 +64,7 @@ def test_parameters_arrive(done):
     shown = outputs(output/'train.ipynb')
     assert '| seed | `7` |' in shown and '| test_size | `0.3` |' in shown
     config = json.loads((output/'config.json').read_text(encoding='utf-8'))
-    assert config==config | {'seed': 7, 'test_size': .3, 'quick': True, 'weights': 'none'}
+    assert config==config | {'seed': 7, 'test_size': .3, 'quick': True, 'weights': 'none', 'blocks': ['colour', 'lbp']}
 
 def test_everything_is_written(done):
     _,output = done
@@ -98,7 +98,8 @@ def test_notebook_and_command_agree(done, photos, tmp_path):
 
 def test_seed_decides_the_split(done, photos, tmp_path):
     def parts(seed):
-        words = [w for w in settings(photos, tmp_path/str(seed), seed) if w not in ('--weights', 'none', '--quick')]
+        trained = ('--weights', 'none', '--quick', '--blocks', 'colour+lbp')
+        words = [w for w in settings(photos, tmp_path/str(seed), seed) if w not in trained]
         assert amulet('split', *words).returncode==0
         return pd.read_csv(tmp_path/str(seed)/'manifest.csv', keep_default_na=False).split.tolist()
     ours = pd.read_csv(done[1]/'manifest.csv', keep_default_na=False).split.tolist()

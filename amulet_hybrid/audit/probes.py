@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
 from ..base.checks import column, complete_column, finite_matrix, own_groups, same_length
-from ..base.projection import Projection, block_weights, column_scale, principal_axes
+from ..base.projection import Projection, block_weights
 from ..core import ConfigError, SplitError, derive_seed
 from ..data.split import folds, groups_per_class
 from ..evaluate.intervals import Interval
@@ -40,12 +40,9 @@ def checked_blocks(
 def _coordinates(blocks, train, seed):
     "All photos along the principal axes of the training photos; each block weighs the same"
     X = np.hstack(blocks)
-    mean,std = X[train].mean(0), X[train].std(0)
     weight = block_weights([b.shape[1] for b in blocks], 1000.)
-    # single precision from here on: the last axes of a random decomposition hang on every bit
-    scale = (column_scale(std, np.ones_like(std), 1e-6)*weight).astype(np.float32)
-    axes,_ = principal_axes((X[train]-mean)*scale, most=AXES, solver='random', seed=seed)
-    return Projection(mean, scale, axes.T).transform(X).astype(np.float32)
+    axes = Projection.fit(X[train], weight, most=AXES, solver='random', seed=seed, floor=1e-6)
+    return axes.transform(X).astype(np.float32)
 
 # %% ../../nbs/55_audit/10_probes.ipynb #63cc7d9f
 def quick_proba(

@@ -177,6 +177,7 @@ def _evaluate(settings, verbose:Verbose=False):
     for name,x in headline_figures(report).items():
         words = name.replace('_', ' ').replace('novelty.', 'novelty: ')
         echo(f'  {words:21s} {x.value:.3f}  [{x.low:.3f}, {x.high:.3f}]')
+    for sentence in report.refused.words if report.refused else (): echo(sentence)
     print_notes(report.notes)
     output_dir = Path(config.output_dir)
     echo(f'\nReport     {output_dir/"report.html"}\nFigures    {output_dir/"figures.json"}')

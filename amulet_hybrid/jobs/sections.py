@@ -24,18 +24,20 @@ from ..evaluate.importance import block_importance, permutation_importance
 from ..evaluate.learning_curve import learning_curve
 from ..evaluate.label_issues import find_label_issues, undoubted_sample, undoubted_words
 from ..evaluate.metrics import Metrics, evaluate_predictions, paired_difference
+from ..evaluate.refusals import RefusalTest, judge_refusal
 from ..evaluate.report import EvaluationCase
 from ..features.extractor import HybridFeatureExtractor
 from .prepare import RunData
 from ..learn.config import NOT_WORSE
 from ..learn.out_of_fold import encode_blocks, fit_candidate
+from ..learn.refusal import Refusal
 from ..learn.trainer import HybridTrainer
 from ..model.cascade import asked_tiers, cascade_answers
 from ..model.inference import Tier
 from ..model.tier_engine import ask_tier
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #36a3bd25
-def _ask(extractor, photo, model, times):
+def _ask(extractor, photo, model, times, least):
     "Let a model, or tiers one after the other until one is confident, answer a photo"
     if not isinstance(model, list):
         blocks = {k: v[None] for k,v in extractor.extract(photo, model.blocks, times).items()}
@@ -47,14 +49,15 @@ def _ask(extractor, photo, model, times):
     for tier in model:
         lacking = [b for b in tier.model.blocks if b not in known]
         known |= {b: row[None] for b,row in extractor.extract(photo, lacking, times).items()}
-        if ask_tier(tier, known, times).confident: break
+        if ask_tier(tier, known, times, least).confident: break
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #9874935a
 def speed_profile(
     extractor:HybridFeatureExtractor, # That reads photos and measures blocks
     models:Mapping[str,Any], # Name -> model, trained or served; or a list of tiers, which are asked in turn
     paths:list[Path], # Photos
-    warm:int=2 # First photos that are not counted
+    warm:int=2, # First photos that are not counted
+    least:float=0. # Confidence below which no label is given: a tier that is less sure passes a photo on
 # Milliseconds by stage of the first model, and of each model as a whole: the median photo, for tiers the mean one
 ) -> tuple[dict[str,float],dict[str,float]]:
     "What each stage and each model costs a photo"
@@ -65,7 +68,7 @@ def speed_profile(
             start = time.perf_counter()
             photo = extractor.read(path)
             times['decode'] = 1000*(time.perf_counter()-start)
-            _ask(extractor, photo, model, times)
+            _ask(extractor, photo, model, times, least)
             rows[name].append(times)
     def middle(name):
         found = pd.DataFrame(rows[name][warm:])
@@ -175,18 +178,20 @@ class CascadeTest:
     proba:np.ndarray # (n, n_classes) of that tier
     case:EvaluationCase # Of the ensemble, until `serve` makes it that of the cascade
     alone:Metrics|None=None # Figures of the ensemble; None where it answers all photos
+    least:float=0. # Confidence below which no label is given
 
     @classmethod
     def of(cls,
         tiers:Sequence[Tier], # All of them
         blocks:Mapping[str,np.ndarray], # Block name -> (n, n_features) of the photos
-        case:EvaluationCase # What the ensemble says of them
+        case:EvaluationCase, # What the ensemble says of them
+        least:float=0. # Confidence below which no label is given: a tier that is less sure passes a photo on
     ) -> 'CascadeTest':
         "Ask the tiers"
         asked = asked_tiers(tiers)
         if len(asked)==1: return cls(asked, np.zeros(len(case.proba), int), case.proba, case)
         alone = evaluate_predictions(case.y_true, case.proba, case.classes, case.groups, case.n_boot, seed=case.seed)
-        return cls(asked, *cascade_answers(asked, blocks), case, alone)
+        return cls(asked, *cascade_answers(asked, blocks, least), case, alone, least)
 
     def serve(self) -> EvaluationCase: # The same one, changed
         "Let the case be that of what is served: probabilities and sets of the tiers that answer"
@@ -195,12 +200,23 @@ class CascadeTest:
         case.proba,case.name = self.proba,'cascade'
         for k,tier in enumerate(self.tiers[:-1]):
             rows,sets = self.route==k,tier.model.conformal
-            if case.sets is not None and sets is not None: case.sets[rows] = sets.predict_set(self.proba[rows])
+            if rows.any() and case.sets is not None and sets is not None:
+                case.sets[rows] = sets.predict_set(self.proba[rows])
         early = (self.route < len(self.tiers)-1).mean()
         case.notes.append(('info', f'The figures are those of what is served, a cascade: {early:.0%} of these photos '
                                    f'are answered by a cheaper tier. The ensemble alone stands beside it under What '
                                    f'is served.'))
         return case
+
+    def judge(self,
+        refusal:Refusal # As stored with the bundle
+    ) -> RefusalTest|None: # None where there is no threshold
+        "What the stored threshold comes to on what is served of these photos"
+        case,novelty = self.case,self.case.novelty
+        if not refusal.method: return None
+        last = self.route==len(self.tiers)-1 # a cheaper tier answers only what looks familiar to it
+        novel = None if novelty is None else last & (np.asarray(novelty.known) > novelty.threshold)
+        return judge_refusal(refusal, case.y_true, self.proba, case.groups, novel, case.n_boot, case.seed)
 
     def beside(self) -> dict[str,Any]: # {} where they are the same; else 'ensemble'
         "Figures of the ensemble alone, which a bundle keeps beside those of what is served"
@@ -221,7 +237,8 @@ def _served_table(test, costs):
 def _tier_table(test):
     "What each tier answers of these photos, and how well"
     right = test.proba.argmax(1)==np.asarray(test.case.y_true)
-    rows = [{'tier': t.name, 'from a confidence of': round(t.threshold, 3) if k < len(test.tiers)-1 else None,
+    rows = [{'tier': t.name,
+             'from a confidence of': round(max(t.threshold, test.least), 3) if k < len(test.tiers)-1 else None,
              'answers': f'{(mine := test.route==k).mean():.1%}', 'photos': int(mine.sum()),
              'right': f'{right[mine].mean():.1%}' if mine.any() else ''} for k,t in enumerate(test.tiers)]
     return pd.DataFrame(rows)
@@ -236,9 +253,9 @@ def cascade_sections(
     notes = ' '.join(cascade.notes)
     if test.alone is None: return [('What is served', notes, None)] if notes else []
     names = ' and '.join(t.name for t in test.tiers[:-1])
-    text = (f'A service asks {names} first, and the ensemble only where no cheaper tier is confident or the photo '
-            f'looks strange to it. {notes} Prediction sets are those of the tier that answers; novelty is shown as '
-            f'the ensemble sees it.')
+    text = (f'A service asks {names} first, and the ensemble only where no cheaper tier is confident enough for a '
+            f'label or the photo looks strange to it. {notes} Prediction sets are those of the tier that answers; '
+            f'novelty is shown as the ensemble sees it.')
     oof = 'The same out of fold, on the photos of training; the thresholds of the cascade are those of the other folds.'
     out:list[tuple[str,str,Any]] = [('What is served', text, _served_table(test, costs)),
                                     ('', 'Who answers, and how often that is right:', _tier_table(test))]

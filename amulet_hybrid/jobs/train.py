@@ -25,6 +25,7 @@ from ..core import AmuletError, Config, ConfigError, atomic_write, log, require
 from ..data.folder_layout import check_apart
 from ..data.images import read_image
 from ..evaluate.neighbours import nearest_training
+from ..evaluate.refusals import RefusalTest, judge_refusal
 from ..evaluate.report import Evaluation, EvaluationCase, evaluate
 from ..features.extractor import HybridFeatureExtractor
 from .config import RunConfig
@@ -32,9 +33,8 @@ from .prepare import RunData, hold_out, prepare_photos, split_table
 from .sections import curve_section, importance_sections, random_split_note, speed_profile
 from .sections import CascadeTest, cascade_sections, training_sections
 from .tracking import make_tracker, run_parameters, track_output
-from ..learn.final_steps import find_refusal
 from ..learn.out_of_fold import AugmentedRows, encode_blocks
-from ..learn.refusal import Refusal, cascade_predictions
+from ..learn.refusal import Refusal
 from ..learn.trainer import HybridTrainer
 from ..model.bundle import BundleInfo, HeldOut, save_bundle
 from ..model.cascade import asked_tiers, fit_cascade
@@ -94,11 +94,7 @@ def train_model(
     trainer.fit(blocks, table['label'].tolist(), table['group'].tolist(), extractor.encoders(), costs,
                 features.mirrored, features.augmented)
     if data.root is None: return trainer,None
-    cascade = fit_cascade(trainer, blocks, table['group'], extractor.extractors)
-    proba = [*(t.model.calibrator.cross_proba_ for t in cascade.tiers), trainer.calibrator_.cross_proba_]
-    served = cascade_predictions(proba, [t.threshold for t in cascade.tiers])
-    cascade.refusal = find_refusal(trainer.y_, served, table['group'], config.training)
-    return trainer,cascade
+    return trainer,fit_cascade(trainer, blocks, table['group'], extractor.extractors)
 
 # %% ../../nbs/85_jobs/20_train.ipynb #9e82c2b4
 def nearest_photos(
@@ -129,7 +125,7 @@ def photo_case(
     asked = asked_tiers(tiers)
     models = {'cascade': asked, 'ensemble': asked[-1:]} if len(asked) > 1 else {'ensemble': model}
     stages,costs = speed_profile(features.extractor, {**models, str(single): trainer.single_model_},
-                                 [paths[i] for i in pick])
+                                 [paths[i] for i in pick], least=cascade.refusal.threshold)
     rival = trainer.single_model_.predict_proba(blocks),costs[str(single)]
     y,known = np.searchsorted(model.classes, test['label'].to_numpy(str)),data.part('train')['group'].to_numpy()
     quick,seed = config.training.quick,config.training.seed
@@ -142,7 +138,7 @@ def photo_case(
         milliseconds=costs[next(iter(models))], rivals={f'best single block ({single})': rival},
         neighbours=nearest_photos(trainer, data, features),
         read_neighbour=lambda path: read_image(root/path, at_least=100), notes=list(data.notes), sections=sections,
-        title=f'{Path(config.data_dir).name}: held-out report', seed=seed))
+        title=f'{Path(config.data_dir).name}: held-out report', seed=seed), cascade.refusal.threshold)
     case = served.serve()
     case.sections = [*cascade_sections(served, cascade, costs), *sections]
     return served
@@ -313,10 +309,19 @@ class TrainingRun:
         case = self.case()
         self.gap,note = random_split_note(self.trainer, self.data.part('train')['group'].to_numpy())
         case.notes[:0] = [note] if note else []
-        case.sections.insert(-1, self.refusal.section(case.y_true, case.proba, case.groups))
+        case.refused = self.judge_refusal(case)
         self.evaluation = evaluate(case)
         self.evaluation.save(self.output)
         return self.evaluation
+
+    def judge_refusal(self,
+        case:EvaluationCase # As from `case`
+    ) -> RefusalTest|None: # None where every photo is named
+        "What the stored threshold comes to on what was held out"
+        if self.served is not None: return self.served.judge(self.refusal)
+        if not self.refusal.method: return None
+        novel = None if case.novelty is None else np.asarray(case.novelty.known) > case.novelty.threshold
+        return judge_refusal(self.refusal, case.y_true, case.proba, case.groups, novel, case.n_boot, case.seed)
 
     def save(self) -> dict: # Paths and headline figures, see `run_result`
         "Write the bundle, prove that it answers as the trained model does, and sum up"

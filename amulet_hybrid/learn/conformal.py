@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base.checks import class_codes, group_codes, probabilities
+from ..base.checks import class_codes, group_codes, plain_array, probabilities
 from ..base.estimators import BaseEstimator, check_is_fitted
 from ..core import ConfigError, TrainingError
 
@@ -328,9 +328,10 @@ def evaluate_sets(
     "Coverage and size of sets, with what chance allows"
     import pandas as pd
     from scipy.stats import betabinom
-    sets,y = np.asarray(sets, bool),np.asarray(y)
-    if sets.ndim!=2 or y.shape!=(len(sets),) or not len(y):
+    sets,y = plain_array(sets, 'sets', 'bad_sets'),plain_array(y, 'y', 'bad_labels')
+    if sets.ndim!=2 or sets.dtype.kind not in 'biuf' or y.shape!=(len(sets),) or not len(y):
         raise TrainingError(f'sets {sets.shape} and labels {y.shape} do not match', code='bad_sets')
+    sets,y = sets.astype(bool),class_codes(y, sets.shape[1])
     codes = group_codes(groups, len(y))
     hit = sets[np.arange(len(y)), y]
     size = sets.sum(1)

@@ -7,7 +7,7 @@ __all__ = ['calibration_folds', 'Calibrated', 'calibrate_predictions', 'random_f
            'find_detector']
 
 # %% ../../nbs/30_learn/79_final_steps.ipynb #f296f245
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import joblib
@@ -71,7 +71,9 @@ def random_folds(
 # %% ../../nbs/30_learn/79_final_steps.ipynb #7a677470
 def find_refusal(
     y:np.ndarray, # (n,) class indices
-    proba:np.ndarray, # (n times draws, n_classes) calibrated, of photos that had no part in their calibration
+    # (n times draws, n_classes) calibrated, of photos that had no part in their calibration; or as `recommend_refusal`
+    # takes it of a cascade
+    proba:np.ndarray|Callable[[float],np.ndarray],
     groups:Any, # (n,) photos of one group err together
     config:TrainingConfig # Its `max_error`, `cost_wrong`, `cost_refuse`
 ) -> Refusal:

@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'SHARES', 'LEAST_NAMED', 'error_bound', 'Refusal', 'promis
 
 # %% ../../nbs/30_learn/35_refusal.ipynb #62b2fdb1
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -50,8 +50,9 @@ def _aim_words(refusal):
 def _seen_words(refusal):
     "On what it was chosen, and what was seen there"
     count = f'{refusal.photos:,} photos'+(f' in {refusal.groups:,} groups' if refusal.groups!=refusal.photos else '')
-    return (f'Of {count}, each judged without having been learned from, {_share(1-refusal.named)} got no label and '
-            f'{_share(refusal.error)} of the labels were wrong (it may be up to {_share(refusal.bound)}).')
+    return (f'Of {count}, each judged without having been learned from, {_share(1-refusal.named)} got no label for '
+            f'their confidence and {_share(refusal.error)} of the labels were wrong (it may be up to '
+            f'{_share(refusal.bound)}).')
 
 # %% ../../nbs/30_learn/35_refusal.ipynb #578789b5
 def _why_words(refusal):
@@ -115,22 +116,8 @@ class Refusal:
                  'estimate': f'aims at {_share(self.max_error)} wrong labels, up to {_share(self.bound)} may be; these '
                              f'{self.groups:,} groups cannot promise less',
                  'cost': 'of least cost by cost_wrong and cost_refuse'}[self.method]
-        return f'below a confidence of {self.threshold:.2f} no label: {words}; {_share(1-self.named)} get none'
-
-    def section(self,
-        y:Any, # (n,) class indices of photos that were held out
-        proba:np.ndarray, # (n, n_classes) of the same
-        groups:Any=None # (n,) photos of one group err together; None: each photo alone
-    ) -> tuple[str,str,Any]: # Title, text and table
-        "Where answers stop, and what that came to on photos that were held out, for a report"
-        import pandas as pd
-        codes,wrong = group_codes(groups, len(np.asarray(y))),np.asarray(proba).argmax(1)!=np.asarray(y)
-        some = np.asarray(proba).max(1) >= self.threshold
-        bound = error_bound(_by_group([some], codes, wrong), _by_group([some], codes), self.confidence)[0]
-        rows = [('training, out of fold', self.photos, self.groups, self.named, self.error, self.bound),
-                ('held out', len(some), int(codes.max())+1, some.mean(), wrong[some].sum()/max(1, some.sum()), bound)]
-        table = pd.DataFrame(rows, columns=['photos of', 'photos', 'groups', 'named', 'wrong of the named', 'at most'])
-        return 'Where answers stop', f'{self.note} A threshold of 0 names every photo.', table.round(3)
+        return (f'below a confidence of {self.threshold:.2f} no label: {words}; {_share(1-self.named)} get none for '
+                'their confidence')
 
     def to_dict(self) -> dict: # What JSON can hold
         "All of it, with `promised`, `summary` and `note` for readers"
@@ -172,7 +159,7 @@ def promised_step(
 
 # %% ../../nbs/30_learn/35_refusal.ipynb #0b011482
 def _least_cost(confidence, wrong, cost_wrong, cost_refuse):
-    "Threshold of least mean cost"
+    "Threshold of least mean cost, where labels are the same at each"
     if cost_refuse >= cost_wrong: return 0.
     order = np.argsort(-confidence, kind='stable')
     risk = (wrong[order]+1-confidence[order])/2
@@ -180,39 +167,62 @@ def _least_cost(confidence, wrong, cost_wrong, cost_refuse):
     count = int(np.flatnonzero(total <= total.min()+1e-12)[-1])
     return _round_down(confidence[order[count-1]]) if count else 1.
 
+def _least_cost_served(answers, thresholds, truth, cost_wrong, cost_refuse):
+    "The same, the lowest of some thresholds, where labels hang on the threshold"
+    if cost_refuse >= cost_wrong: return 0.
+    def cost(threshold):
+        proba = answers(threshold)
+        named,risk = proba.max(1) >= threshold,((proba.argmax(1)!=truth)+1-proba.max(1))/2
+        return round(cost_wrong*risk[named].sum()+cost_refuse*(~named).sum(), 9)
+    return min([0., *thresholds[::-1], 1.], key=cost)
+
 def _largest_share(thresholds, wrong, named, max_error, confidence):
     "Threshold and method for a stated error"
-    step,enough = promised_step(wrong, named, max_error, confidence),SHARES >= LEAST_NAMED-1e-9
+    step,enough = promised_step(wrong, named, max_error, confidence),np.r_[SHARES, 1.][:len(named)] >= LEAST_NAMED-1e-9
     seen = np.flatnonzero(enough & (wrong.sum(1) <= max_error*named.sum(1)))
     if step is not None and (enough[step] or not len(seen)): return thresholds[step],'promise'
     return thresholds[seen[-1] if len(seen) else int(enough.argmax())],'estimate'
 
 def recommend_refusal(
     y:Any, # (n,) class indices
-    proba:np.ndarray, # (n times draws, n_classes) calibrated, out of fold, one draw of the folds below the other
+    # (n times draws, n_classes) calibrated, out of fold, one draw of the folds below the other; or a function of the
+    # threshold that gives them, where a photo that is refused by one tier is passed on to the next
+    proba:np.ndarray|Callable[[float],np.ndarray],
     groups:Any=None, # (n,) photos of one group err together; None: each photo alone
     max_error:float=.05, # Share of wrong labels among those that are given
     costs:tuple[float,float]=(0., 0.), # Of a wrong label, and of none; then the least cost counts, not `max_error`
     confidence:float=.95 # Of the promise
 ) -> Refusal:
     "Threshold below which a model should name nothing"
-    y,proba = np.asarray(y),np.asarray(proba)
+    y,answers = np.asarray(y),proba if callable(proba) else None
+    proba = np.asarray(answers(0.) if answers else proba)
     draws = len(proba)//max(len(y), 1)
     if not draws or len(proba)!=draws*len(y):
         raise ConfigError(f'{len(proba)} rows of probabilities are no whole number of draws of {len(y)} photos')
     if not 0 < max_error < 1 or min(costs) < 0 or any(costs)!=all(costs):
         raise ConfigError(f'`max_error` must be between 0 and 1, and costs both above 0 or both 0, got {max_error} and '
                           f'{costs}')
-    codes,sure,wrong = np.tile(group_codes(groups, len(y)), draws),proba.max(1),proba.argmax(1)!=np.tile(y, draws)
+    codes,truth,sure = np.tile(group_codes(groups, len(y)), draws),np.tile(y, draws),proba.max(1)
+    if answers: sure = np.maximum(sure, np.asarray(answers(1.)).max(1)) # up to where some tier names a photo
+    def seen(threshold): # named photos, and whether each label is wrong
+        p = answers(threshold) if answers else proba
+        return p.max(1) >= threshold,p.argmax(1)!=truth
     surest = -np.sort(-sure)
     thresholds = [_round_down(surest[max(1, round(share*len(sure)))-1]) for share in SHARES]
-    chosen = np.stack([sure >= t for t in thresholds])
-    if all(costs): threshold,method = _least_cost(sure, wrong, *costs),'cost'
-    else: threshold,method = _largest_share(thresholds, _by_group(chosen, codes, wrong), _by_group(chosen, codes),
-                                            max_error, confidence)
-    some = sure >= threshold
+    if answers: thresholds.append(_round_down(proba.max(1).min())) # where all are named and none is passed on
+    first = proba.argmax(1)!=truth # if all are named
+    if all(costs):
+        threshold = (_least_cost_served(answers, thresholds, truth, *costs) if answers
+                     else _least_cost(sure, first, *costs))
+        method = 'cost'
+    else:
+        steps = [seen(t) for t in thresholds]
+        wrong_by_group = np.stack([_by_group([some], codes, wrong)[0] for some,wrong in steps])
+        threshold,method = _largest_share(thresholds, wrong_by_group, _by_group([some for some,_ in steps], codes),
+                                          max_error, confidence)
+    some,wrong = seen(threshold)
     bound = error_bound(_by_group([some], codes, wrong), _by_group([some], codes), confidence)[0]
-    saved = costs[0]*(wrong & ~some).mean()-costs[1]*(~some).mean()
+    saved = costs[0]*(first.mean()-(wrong & some).mean())-costs[1]*(~some).mean()
     error = wrong[some].sum()/max(1, some.sum())
     return Refusal(float(threshold), method, float(max_error), round(float(error), 6), round(float(bound), 6),
                    float(confidence), round(float(some.mean()), 6), len(y), int(codes.max())+1, float(costs[0]),
@@ -222,13 +232,14 @@ def recommend_refusal(
 def cascade_predictions(
     # (n times draws, n_classes) of each tier, from cheap to dear; fewer draws are repeated
     proba:Sequence[np.ndarray],
-    thresholds:Sequence[float] # Confidence from which each tier but the last answers
+    thresholds:Sequence[float], # Confidence from which each tier but the last answers
+    least:float=0. # Confidence below which no label is given: a tier that is less sure passes a photo on
 ) -> np.ndarray: # (n times draws, n_classes)
     "Probabilities of the tier that answers, photo by photo"
     rows = max(map(len, proba))
     out = np.array(np.tile(proba[-1], (rows//len(proba[-1]),1)))
     for p,threshold in list(zip(proba, thresholds))[::-1]:
         p = np.tile(p, (rows//len(p),1))
-        answers = p.max(1) >= threshold
+        answers = p.max(1) >= max(threshold, least)
         out[answers] = p[answers]
     return out

@@ -81,6 +81,13 @@ class PredictionBuilder:
         self._tiers = {t.name: t for t in bundle.tiers}
         self._numbers = {name: k for k,name in enumerate(self._tiers)}
 
+    def threshold(self,
+        options:PredictionOptions # What was asked for
+    ) -> float: # 0..1
+        "Confidence below which no label is given"
+        asked = options.confidence_threshold
+        return self.refusal.threshold if asked is None else asked
+
     def build(self,
         answers:Sequence[TierAnswer], # One a view
         options:PredictionOptions, # What was asked for
@@ -93,17 +100,17 @@ class PredictionBuilder:
         proba = pool_views([a.proba for a in answers])
         top = int(np.argmax(proba))
         novelty,novel = self._novelty(answers)
-        asked = options.confidence_threshold
-        threshold = self.refusal.threshold if asked is None else asked
-        reason = novel if self.refuse_novel else ''
-        if not reason and proba[top] < threshold: reason = self._too_low(proba[top], threshold, asked is None)
+        threshold,reason = self.threshold(options),novel if self.refuse_novel else ''
+        if not reason and proba[top] < threshold:
+            reason = self._too_low(proba[top], threshold, options.confidence_threshold is None)
         blind = f'Novelty cannot be judged: the tier {costliest.route} has no detector.'
         prediction_set,coverage = self._prediction_set(self._tiers[costliest.route], proba, options.coverage)
         return Prediction(
             label=None if reason else self.classes[top], top=self.classes[top], confidence=float(proba[top]),
             probabilities=dict(zip(self.classes, map(float, proba))), reason=reason, prediction_set=prediction_set,
             coverage=coverage, novelty=novelty, route=costliest.route, timings=timings, model_version=self.version,
-            note='' if costliest.confident else note, cached=cached, confidence_threshold=float(threshold),
+            note='' if costliest.confident and not reason else note, cached=cached,
+            confidence_threshold=float(threshold),
             novelty_note=self.novelty_note or ('' if novelty is not None else blind))
 
     def _too_low(self, confidence, threshold, own):
@@ -159,7 +166,7 @@ class PredictionPipeline:
         budget = None if options.time_budget_ms is None else options.time_budget_ms/len(photos)
         plan = self.planner.plan(options.route, budget)
         timings:dict[str,float] = {}
-        found,left_out = self._views(photos, plan.names, timings)
+        found,left_out = self._views(photos, plan.names, timings, self.builder.threshold(options))
         cached = all(known for _,known in found)
         # the whole plan was gone through once: its time tells the pace of this machine
         if len(photos)==1 and not cached and found[0][0].route==plan.names[-1]:
@@ -167,11 +174,11 @@ class PredictionPipeline:
         prediction = self.builder.build([answer for answer,_ in found], options, timings, plan.note, cached)
         return replace(prediction, note=' '.join(filter(None, (*left_out, prediction.note))))
 
-    def _views(self, photos, names, timings):
+    def _views(self, photos, names, timings, least):
         "Answers about those of several photos that can be read, and what is to be said of the others"
         found,left_out = [],[]
         for n,photo in enumerate(photos, 1):
-            try: found.append(self.engine.answer(photo, names, timings))
+            try: found.append(self.engine.answer(photo, names, timings, least))
             except ImageError as error:
                 if len(left_out)+1==len(photos): raise # the last of them, and none could be read
                 left_out.append(f'Photo {n} of {len(photos)} was left out: {error}.')

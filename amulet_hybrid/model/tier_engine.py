@@ -153,7 +153,8 @@ def _timed(timings, stage) -> Iterator[None]:
 def ask_tier(
     tier:Tier, # To ask
     blocks:Mapping[str,np.ndarray], # Block name -> (1, n_features)
-    timings:dict[str,float] # Stage -> milliseconds; 'model' and 'novelty' are added to
+    timings:dict[str,float], # Stage -> milliseconds; 'model' and 'novelty' are added to
+    least:float=0. # Confidence below which no label is given: a tier that is less sure has not answered
 ) -> TierAnswer:
     "What one tier says"
     novelty = tier.model.novelty
@@ -162,7 +163,7 @@ def ask_tier(
         with _timed(timings, 'novelty'): score = float(novelty.score(dict(blocks))[0]) if novelty is not None else None
     if not np.isfinite(proba).all(): raise FeatureError('the model gave no probabilities', code='bad_features')
     familiar = novelty is None or score is None or score <= novelty.threshold_
-    return TierAnswer(tier.name, proba.tolist(), score, bool(proba.max() >= tier.threshold and familiar))
+    return TierAnswer(tier.name, proba.tolist(), score, bool(proba.max() >= max(tier.threshold, least) and familiar))
 
 # %% ../../nbs/50_model/78_tier_engine.ipynb #155b6ee9
 class TierEngine:
@@ -178,7 +179,8 @@ class TierEngine:
     def answer(self,
         source:PhotoSource, # The photo
         names:Sequence[str], # Tiers to ask, in order
-        timings:dict[str,float] # Stage -> milliseconds; added to
+        timings:dict[str,float], # Stage -> milliseconds; added to
+        least:float=0. # Confidence below which no label is given: all but the last pass such a photo on
     ) -> TierAnswer: # Of the first confident tier, else of the last
         "Ask the tiers of a plan, in order; raises `ImageError` for what is no photo"
         with _timed(timings, 'decode'): photo = self._decode(source)
@@ -186,7 +188,7 @@ class TierEngine:
         for tier in (self.tiers[name] for name in names):
             lacking = [b for b in tier.model.blocks if b not in blocks]
             blocks |= {b: row[None] for b,row in self.extractor.extract(photo, lacking, timings).items()}
-            answer = ask_tier(tier, blocks, timings)
+            answer = ask_tier(tier, blocks, timings, 0. if tier.name==names[-1] else least)
             if answer.confident: break
         return answer
 
@@ -215,21 +217,26 @@ class CachedEngine:
     def answer(self,
         photo:Any, # Path, bytes of a file, array, or PIL image
         names:Sequence[str], # Tiers to ask, in order
-        timings:dict[str,float] # Stage -> milliseconds; added to
+        timings:dict[str,float], # Stage -> milliseconds; added to
+        least:float=0. # Confidence below which no label is given: all but the last pass such a photo on
     ) -> tuple[TierAnswer,bool]: # The answer, and whether it was known or another request found it
         "Answer a photo out of the cache, or by asking the tiers"
         start = time.perf_counter()
         source = read_source(photo, self.engine.limits)
-        tiers = '.'.join(str(self._numbers[name]) for name in names)
+        tiers = '.'.join([*(self._passing(name, least) for name in names[:-1]), str(self._numbers[names[-1]])])
         key = f'amulet:{self._version}:{tiers}:{self._limits}:{source.digest}'
         if self.cache is not None:
             known = TierAnswer.from_bytes(self.cache.get(key), self._n_classes, list(self._numbers))
             if known is not None:
                 timings['cache'] = timings.get('cache', 0)+1000*(time.perf_counter()-start)
                 return known,True
-        return self._flight.do(key, lambda: self._compute(key, source, names, timings))
+        return self._flight.do(key, lambda: self._compute(key, source, names, timings, least))
 
-    def _compute(self, key, source, names, timings):
-        answer = self.engine.answer(source, names, timings)
+    def _passing(self, name, least):
+        "Number of a tier, and from where on it answers if that is not its own threshold"
+        return str(self._numbers[name])+(f'@{least!r}' if least > self.engine.tiers[name].threshold else '')
+
+    def _compute(self, key, source, names, timings, least):
+        answer = self.engine.answer(source, names, timings, least)
         if self.cache is not None: self.cache.put(key, answer.to_bytes())
         return answer
