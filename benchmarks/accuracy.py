@@ -148,7 +148,8 @@ def main():
                 judged = evaluate_predictions(y, proba, classes, groups)
                 overall, figure = judged.overall, cross_validated(judged.interval('balanced_accuracy'))
                 rows.append({**about, 'preset': args.preset, 'extra': args.extra,
-                             'mode': 'quick' if args.quick else 'full', 'method': method, 'fold_seed': seed, 'balanced_accuracy': figure.value,
+                             'mode': 'quick' if args.quick else 'full', 'method': method,
+                             'fold_seed': seed, 'balanced_accuracy': figure.value,
                              'low': figure.low, 'high': figure.high, 'macro_f1': overall.loc['macro_f1', 'value'],
                              'log_loss': overall.loc['log_loss', 'value'],
                              'ece': overall.loc['rms_calibration_error', 'value'],

@@ -183,7 +183,7 @@ MODELS:dict[str,Callable[[int],Any]] = {
 # %% ../../nbs/30_learn/40_candidates.ipynb #6e012a89
 START = ('ridge', 'logistic_balanced') # Models that an ensemble begins with
 # Models that are tried unless others are named
-USUAL = ('ridge', 'logistic_balanced', 'lda_balanced', 'logistic_smooth', 'svm', 'cosine_knn', 'extra_trees')
+USUAL = ('ridge', 'logistic_balanced', 'logistic_smooth', 'lda_balanced', 'cosine_knn')
 
 # %% ../../nbs/30_learn/40_candidates.ipynb #1fabda98
 def make_model(

@@ -62,14 +62,16 @@ def _surely(gains, group, errors):
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #7b48474f
 def _first_members(oof, y, group, errors):
-    "`START` on the first two joins of several blocks, on a third if that surely helps; else the best"
+    "`START` on the first join of several blocks, on a second and a third if that surely helps; else the best"
     usual = [c for c in oof if c.model in START and not c.params and len(c.blocks) > 1]
     joins = list(dict.fromkeys(c.blocks for c in usual))[:3]
     if not joins: return [min(oof, key=lambda c: selection_loss(oof[c], y))]
-    few,many = [[c for c in usual if c.blocks in some] for some in (joins[:2], joins)]
-    without,helped = [photo_losses(np.mean([oof[c] for c in some], axis=0), y) for some in (few, many)]
-    # one question, so half the doubt of picks among many
-    return many if _surely(without-helped, group, errors/2) else few
+    options = [[c for c in usual if c.blocks in joins[:k+1]] for k in range(len(joins))]
+    losses = [photo_losses(np.mean([oof[c] for c in some], axis=0), y) for some in options]
+    best = 0
+    for i in range(1, len(options)): # few questions, so half the doubt of picks among many
+        if _surely(losses[best]-losses[i], group, errors/2): best = i
+    return options[best]
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #4563b4a7
 def select_ensemble(
