@@ -14,6 +14,10 @@ benchmark that chose them, needs nothing but scikit-learn, and can be had by any
 (`load_digits`).
 
     python benchmarks/accuracy.py --sets digits --weights none --preset fast --quick --append
+
+What three useless blocks cost (noise, and two real blocks whose rows were dealt to other photos):
+
+    python benchmarks/accuracy.py --quick --extra noise --output benchmarks/results/accuracy_useless_blocks.csv
 """
 import argparse
 import re
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +40,7 @@ from amulet_hybrid.data.manifest import make_manifest
 from amulet_hybrid.evaluate.learning_curve import cross_validated
 from amulet_hybrid.evaluate.metrics import evaluate_predictions
 from amulet_hybrid.features.config import FeatureConfig
+from amulet_hybrid.features.contract import BlockInfo
 from amulet_hybrid.features.extractor import HybridFeatureExtractor
 from amulet_hybrid.learn.config import TrainingConfig
 from amulet_hybrid.learn.trainer import HybridTrainer
@@ -62,6 +68,22 @@ def load(data: Path, name: str, weights: str, cache: Path, preset: str):
     mirrored = extractor.extract_mirrored(table, root, blocks)
     about = extractor.encoders(), extractor.block_info
     return blocks, mirrored, about, table['label'].to_numpy(str), table['given'].to_numpy(str)
+
+
+def add_useless(blocks, mirrored, about, seed: int = 0):
+    "The same with three blocks that know nothing: noise, the widest classical block and the first net of other photos"
+    encoders, info = about
+    rng = np.random.default_rng(seed)
+    n = len(next(iter(blocks.values())))
+    dealt = rng.permutation(n)
+    net = next((b for b in blocks if info[b].neural), None)
+    wide = max((b for b in blocks if not info[b].neural and b not in encoders), key=lambda b: blocks[b].shape[1])
+    sources = {'useless noise': None, f'useless {wide}': wide, **({f'useless {net}': net} if net else {})}
+    def more(some):
+        return {name: rng.normal(size=(n, 300)).astype(np.float32) if b is None else some[b][dealt]
+                for name, b in sources.items()}
+    known = {name: BlockInfo(cost=1.) if b is None else replace(info[b], pass_key='') for name, b in sources.items()}
+    return {**blocks, **more(blocks)}, {**mirrored, **more(mirrored)}, (encoders, {**info, **known})
 
 
 def nested(blocks, mirrored, about, labels, groups, seed: int, quick: bool, jobs: int):
@@ -103,6 +125,7 @@ def main():
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the outer folds')
     parser.add_argument('--quick', action='store_true')
     parser.add_argument('--preset', default='rich', help='feature blocks')
+    parser.add_argument('--extra', choices=['none', 'noise'], default='none', help='useless blocks that are added')
     parser.add_argument('--jobs', type=int, default=0)
     parser.add_argument('--cache', type=Path, default=Path('.cache'))
     parser.add_argument('--output', type=Path, default=Path(__file__).parent/'results'/'accuracy.csv')
@@ -114,6 +137,8 @@ def main():
             write_digits(Path(made.name)/name)
         data = Path(made.name) if name == 'digits' else args.data
         blocks, mirrored, learned, labels, groups = load(data, name, args.weights, args.cache, args.preset)
+        if args.extra == 'noise':
+            blocks, mirrored, learned = add_useless(blocks, mirrored, learned)
         about = {'set': name, 'photos': len(labels), 'classes': len(set(labels)), 'groups': len(set(groups))}
         for seed in args.seeds:
             start = time.time()
@@ -122,8 +147,9 @@ def main():
             for method, proba in found.items():
                 judged = evaluate_predictions(y, proba, classes, groups)
                 overall, figure = judged.overall, cross_validated(judged.interval('balanced_accuracy'))
-                rows.append({**about, 'preset': args.preset, 'mode': 'quick' if args.quick else 'full',
-                             'method': method, 'fold_seed': seed, 'balanced_accuracy': figure.value,
+                rows.append({**about, 'preset': args.preset, 'extra': args.extra,
+                             'mode': 'quick' if args.quick else 'full', 'method': method,
+                             'fold_seed': seed, 'balanced_accuracy': figure.value,
                              'low': figure.low, 'high': figure.high, 'macro_f1': overall.loc['macro_f1', 'value'],
                              'log_loss': overall.loc['log_loss', 'value'],
                              'ece': overall.loc['rms_calibration_error', 'value'],

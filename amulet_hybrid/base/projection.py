@@ -15,10 +15,12 @@ import numpy as np
 # %% ../../nbs/05_base/50_projection.ipynb #0b98230f
 def block_weights(
     sizes:Sequence[int], # Columns of each block, in order
-    total:float=1. # Variance of a whole row
+    total:float=1., # Variance of a whole row
+    shares:Sequence[float]|None=None # Share of each block, relative to the others; None: equal
 ) -> np.ndarray: # (n_columns,) standard deviation that each column gets
-    "Weights of columns, so that every block has the same share of the variance"
-    return np.repeat(np.sqrt(total/len(sizes)/np.asarray(sizes, float)), sizes)
+    "Weights of columns, so that every block has its share of the variance"
+    share = np.ones(len(sizes)) if shares is None else np.asarray(shares, float)
+    return np.repeat(np.sqrt(total*share/share.sum()/np.asarray(sizes, float)), sizes)
 
 # %% ../../nbs/05_base/50_projection.ipynb #fba5834c
 def column_scale(
@@ -103,10 +105,10 @@ class Projection:
         seed:int=0, # Of the solver 'random'
         floor:float=1e-9 # A column that varies less is taken for constant
     ) -> 'Projection':
-        "Learn centre, scale and axes"
+        "Learn centre, scale and axes, in the precision of `X`"
         X = signed_power(np.asarray(X), power)
-        mean = X.mean(0)
-        scale = column_scale(X.std(0), weight, floor).astype(X.dtype)
+        mean = X.mean(0, dtype=float).astype(X.dtype)
+        scale = column_scale(X.std(0, dtype=float), weight, floor).astype(X.dtype)
         axes,_ = principal_axes((X-mean)*scale, variance, most, solver, seed)
         return cls(mean, scale, axes.T, power)
 

@@ -25,22 +25,27 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ..base.projection import Projection, block_weights, unit_rows
 from ..core import TrainingError
 from .calibration import log_proba
+from .group_ridge import GroupRidge
 
 # %% ../../nbs/30_learn/40_candidates.ipynb #102f9412
 class BlockScaler(TransformerMixin, BaseEstimator):
-    "Standardise columns, weigh blocks equally, project onto principal axes"
+    "Standardise columns, give each block its share of the variance, project onto principal axes"
     def __init__(self,
         sizes:tuple[int,...]|None=None, # Columns of each block, in order; None: one block
         variance:float=.98, # Share of the variance that the kept axes hold
         total:float=1000., # Variance of a row after scaling, so that one regularisation suits every join
         power:float=1., # Signed power of every number before all else; 0.5 keeps a few huge bins from drowning the rest
-        dimensions:int|None=None # Axes kept at most
+        dimensions:int|None=None, # Axes kept at most
+        shares:tuple[float,...]|None=None, # Share of the variance of each block, relative to the others; None: equal
+        dtype:Any=np.float64 # Precision; float32 takes half the time and keeps five digits
     ):
         self.sizes = sizes
         self.variance = variance
         self.total = total
         self.power = power
         self.dimensions = dimensions
+        self.shares = shares
+        self.dtype = dtype
 
     def fit(self,
         X, # (n, n_features) rows to learn from
@@ -51,12 +56,14 @@ class BlockScaler(TransformerMixin, BaseEstimator):
         if not 0 < self.power <= 1: raise ValueError(f'`power` must be in (0, 1], got {self.power}')
         if self.dimensions is not None and self.dimensions < 1:
             raise ValueError(f'`dimensions` must be at least 1, got {self.dimensions}')
-        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        X = validate_data(self, X, dtype=self.dtype, ensure_min_samples=2)
         sizes = self.sizes or (X.shape[1],)
         if sum(sizes)!=X.shape[1]:
             raise ValueError(f'`sizes` {sizes} sum to {sum(sizes)}, but X has {X.shape[1]} columns')
-        self.projection_ = Projection.fit(X, block_weights(sizes, self.total), self.variance, self.dimensions,
-                                          power=self.power)
+        if self.shares is not None and (len(self.shares)!=len(sizes) or min(self.shares) < 0 or not sum(self.shares)):
+            raise ValueError(f'`shares` {self.shares} do not fit {len(sizes)} blocks')
+        self.projection_ = Projection.fit(X, block_weights(sizes, self.total, self.shares), self.variance,
+                                          self.dimensions, power=self.power)
         return self
 
     def transform(self,
@@ -64,7 +71,7 @@ class BlockScaler(TransformerMixin, BaseEstimator):
     ):
         "Coordinates along the kept axes, (n, n_axes) float64"
         check_is_fitted(self, 'projection_')
-        return self.projection_.transform(validate_data(self, X, dtype=np.float64, reset=False))
+        return self.projection_.transform(validate_data(self, X, dtype=self.dtype, reset=False))
 
 # %% ../../nbs/30_learn/40_candidates.ipynb #c041944f
 class CosineKNN(ClassifierMixin, BaseEstimator):
@@ -157,6 +164,7 @@ MODELS:dict[str,Callable[[int],Any]] = {
     'logistic': lambda seed: LogisticRegression(C=.1, max_iter=1000, tol=1e-3),
     'logistic_balanced': lambda seed: LogisticRegression(C=.1, max_iter=1000, tol=1e-3, class_weight='balanced'),
     'logistic_smooth': lambda seed: LogisticRegression(C=.005, max_iter=1000, tol=1e-3, class_weight='balanced'),
+    'ridge': lambda seed: GroupRidge(),
     'lda': lambda seed: LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto'),
     'lda_balanced': lambda seed: BalancedLDA(solver='lsqr', shrinkage='auto'),
     'svm': lambda seed: SVC(C=10, class_weight='balanced'),
@@ -173,9 +181,9 @@ MODELS:dict[str,Callable[[int],Any]] = {
 }
 
 # %% ../../nbs/30_learn/40_candidates.ipynb #6e012a89
-START = ('logistic_balanced', 'lda_balanced') # Models that an ensemble begins with
+START = ('ridge', 'logistic_balanced') # Models that an ensemble begins with
 # Models that are tried unless others are named
-USUAL = ('logistic_balanced', 'lda_balanced', 'logistic_smooth', 'svm', 'cosine_knn', 'extra_trees')
+USUAL = ('ridge', 'logistic_balanced', 'logistic_smooth', 'lda_balanced', 'cosine_knn')
 
 # %% ../../nbs/30_learn/40_candidates.ipynb #1fabda98
 def make_model(

@@ -62,15 +62,16 @@ def _surely(gains, group, errors):
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #7b48474f
 def _first_members(oof, y, group, errors):
-    "`START` on the first join of several blocks, its first model on two more joins if that surely helps; else the best"
-    joins = [c.blocks for c in oof if c.model==START[0] and not c.params and len(c.blocks) > 1][:3]
+    "`START` on the first join of several blocks, on a second and a third if that surely helps; else the best"
+    usual = [c for c in oof if c.model in START and not c.params and len(c.blocks) > 1]
+    joins = list(dict.fromkeys(c.blocks for c in usual))[:3]
     if not joins: return [min(oof, key=lambda c: selection_loss(oof[c], y))]
-    def members(some):
-        second = [c for join in some[:1] if (c := Candidate(join, START[1])) in oof]
-        return [Candidate(join, START[0]) for join in some]+second
-    few,many = [photo_losses(np.mean([oof[c] for c in members(some)], axis=0), y) for some in (joins[:1], joins)]
-    # one question, so half the doubt of picks among many
-    return members(joins if _surely(few-many, group, errors/2) else joins[:1])
+    options = [[c for c in usual if c.blocks in joins[:k+1]] for k in range(len(joins))]
+    losses = [photo_losses(np.mean([oof[c] for c in some], axis=0), y) for some in options]
+    best = 0
+    for i in range(1, len(options)): # few questions, so half the doubt of picks among many
+        if _surely(losses[best]-losses[i], group, errors/2): best = i
+    return options[best]
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #4563b4a7
 def select_ensemble(
@@ -234,7 +235,8 @@ def fit_ensemble(
     with threadpool_limits(1):
         for join in dict.fromkeys(c.blocks for c in weights):
             chosen = [c for c in weights if c.blocks==join]
-            scalers[join],fitted = fit_join({b: blocks[b] for b in join}, rows.y, everyone, chosen, seed, augmented)
+            scalers[join],fitted = fit_join({b: blocks[b] for b in join}, rows.y, everyone, chosen, seed, augmented,
+                                            groups=rows.groups)
             members += [TrainedMember(c, weights[c], (temperatures or {}).get(c, 1.), fitted[c.title]) for c in chosen]
     return HybridModel(classes, sorted(members, key=lambda m: -m.weight), scalers,
                        NoScaler() if calibrator is None else calibrator, encoders, geometric)

@@ -18,6 +18,7 @@ from sklearn.neural_network import MLPClassifier
 
 from ..features.contract import EXTRACTORS, BlockInfo, total_cost
 from .candidates import START, Candidate, ClassMeans, make_model
+from .group_ridge import GroupRidge
 
 # %% ../../nbs/30_learn/47_joins.ipynb #7050351d
 def describe_blocks(
@@ -44,7 +45,7 @@ def default_joins(
     classical = tuple(b for b in blocks if not info[b].neural)
     first_pass = {info[b].pass_key or b for b in neural[:1]}
     core = (*(b for b in classical if b in CORE), *(b for b in neural if (info[b].pass_key or b) in first_pass))
-    joins = [core, tuple(blocks), neural] + [(b,) for b in blocks]
+    joins = [tuple(blocks), core, neural] + [(b,) for b in blocks]
     if not quick: joins += [classical, (*neural, 'hog') if 'hog' in classical else ()]
     return list(dict.fromkeys(j for j in joins if j))
 
@@ -56,16 +57,16 @@ _ON_JOINS = ('logistic_smooth', 'svm') # on joins only: alone, a block is compar
 def list_candidates(
     models:Sequence[str], # Keys in `MODELS`
     joins:Sequence[tuple[str,...]], # Blocks side by side
-    quick:bool=False # Only the models that an ensemble begins with, where they are among `models`
+    quick:bool=False # Only the models that an ensemble begins with, if among `models`; on single blocks the first
 ) -> list[Candidate]:
     "Classifiers times joins"
     models = [m for m in models if not quick or m in START] or list(models)
-    on_singles = [m for m in models if m not in _ON_JOINS] or models
+    on_singles = [m for m in models if m not in _ON_JOINS and not (quick and m in START[1:])] or models
     on_joins = [m for m in models if m not in _ON_SINGLES] or models
     return [Candidate(join, model) for join in joins for model in (on_joins if len(join) > 1 else on_singles)]
 
 # %% ../../nbs/30_learn/47_joins.ipynb #01d38feb
-LINEAR = (LogisticRegression, LinearDiscriminantAnalysis) # Served as weights on the columns themselves
+LINEAR = (GroupRidge, LogisticRegression, LinearDiscriminantAnalysis) # Served as weights on the columns themselves
 
 def head_cost(
     model:Any, # Unfitted classifier

@@ -21,9 +21,11 @@ from scipy.special import softmax
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits
 
+from ..base.checks import group_codes
 from ..core import TrainingError, atomic_write, bytes_digest, derive_seed, json_digest, progress
 from ..features.contract import join_blocks
 from .candidates import MODELS, BlockScaler, Candidate, make_model, model_logits
+from .group_ridge import learn_block_weights
 
 # %% ../../nbs/30_learn/50_out_of_fold.ipynb #45dbd337
 def encode_blocks(
@@ -129,19 +131,24 @@ def fit_join(
     candidates:Sequence[Candidate], # All of this join
     seed:int=0, # Of classifiers that need chance
     augmented:AugmentedRows|None=None, # Training-only rows, encoded
-    factories:dict[str,Any]|None=None # Name -> factory of the models; None: `MODELS` of this process
+    factories:dict[str,Any]|None=None, # Name -> factory of the models; None: `MODELS` of this process
+    groups:Any=None, # (n,) photos of one group are left out together where something is chosen; None: each photo alone
+    dtype:Any=np.float64 # Precision of the axes
 ) -> tuple[BlockScaler,dict[str,Any]]: # Scaler, and the fitted classifiers by title
     "Scaler and classifiers of one join, learned from the training rows"
     photos,truth = join_blocks(X, X)[train],y[train]
-    rows = photos
+    group = group_codes(groups, len(y), sort=True)
+    shares = learn_block_weights([x[train] for x in X.values()], truth, group[train])
+    rows,of = photos,group[train]
     if augmented is not None:
         used = train[augmented.source]
         rows = np.concatenate([photos, join_blocks(augmented.blocks, X)[used]])
-        truth = np.concatenate([truth, y[augmented.source[used]]])
-    scaler = BlockScaler(sizes=tuple(x.shape[1] for x in X.values()))
+        truth,of = (np.concatenate([now, every[augmented.source[used]]]) for now,every in ((truth, y), (of, group)))
+    scaler = BlockScaler(tuple(x.shape[1] for x in X.values()), shares=tuple(shares.tolist()), dtype=dtype)
     Z = scaler.fit(rows if len(rows) <= AXES_FROM_PHOTOS else photos).transform(rows)
     def fitted(c):
-        return make_model(c.model, derive_seed(seed, c.model, *X), factories, **dict(c.params)).fit(Z, truth)
+        model = make_model(c.model, derive_seed(seed, c.model, *X), factories, **dict(c.params))
+        return model.fit(Z, truth, groups=of) if getattr(model, 'uses_groups', False) else model.fit(Z, truth)
     return scaler,{c.title: fitted(c) for c in candidates}
 
 # %% ../../nbs/30_learn/50_out_of_fold.ipynb #39b5510b
@@ -153,7 +160,8 @@ def fit_candidate(
     test:np.ndarray, # Rows to predict, bool or indices
     encoders:dict[str,Any]|None=None, # Block name -> unfitted encoder of a raw block
     seed:int=0, # Of classifiers that need chance
-    augmented:AugmentedRows|None=None # Training-only rows
+    augmented:AugmentedRows|None=None, # Training-only rows
+    groups:Any=None # (n,) as for `fit_join`
 ) -> np.ndarray: # (n_test, n_classes) probabilities, not calibrated
     "Predictions of one candidate for `test`, learned from `train`"
     learned,rows = np.zeros(len(y), bool),{b: blocks[b] for b in candidate.blocks}
@@ -161,7 +169,7 @@ def fit_candidate(
     coders,X = fit_encoders(rows, encoders or {}, learned)
     augmented = augmented and augmented.encoded(coders, rows)
     with threadpool_limits(1):
-        scaler,fitted = fit_join({b: X[b] for b in rows}, y, learned, [candidate], seed, augmented)
+        scaler,fitted = fit_join({b: X[b] for b in rows}, y, learned, [candidate], seed, augmented, groups=groups)
         Z = scaler.transform(join_blocks({b: v[test] for b,v in X.items()}, rows))
         return softmax(model_logits(fitted[candidate.title], Z, int(y.max())+1), axis=1)
 
@@ -198,10 +206,10 @@ class Checkpoint:
             np.savez(file, **found) # type: ignore[arg-type]
 
 # %% ../../nbs/30_learn/50_out_of_fold.ipynb #91d4acff
-def _fold_logits(X, y, train, candidates, seed, n_classes, augmented, factories):
+def _fold_logits(X, y, train, candidates, seed, n_classes, augmented, factories, groups):
     "Logits of the candidates of one join for the rows outside `train`, by title"
     with threadpool_limits(1):
-        scaler,fitted = fit_join(X, y, train, candidates, seed, augmented, factories)
+        scaler,fitted = fit_join(X, y, train, candidates, seed, augmented, factories, groups, np.float32)
         Z = scaler.transform(join_blocks(X, X)[~train])
         return {name: model_logits(model, Z, n_classes) for name,model in fitted.items()}
 
@@ -273,7 +281,7 @@ def out_of_fold(
     def job(join, f):
         X,augmented = tasks.inputs(join, f)
         return joblib.delayed(_fold_logits)(X, rows.y, fold!=f, tasks.joins[join], seed, n_classes, augmented,
-                                            factories)
+                                            factories, rows.groups)
     workers = joblib.Parallel(n_jobs=min(jobs, max(len(tasks.open), 1)), return_as='generator')
     run = workers(job(*task) for task in tasks.open)
     shown = progress(run, desc, len(tasks.open), 'fit') if desc else run

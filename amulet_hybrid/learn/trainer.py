@@ -60,6 +60,7 @@ class HybridTrainer(BaseEstimator):
         names,groups = complete_column(labels, 'labels', code='bad_labels').astype(str),own_groups(groups)
         self.classes_,self.y_ = np.unique(names, return_inverse=True)
         self.encoders_ = {name: e for name,e in (encoders or {}).items() if name in blocks}
+        self.groups_ = groups
         rows = TrainingRows(blocks, self.y_, groups, self.encoders_)
         augmented = augmented_rows(rows, mirrored if config.mirror!='never' else None, made)
         self.block_info_ = describe_blocks(blocks, block_info)
@@ -123,7 +124,7 @@ class HybridTrainer(BaseEstimator):
         return fit_ensemble(self._rows(blocks), self.classes_.tolist(), weights, self.temperatures_, calibrator,
                             geometric, self.config.seed)
 
-    def _rows(self, blocks): return TrainingRows(blocks, self.y_, None, self.encoders_, self.augmented_)
+    def _rows(self, blocks): return TrainingRows(blocks, self.y_, self.groups_, self.encoders_, self.augmented_)
 
     def _predict(self, blocks, folds, candidates, desc):
         return predict_on_folds(self._rows(blocks), folds, candidates, self.temperatures_, self.config, desc)

@@ -215,6 +215,7 @@ def _from_boosting(m):
 # %% ../../nbs/50_model/10_export.ipynb #d446e8d3
 CONVERTERS:dict[str,Callable[[Any],tuple[str,dict[str,Any]]]] = { # Name of a class or of one of its bases -> converter
     'BaseSVC': _from_svm, 'LinearDiscriminantAnalysis': _from_linear, 'LinearClassifierMixin': _from_linear,
+    'GroupRidge': _from_linear,
     'MLPClassifier': _from_perceptron, 'CosineKNN': _from_neighbours, 'ClassMeans': _from_means,
     'ForestClassifier': _from_trees, 'DecisionTreeClassifier': _from_trees,
     'HistGradientBoostingClassifier': _from_boosting}
