@@ -176,7 +176,8 @@ def _curve_section(bundle, training, seed):
     y,encoders = np.searchsorted(classes, known['label'].to_numpy(str)),bundle.extractor.encoders()
     def fit_predict(some, others):
         return fit_candidate(training.blocks, y, best, some, others,
-                             {b: encoders[b] for b in best.blocks if b in encoders}, seed)
+                             {b: encoders[b] for b in best.blocks if b in encoders}, seed,
+                             groups=known['group'].to_numpy())
     return [learning_curve(fit_predict, y, known['group'].to_numpy(), cv_folds=3, seed=seed).section()]
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #b6ec5465

@@ -149,7 +149,7 @@ def curve_section(
     "What more photos would give"
     def fit_predict(some, others):
         return fit_candidate(blocks, trainer.y_, trainer.best_single_, some, others, trainer.encoders_, seed,
-                             trainer.augmented_)
+                             trainer.augmented_, groups)
     return learning_curve(fit_predict, trainer.y_, groups, cv_folds=3).section()
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #13e08d03

@@ -260,7 +260,7 @@ def _rules_tier(data, depth):
     return Tier('rules', model, NEVER, rules=rules_text(tree, trainer.classes_, data.column_names(best))),proba
 
 # %% ../../nbs/50_model/30_cascade.ipynb #7cfa4859
-LINEAR_MODELS = ('logistic', 'logistic_balanced', 'logistic_smooth', 'lda', 'lda_balanced', 'linear_svm')
+LINEAR_MODELS = ('ridge', 'logistic', 'logistic_balanced', 'logistic_smooth', 'lda', 'lda_balanced', 'linear_svm')
 
 # %% ../../nbs/50_model/30_cascade.ipynb #b0f42e31
 def _neural_candidate(data):
