@@ -236,7 +236,7 @@ def fit_ensemble(
         for join in dict.fromkeys(c.blocks for c in weights):
             chosen = [c for c in weights if c.blocks==join]
             scalers[join],fitted = fit_join({b: blocks[b] for b in join}, rows.y, everyone, chosen, seed, augmented,
-                                            groups=rows.groups)
+                                            groups=rows.groups, axes_from=rows.axes_from)
             members += [TrainedMember(c, weights[c], (temperatures or {}).get(c, 1.), fitted[c.title]) for c in chosen]
     return HybridModel(classes, sorted(members, key=lambda m: -m.weight), scalers,
                        NoScaler() if calibrator is None else calibrator, encoders, geometric)

@@ -25,7 +25,7 @@ from ..base.checks import group_codes
 from ..core import TrainingError, atomic_write, bytes_digest, derive_seed, json_digest, progress
 from ..features.contract import join_blocks
 from .candidates import MODELS, BlockScaler, Candidate, make_model, model_logits
-from .group_ridge import learn_block_weights
+from .group_ridge import learn_block_weights, spread_rows
 
 # %% ../../nbs/30_learn/50_out_of_fold.ipynb #45dbd337
 def encode_blocks(
@@ -96,6 +96,7 @@ class TrainingRows:
     groups:Any=None # (n,) photos of one group are never parted
     encoders:dict[str,Any] = field(default_factory=dict) # Block name -> unfitted encoder of a raw block
     augmented:AugmentedRows|None=None # Training-only rows
+    axes_from:int=0 # Photos that axes are learned from, at most: time grows by their cube; 0: all
 
     def only(self,
         names:Iterable[str] # Blocks that are wanted
@@ -104,7 +105,7 @@ class TrainingRows:
         names = list(names)
         augmented = self.augmented and self.augmented.encoded({}, names)
         return TrainingRows({b: self.blocks[b] for b in names}, self.y, self.groups,
-                            {b: e for b,e in self.encoders.items() if b in names}, augmented)
+                            {b: e for b,e in self.encoders.items() if b in names}, augmented, self.axes_from)
 
     def check(self,
         kind:str='' # What the augmented rows are, for the error; '': there are none to check
@@ -133,7 +134,8 @@ def fit_join(
     augmented:AugmentedRows|None=None, # Training-only rows, encoded
     factories:dict[str,Any]|None=None, # Name -> factory of the models; None: `MODELS` of this process
     groups:Any=None, # (n,) photos of one group are left out together where something is chosen; None: each photo alone
-    dtype:Any=np.float64 # Precision of the axes
+    dtype:Any=np.float64, # Precision of the axes
+    axes_from:int=0 # Photos that axes are learned from, at most; 0: all
 ) -> tuple[BlockScaler,dict[str,Any]]: # Scaler, and the fitted classifiers by title
     "Scaler and classifiers of one join, learned from the training rows"
     photos,truth = join_blocks(X, X)[train],y[train]
@@ -145,7 +147,9 @@ def fit_join(
         rows = np.concatenate([photos, join_blocks(augmented.blocks, X)[used]])
         truth,of = (np.concatenate([now, every[augmented.source[used]]]) for now,every in ((truth, y), (of, group)))
     scaler = BlockScaler(tuple(x.shape[1] for x in X.values()), shares=tuple(shares.tolist()), dtype=dtype)
-    Z = scaler.fit(rows if len(rows) <= AXES_FROM_PHOTOS else photos).transform(rows)
+    turned = rows if len(rows) <= (axes_from or AXES_FROM_PHOTOS) else photos
+    if axes_from: turned = turned[spread_rows(truth[:len(turned)], of[:len(turned)], axes_from)]
+    Z = scaler.fit(turned).transform(rows)
     def fitted(c):
         model = make_model(c.model, derive_seed(seed, c.model, *X), factories, **dict(c.params))
         return model.fit(Z, truth, groups=of) if getattr(model, 'uses_groups', False) else model.fit(Z, truth)
@@ -206,10 +210,11 @@ class Checkpoint:
             np.savez(file, **found) # type: ignore[arg-type]
 
 # %% ../../nbs/30_learn/50_out_of_fold.ipynb #91d4acff
-def _fold_logits(X, y, train, candidates, seed, n_classes, augmented, factories, groups):
+def _fold_logits(X, y, train, candidates, seed, n_classes, augmented, factories, groups, axes_from):
     "Logits of the candidates of one join for the rows outside `train`, by title"
     with threadpool_limits(1):
-        scaler,fitted = fit_join(X, y, train, candidates, seed, augmented, factories, groups, np.float32)
+        scaler,fitted = fit_join(X, y, train, candidates, seed, augmented, factories, groups, np.float32,
+                                 axes_from)
         Z = scaler.transform(join_blocks(X, X)[~train])
         return {name: model_logits(model, Z, n_classes) for name,model in fitted.items()}
 
@@ -281,7 +286,7 @@ def out_of_fold(
     def job(join, f):
         X,augmented = tasks.inputs(join, f)
         return joblib.delayed(_fold_logits)(X, rows.y, fold!=f, tasks.joins[join], seed, n_classes, augmented,
-                                            factories, rows.groups)
+                                            factories, rows.groups, rows.axes_from)
     workers = joblib.Parallel(n_jobs=min(jobs, max(len(tasks.open), 1)), return_as='generator')
     run = workers(job(*task) for task in tasks.open)
     shown = progress(run, desc, len(tasks.open), 'fit') if desc else run

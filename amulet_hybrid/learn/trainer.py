@@ -21,7 +21,7 @@ from ..base.checks import SMALL_DATASET, complete_column, own_groups
 from ..features.contract import BlockInfo
 from .candidates import Candidate
 from .choice import choose_model
-from .config import TrainingConfig
+from .config import QUICK_AXES, TrainingConfig
 from .ensemble import HybridModel, fit_ensemble, pool_predictions, selection_loss
 from .final_steps import Calibrated, calibrate_predictions, calibration_folds, find_detector
 from .final_steps import find_refusal, random_folds
@@ -61,7 +61,7 @@ class HybridTrainer(BaseEstimator):
         self.classes_,self.y_ = np.unique(names, return_inverse=True)
         self.encoders_ = {name: e for name,e in (encoders or {}).items() if name in blocks}
         self.groups_ = groups
-        rows = TrainingRows(blocks, self.y_, groups, self.encoders_)
+        rows = self._rows(blocks)
         augmented = augmented_rows(rows, mirrored if config.mirror!='never' else None, made)
         self.block_info_ = describe_blocks(blocks, block_info)
         found = self._search(rows, names, augmented, until)
@@ -121,13 +121,17 @@ class HybridTrainer(BaseEstimator):
         geometric:bool=False # Weights are exponents of a geometric mean
     ) -> HybridModel:
         "An ensemble of some candidates, fitted on all training photos"
-        return fit_ensemble(self._rows(blocks), self.classes_.tolist(), weights, self.temperatures_, calibrator,
-                            geometric, self.config.seed)
+        rows = self._rows(blocks, self.augmented_)
+        return fit_ensemble(rows, self.classes_.tolist(), weights, self.temperatures_, calibrator, geometric,
+                            self.config.seed)
 
-    def _rows(self, blocks): return TrainingRows(blocks, self.y_, self.groups_, self.encoders_, self.augmented_)
+    def _rows(self, blocks, augmented=None):
+        return TrainingRows(blocks, self.y_, self.groups_, self.encoders_, augmented,
+                            QUICK_AXES if self.config.quick else 0)
 
     def _predict(self, blocks, folds, candidates, desc):
-        return predict_on_folds(self._rows(blocks), folds, candidates, self.temperatures_, self.config, desc)
+        rows = self._rows(blocks, self.augmented_)
+        return predict_on_folds(rows, folds, candidates, self.temperatures_, self.config, desc)
 
 # %% ../../nbs/30_learn/80_trainer.ipynb #a97f087b
 def rank_candidates(
