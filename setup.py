@@ -17,7 +17,7 @@ extras['all'] = sorted({r for name in everyday for r in extras[name]})
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    author=cfg['author'], author_email=cfg['author_email'], license='MIT', license_files=['LICENSE'], url=cfg['git_url'],
+    author=cfg['author'], author_email=cfg['author_email'], license='MIT', license_files=['LICENSE', 'LICENSES/*'], url=cfg['git_url'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['amulet_hybrid*']),
     # Pages, styles, scripts and templates lie beside the module that fills them

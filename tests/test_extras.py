@@ -238,9 +238,17 @@ def test_serve(environment, bundle, photos):
 def test_cnn(environment, photos, tmp_path):
     extract(environment('cnn'), photos, tmp_path, 'cnn:squeezenet1_1', '--weights', 'random', '--cnn-side', 64)
 
+def test_cnn_brings_pretrained_nets(environment):
+    "Without a hub and without a folder of weights"
+    here = environment('cnn')
+    rows = json.loads(here.amulet('weights', 'efficientnet_lite0', 'efficientnet_lite2', '--verify', '--json'))
+    assert [(row['place'], row['intact']) for row in rows]==[('package', True)]*2
+    page = environment().several(('weights', 'efficientnet_lite0', '--verify'))[0]
+    assert page[0]==1 and 'not here' in page[1], page
+
 def test_timm(environment, photos, tmp_path):
     "By torch, for the exporter is tried above: the extra brings it, too"
-    assert needed(settings()['cnn_requirements'].split())[0] <= needed(settings()['timm_requirements'].split())[0]
+    assert needed(settings()['timm_requirements'].split())[0] <= needed(settings()['cnn_requirements'].split())[0]
     extract(environment('timm'), photos, tmp_path, 'cnn:timm/test_resnet:engine=torch', '--weights', 'random',
             '--cnn-side', 64)
 

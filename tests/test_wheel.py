@@ -38,8 +38,8 @@ def test_wheel_holds_the_package_and_its_run(built):
 
 def test_sdist_holds_what_it_is_built_from(built):
     with tarfile.open(next(built.glob('*.tar.gz'))) as sdist: names = {n.partition('/')[2] for n in sdist.getnames()}
-    assert {'setup.py', 'settings.ini', 'pyproject.toml', 'LICENSE', 'README.md',
-            'amulet_hybrid/runs/train.ipynb'} <= names
+    assert {'setup.py', 'settings.ini', 'pyproject.toml', 'LICENSE', 'LICENSES/NOTICE.md', 'LICENSES/Apache-2.0.txt',
+            'README.md', 'amulet_hybrid/runs/train.ipynb'} <= names
     assert not [n for n in names if n.startswith(('tests', 'nbs', 'samples', '.venv'))]
 
 def test_installed_version(python):

@@ -165,7 +165,15 @@ def _extract(
     print_notes(extractor.notes)
     found = write_features(extractor, manifest, root, output_dir, overwrite)
     _print_features(found, extractor, len(manifest), time.perf_counter()-start)
+    _print_nets(extractor)
     echo(f'\nFeatures   {output_dir}')
+
+# %% ../../nbs/90_cli/20_data.ipynb #24109f20
+def _print_nets(extractor):
+    "Nets that looked at the photos, and where their weights come from"
+    from amulet_hybrid.core import printable
+    from amulet_hybrid.features.weights import net_words
+    for net in extractor.nets(): echo(f'Net        {printable(net_words(net))}')
 
 # %% ../../nbs/90_cli/20_data.ipynb #222b6579
 def _print_features(found, extractor, photos, seconds):

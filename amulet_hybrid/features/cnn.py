@@ -21,7 +21,8 @@ import numpy as np
 from ..core import FeatureError, atomic_write, bytes_digest, file_digest, json_digest, log, require
 from .contract import EXTRACTORS, BaseFeatureExtractor, Photo
 from .onnx_files import embed_weights, onnx_session
-from .weights import BACKBONES, find_weights, load_weights, timm_net, user_cache
+from .packaged_weights import PACKAGED_NETS
+from .weights import BACKBONES, find_weights, load_weights, locate_weights, timm_net, user_cache
 
 # %% ../../nbs/20_features/60_cnn.ipynb #12ee94df
 POOLS = ('mean', 'max', 'texture', 'gem') # what one pass gives, in this order; 'meanmax' is the first two side by side
@@ -81,7 +82,8 @@ def _make_backbone(name, weights, layer='', seed=0):
     torch = require('torch', _extra(name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = _timm_backbone(name) if name.startswith('timm/') else _torchvision_backbone(name)
+        of_timm = name.startswith('timm/') or name in PACKAGED_NETS
+        found = _timm_backbone(name) if of_timm else _torchvision_backbone(name)
     if weights is not None: load_weights(found.net, weights, found.head)
     if layer:
         try: found.net.get_submodule(layer)
@@ -537,6 +539,13 @@ class CNNFeatures(NetFeatures):
         if self.engine!='torch': return {'onnx': self.onnx_path()}
         return {} if (weights := self._weights()) is None else {'weights': weights}
 
+    def origin(self) -> dict[str,str]: # net, source, sha256, licence
+        "The net, and the weights with which it was exported"
+        about = {'net': self._title(), 'source': 'random weights', 'sha256': '', 'licence': ''}
+        if self.onnx is not None:
+            return about | {'source': self.onnx_path().name, 'sha256': self._file.find(str(self.onnx_path()))}
+        return about if str(self.weights)=='random' else locate_weights(self._title(), self.weights).about()
+
     def _pass(self):
         files = self.files()
         # the exported file says it all
@@ -686,6 +695,11 @@ class ONNXFeatures(NetFeatures):
                                        advice='Name it after the colon: onnx:nets/mine.onnx')
                 self._path = _self_contained(path, Path(self.cache_dir) if self.cache_dir else user_cache())
         return {'path': self._path}
+
+    def origin(self) -> dict[str,str]: # net, source, sha256, licence
+        "The user's file, of whose licence nothing is known"
+        path = self.files()['path']
+        return {'net': self.name, 'source': Path(self.path).name, 'sha256': self._file.find(str(path)), 'licence': ''}
 
     def _pass(self):
         return [self._file.find(str(self.files()['path'])), self.output, [float(x) for x in (*self.mean, *self.std)],

@@ -32,7 +32,7 @@ def _switch(what):
     return setting(None, f'{what}: true adds the block, false leaves all such blocks out, '
                          f'empty: as blocks or preset say')
 
-_PLAIN = {'cnn': 'cnn:mobilenet_v2'} # What a switch adds where the name of the kind is not enough
+_PLAIN = {'cnn': 'cnn:efficientnet_lite0'} # What a switch adds where the name of the kind is not enough
 
 # %% ../../nbs/20_features/78_config.ipynb #cfc5e65f
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class FeatureConfig(Config):
     use_surf_features:bool|None = _switch('SURF keypoints')
     use_orb_features:bool|None = _switch('ORB keypoints')
     use_cnn_features:bool|None = _switch('CNN embeddings')
-    weights:str = setting('auto', "For CNN blocks: 'auto' (found or downloaded), a file, a folder, 'random' (for "
-                                  "tests), or 'none' (leave them out)")
+    weights:str = setting('auto', "For CNN blocks: 'auto' (found, from a package, or downloaded), a file, a folder, "
+                                  "'random' (for tests), or 'none' (leave them out)")
     cnn_side:int = setting(0, 'Size at which CNN blocks see a photo unless their name says another, pixels; 0: the '
                               "net's own, 320 for torchvision", ge=0, le=4096)
     mode:str = setting('stretch', 'How photos are made square', choices=('stretch', 'fit', 'fill'))

@@ -150,6 +150,10 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
         "Files that the numbers come from, by the setting that names each"
         return {}
 
+    def origin(self) -> dict[str,str]: # net, source, sha256, licence ('' where it is not known); {}: it is code alone
+        "The net that it stands on, and where that comes from: for reports and bundles"
+        return {}
+
     def encoder(self) -> Any: # Unfitted transformer of rows, (n, n_features) -> (n, anything), or None
         "What must learn before rows are of use, e.g. a vocabulary; the trainer fits it inside every fold"
         return None

@@ -390,8 +390,8 @@ def save_bundle(
         part.mkdir()
         about = {'format': FORMAT, 'classes': list(model.classes),
                  'features': extractor.config.only(blocks).replace(weights='none').to_dict(),
-                 'blocks': _store_blocks(extractor, blocks, part), 'data': info.data, 'figures': info.figures,
-                 'versions': _versions()}
+                 'blocks': _store_blocks(extractor, blocks, part), 'nets': extractor.nets(blocks), 'data': info.data,
+                 'figures': info.figures, 'versions': _versions()}
         _write_parts(part, tiers, cascade, about, info, blocks)
         manifest = {**about, 'files': {p.name: file_entry(p) for p in sorted(part.iterdir())},
                     'training': _write_training(part, model) if keep_training else {}, 'measured': {},

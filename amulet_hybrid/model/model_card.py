@@ -94,6 +94,17 @@ def _decision_part(tiers, table, notes):
     rows = [[t['name'], threshold(t), share(t)] for t in tiers]
     return Part('How it decides', [words, *body, Table(['tier', 'threshold', 'answers'], rows), *why])
 
+# %% ../../nbs/50_model/40_model_card.ipynb #e45b8199
+def _nets_part(manifest):
+    "Nets in the bundle: whose they are, and under which licence; no part where there are none"
+    nets = manifest.get('nets') or []
+    if not nets: return []
+    rows = [[n['net'], n['source'], n['sha256'][:16], n['licence'] or 'not known: ask whoever made the file']
+            for n in nets]
+    words = ('What these nets learned before, they learned elsewhere. Their weights are in this bundle, exported to '
+             'ONNX, and whoever passes it on passes them on, under the licence that stands here.')
+    return [Part('The nets in it', [words, Table(['net', 'weights from', 'sha256 of these', 'licence'], rows)])]
+
 # %% ../../nbs/50_model/40_model_card.ipynb #93d0c86c
 def _limits_part(manifest, tiers):
     "What it cannot tell, and what its figures rest on"
@@ -137,7 +148,8 @@ def card_parts(
     "The card, part by part"
     software = ', '.join(f'{k} {v}' for k,v in manifest['versions'].items() if v)
     return [*([Part('About', [about])] if about else []), _classes_part(manifest), _photos_part(manifest),
-            _figures_part(manifest), _decision_part(tiers, table or {}, notes), _limits_part(manifest, tiers),
+            _figures_part(manifest), _decision_part(tiers, table or {}, notes), *_nets_part(manifest),
+            _limits_part(manifest, tiers),
             Part('What it must not be used for', [[*NOT_FOR, *not_for]]), Part('Made with', [software+'.'])]
 
 # %% ../../nbs/50_model/40_model_card.ipynb #ccab54a6
