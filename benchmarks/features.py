@@ -53,7 +53,10 @@ from amulet_hybrid.features.weights import BACKBONES, find_weights
 HERE = Path(__file__).parent
 NET = 'cnn:mobilenet_v2'
 CORES = 2
-NETS = (NET, f'{NET}@max', f'{NET}@texture', 'cnn:squeezenet1_1')
+LITE = 'cnn:efficientnet_lite0'
+NETS = (NET, f'{NET}@max', f'{NET}@texture', f'{NET}@stages', f'{NET}@second', f'{NET}@tiles',
+        'cnn:squeezenet1_1', LITE, f'{LITE}@max', f'{LITE}@stages', f'{LITE}@second', f'{LITE}@tiles',
+        'cnn:efficientnet_lite2', 'cnn:efficientnet_lite2@second')
 SIDE = 320 # Pixels, of decoding and of nets in `blocks` and `gpu`; the others do as their preset does
 
 
@@ -138,10 +141,11 @@ def milliseconds(extractor, photos, encoder=None, warm=5, looks=3):
     return 1000*statistics.median(min(once(rgb) for _ in range(looks)) for rgb in photos)
 
 
-def block_extractors(weights):
-    "Every block that can be computed here, by name"
+def block_extractors(weights, blocks=()):
+    "Every block that can be computed here, or those that are named and the net, by name"
     made = {}
-    for name in [n for n in EXTRACTORS if n!='cnn'] + list(NETS):
+    known = [n for n in EXTRACTORS if n not in ('cnn', 'onnx')] + list(NETS)
+    for name in dict.fromkeys([NET, *blocks]) if blocks else known:
         try:
             made[name] = make_extractor(name, **({'weights': weights, 'side': SIDE} if name.startswith('cnn') else {}))
             made[name].extract_features(np.zeros((64,64,3), np.uint8))
@@ -194,7 +198,7 @@ def judge_blocks(name, table, root, extractors, times):
 def blocks(args):
     "The table of blocks"
     start = time.perf_counter()
-    extractors = block_extractors(args.weights)
+    extractors = block_extractors(args.weights, args.blocks)
     sets = {name: load(args.data, name, args.photos) for name in args.sets}
     # before anything else is busy
     times = {name: time_blocks(table, root, extractors) for name,(table,root) in sets.items()}
@@ -203,6 +207,10 @@ def blocks(args):
     show('Blocks: numbers a photo (of keypoints: once encoded), milliseconds (one thread, decoded photo), balanced '
          'accuracy (5 grouped folds, plain logistic regression)',
          block_table(table), digits=2)
+    if args.blocks and (path := args.output/'features_blocks.csv').exists(): # the others as they are
+        before = pd.read_csv(path)
+        again = set(zip(table['set'], table['block']))
+        table = pd.concat([before[[(s, b) not in again for s,b in zip(before['set'], before['block'])]], table])
     show('The same with 95 % intervals (groups drawn anew); gain is joined less the net alone, paired', table,
          args.output/'features_blocks.csv')
     print(f'{time.perf_counter()-start:.0f} s')
@@ -538,6 +546,7 @@ def main():
     parser.add_argument('--sets', nargs='+', default=['amulet6', 'coins', 'magtile'], help='for `blocks`')
     parser.add_argument('--photos', type=int,
                         help='at most (blocks, rivals: of a set, by whole groups; large: how many, 100000 if not said)')
+    parser.add_argument('--blocks', nargs='+', default=(), help='for `blocks`: measure these anew, keep the other rows')
     parser.add_argument('--preset', help='default: balanced, for `large` fast')
     parser.add_argument('--rival-python',
                         help='for `rivals`: a Python that has opencv, scikit-image, torch and torchvision')

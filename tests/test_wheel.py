@@ -63,7 +63,8 @@ def test_command_line(python):
 @pytest.mark.parametrize('extra,code', {
     'serve': 'from amulet_hybrid.serve.app import create_app; create_app(None)',
     'store': 'from amulet_hybrid.store.predictions import save_prediction; save_prediction({}, "amulet.db")',
-    'cnn': 'from amulet_hybrid.features.cnn import export_backbone; export_backbone("mobilenet_v2", None, "net.onnx")',
+    'cnn': 'from amulet_hybrid.features.backbone_export import export_backbone as export; '
+           'export("mobilenet_v2", None, "net.onnx")',
 }.items())
 def test_missing_extra_is_named(python, extra, code):
     done = run(python, '-c', code)

@@ -12,19 +12,21 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..core import Config, ConfigError, FeatureError, setting
-from . import classical, cnn, keypoints # noqa: F401 (they register their blocks)
+from . import classical, cnn, keypoints, user_net # noqa: F401 (they register their blocks)
 from .contract import EXTRACTORS, make_extractor
 from .preprocessing import Preprocessor, find_preprocessor
 
 # %% ../../nbs/20_features/78_config.ipynb #30aeedd6
-_MIRRORED = tuple(f'cnn:{net}:side={side}:mirror=true' for net,side in (
-    ('mobilenet_v2', 320), ('mobilenet_v2@max', 320), ('mobilenet_v2@texture', 320), ('mobilenet_v2', 224),
-    ('mobilenet_v2', 448), ('squeezenet1_1', 320)))
+def _net(name, side, *pools):
+    "Blocks of one pass: what is on the photo, how channels move together, and more"
+    return tuple(f'cnn:{name}{pool}:side={side}' for pool in ('', '@second', *pools))
 
+# The first two need packaged nets alone; `rich` does without the nets that are not there
 PRESETS:dict[str,tuple[str,...]] = {
-    'fast': ('colour', 'hog', 'lbp', 'cnn:mobilenet_v2:side=224'),
-    'balanced': ('colour', 'hog', 'lbp', 'cnn:mobilenet_v2', 'cnn:mobilenet_v2@max', 'cnn:mobilenet_v2@texture'),
-    'rich': ('colour', 'moments', 'hog', 'gradient', 'lbp', 'gabor', *_MIRRORED)}
+    'fast': ('colour', 'hog', 'lbp', *_net('efficientnet_lite0', 224)),
+    'balanced': ('colour', 'hog', 'lbp', *_net('efficientnet_lite0', 288), *_net('efficientnet_lite2', 260)),
+    'rich': ('colour', 'moments', 'hog', 'lbp', *_net('efficientnet_lite0', 320), *_net('efficientnet_lite2', 260),
+             *_net('mobilenet_v2', 320, '@tiles'), 'cnn:squeezenet1_1:side=320')}
 
 # %% ../../nbs/20_features/78_config.ipynb #15f9e6c4
 def _switch(what):
