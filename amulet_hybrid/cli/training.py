@@ -30,12 +30,16 @@ def print_summary(
     unit:str='photos' # What was held out
 ) -> None:
     "Print what `train` and `run` end with"
+    from amulet_hybrid.core import printable
     from amulet_hybrid.evaluate.intervals import figure_interval
+    from amulet_hybrid.features.weights import net_words
     echo(f'\nHeld out: {result["test_photos"]} {unit} of {result["test_groups"]} groups')
     for name,f in result['figures'].items():
         echo(f'  {name.replace("_", " "):30s} {figure_interval(name, **f)}')
     print_notes(('warning', text) for text in result['notes'])
     if (refusal := result.get('refusal')): echo(f'\nThreshold  {refusal["summary"]}')
+    for net in result.get('nets', ()): echo(f'Net        {printable(net_words(net))}')
+    if unit=='photos' and not result.get('nets'): echo('Net        none: classical blocks alone')
     echo(f'Report     {result["report"]}')
     if notebook: echo(f'Notebook   {notebook}')
     echo(f'Bundle     {result["bundle"]}  ({result["digest"][:12]})\nServe it   amulet serve --model-dir '

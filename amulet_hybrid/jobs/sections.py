@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_ROWS', 'LEAST_PHOTOS', 'speed_profile', 'importance_sections', 'random_split_note', 'curve_section',
            'choice_sections', 'CascadeTest', 'cascade_sections', 'judged_labels', 'label_sections', 'undoubted_section',
-           'data_sections', 'settings_section', 'training_sections']
+           'data_sections', 'nets_section', 'settings_section', 'training_sections']
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #c6fd55a0
 import dataclasses
@@ -314,6 +314,18 @@ def data_sections(
         out.append(('Duplicates', 'Photos of one cluster are the same photo; a cluster is never parted.',
                     data.duplicates))
     return out
+
+# %% ../../nbs/85_jobs/18_sections.ipynb #bcb0cf45
+def nets_section(
+    nets:Sequence[Mapping[str,Any]] # As `HybridFeatureExtractor.nets` gives them
+) -> tuple[str,str,Any]:
+    "Which nets looked at the photos, and where they come from"
+    title = 'Which nets looked at the photos'
+    if not nets: return title, 'None: the photos were measured by classical blocks alone.', None
+    rows = [{'net': n['net'], 'weights from': n['source'], 'sha256': n['sha256'][:16],
+             'licence': n['licence'] or 'not known', 'blocks': len(n['blocks'])} for n in nets]
+    text = 'The weights that were used, and the licence under which they may be passed on with the bundle.'
+    return title, text, pd.DataFrame(rows)
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #7599553d
 def settings_section(

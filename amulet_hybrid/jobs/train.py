@@ -11,6 +11,7 @@ __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'CONFIG', 'RUN_FILES', 'NOT_
 import datetime
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -28,10 +29,11 @@ from ..evaluate.neighbours import nearest_training
 from ..evaluate.refusals import RefusalTest, judge_refusal
 from ..evaluate.report import Evaluation, EvaluationCase, evaluate
 from ..features.extractor import HybridFeatureExtractor
+from ..features.weights import net_words
 from .config import RunConfig
 from .prepare import RunData, hold_out, prepare_photos, split_table
 from .sections import curve_section, importance_sections, random_split_note, speed_profile
-from .sections import CascadeTest, cascade_sections, training_sections
+from .sections import CascadeTest, cascade_sections, nets_section, training_sections
 from .tracking import make_tracker, run_parameters, track_output
 from ..learn.out_of_fold import AugmentedRows, encode_blocks
 from ..learn.refusal import Refusal
@@ -70,6 +72,8 @@ def measure_photos(
     "Feature blocks of all usable photos, of their mirror images, and of augmented photos"
     extractor = HybridFeatureExtractor(config.features, cache_dir, config.training.jobs,
                                        cache_bytes=int(config.cache_gb*10**9) or None)
+    for about in extractor.nets(): log.info('looking: %s', net_words(about))
+    for _,note in extractor.notes: log.warning('%s', note)
     found = RunFeatures(extractor, extractor.extract_manifest(data.manifest, data.root))
     train = data.rows('train')
     if len(data.made):
@@ -133,6 +137,7 @@ def photo_case(
     if not quick: sections.append(curve_section(trainer, features.part(data.rows('train')), known, seed))
     sections += training_sections(config, data, trainer, list(features.blocks),
                                   lambda path: read_image(root/path, at_least=160))
+    sections.insert(-1, nets_section(features.extractor.nets()))
     served = CascadeTest.of(tiers, blocks, EvaluationCase.of_model(
         model, blocks, test, read_photo=lambda i: read_image(paths[i], at_least=160), timings=stages,
         milliseconds=costs[next(iter(models))], rivals={f'best single block ({single})': rival},
@@ -171,14 +176,15 @@ def run_result(
     evaluation:Evaluation, # On the held-out photos
     data:RunData, # Photos or rows
     gap:dict|None=None, # What random folds would have shown, as from `random_split_note`
-    refusal:Refusal=Refusal() # Where answers stop
+    refusal:Refusal=Refusal(), # Where answers stop
+    nets:Sequence[dict]=() # That looked at the photos, as `HybridFeatureExtractor.nets` gives them
 ) -> dict: # Plain values
     "Paths, digest, headline figures and warnings, as result.json holds them"
     paths = {'bundle': BUNDLE, 'report': REPORT, 'figures_file': FIGURES, 'manifest': 'manifest.csv'}
     metrics = evaluation.metrics
     return {**{k: str(output/name) for k,name in paths.items()}, 'digest': digest, 'test_photos': metrics.n,
             'test_groups': metrics.n_groups, 'figures': metrics.to_dict()['overall'], 'random_split': gap,
-            'left_out': len(data.unreadable), 'refusal': refusal.to_dict(),
+            'left_out': len(data.unreadable), 'refusal': refusal.to_dict(), 'nets': list(nets),
             'notes': [text for level,text in evaluation.notes if level=='warning']}
 
 # %% ../../nbs/85_jobs/20_train.ipynb #06bf6fef
@@ -330,7 +336,8 @@ class TrainingRun:
         try: self.check_bundle()
         except AmuletError: shutil.rmtree(self.output/BUNDLE); raise
         self.config.save(self.output/CONFIG)
-        self.result = run_result(self.output, digest, self.evaluation, self.data, self.gap, self.refusal)
+        self.result = run_result(self.output, digest, self.evaluation, self.data, self.gap, self.refusal,
+                                 self.features.extractor.nets())
         with atomic_write(self.output/RESULT) as part:
             part.write_text(json.dumps(self.result, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
         return self.result
