@@ -24,7 +24,7 @@ def _net(name, side, *pools):
 # The first two need packaged nets alone; `rich` does without the nets that are not there
 PRESETS:dict[str,tuple[str,...]] = {
     'fast': ('colour', 'hog', 'lbp', *_net('efficientnet_lite0', 224)),
-    'balanced': ('colour', 'hog', 'lbp', *_net('efficientnet_lite0', 288), *_net('efficientnet_lite2', 260)),
+    'balanced': ('colour', 'hog', 'lbp', *_net('efficientnet_lite0', 224), *_net('efficientnet_lite2', 260)),
     'rich': ('colour', 'moments', 'hog', 'lbp', *_net('efficientnet_lite0', 320), *_net('efficientnet_lite2', 260),
              *_net('mobilenet_v2', 320, '@tiles'), 'cnn:squeezenet1_1:side=320')}
 
