@@ -143,7 +143,7 @@ class NetFeatures(BaseFeatureExtractor):
     packages = ('onnxruntime',)
     neural = True
     file_setting = '' # Setting that names its ONNX file
-    pools = (*POOLS, 'meanmax') # That it knows
+    pools:tuple[str,...] = (*POOLS, 'meanmax') # That it knows
     side:Any # Of the photo, pixels; several: side by side; 0: the net's own
     mirror:bool # Mean of the photo and its mirror image
 
