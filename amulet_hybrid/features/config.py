@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..core import Config, ConfigError, FeatureError, setting
-from . import classical, cnn, keypoints # noqa: F401 (they register their blocks)
+from . import classical, cnn, keypoints, local_matching # noqa: F401 (they register their blocks)
 from .contract import EXTRACTORS, make_extractor
 from .preprocessing import Preprocessor, find_preprocessor
 
