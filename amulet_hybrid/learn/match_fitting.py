@@ -45,12 +45,14 @@ _WEIGHTS = np.arange(61)/20 # Log odds that an inlier may be worth
 def fit_worth(
     proba:np.ndarray, # (n, n_classes) out of fold
     inliers:np.ndarray, # (n, n_classes)
-    y:np.ndarray # (n,) class indices
+    y:np.ndarray, # (n,) class indices
+    groups:Any=None # (n,) photos of one group are one witness; None: each photo alone
 ) -> tuple[int,float]: # Inliers that count nothing, and the log odds of each further one
     "The worth of inliers that fits best"
+    witnesses = group_codes(groups, len(y)).max()+1
     def loss(start, weight):
         fitted = photo_losses(multiply_evidence(proba, inliers, start, weight), y)
-        return float(fitted.mean())+PULL*weight**2/len(y)
+        return float(fitted.mean())+PULL*weight**2/witnesses
     return min(((s, float(w)) for s in STARTS for w in _WEIGHTS), key=lambda p: loss(*p))
 
 # %% ../../nbs/30_learn/76_match_fitting.ipynb #6b6d61f0
@@ -58,14 +60,15 @@ def cross_worth(
     proba:np.ndarray, # (n times draws, n_classes) out of fold, one draw of the folds below the other
     inliers:np.ndarray, # (n, n_classes)
     y:np.ndarray, # (n,) class indices
-    fold:np.ndarray # (n,) fold of each photo
+    fold:np.ndarray, # (n,) fold of each photo
+    groups:Any=None # (n,) photos of one group are one witness; None: each photo alone
 ) -> np.ndarray: # The same shape
     "Probabilities times evidence whose worth was fitted on the other folds"
-    draws = proba.reshape(-1, *inliers.shape)
+    draws,codes = proba.reshape(-1, *inliers.shape),group_codes(groups, len(y))
     out,mean = np.empty_like(draws),draws.mean(0)
     for f in np.unique(fold):
         rest,here = fold!=f,fold==f
-        worth = fit_worth(mean[rest], inliers[rest], y[rest])
+        worth = fit_worth(mean[rest], inliers[rest], y[rest], codes[rest])
         for p,q in zip(draws, out): q[here] = multiply_evidence(p[here], inliers[here], *worth)
     return out.reshape(proba.shape)
 
@@ -80,10 +83,11 @@ class MatchingResult:
     def update(self,
         proba:np.ndarray, # (n times draws, n_classes) out of fold, one draw of the folds below the other
         y:np.ndarray, # (n,) class indices
-        fold:np.ndarray # (n,) fold of each photo
+        fold:np.ndarray, # (n,) fold of each photo
+        groups:Any=None # (n,) photos of one group are one witness; None: each photo alone
     ) -> np.ndarray: # The same shape
         "Probabilities times evidence whose worth was fitted on the other folds; as they are where matching is off"
-        return proba if self.evidence is None else cross_worth(proba, self.inliers, y, fold)
+        return proba if self.evidence is None else cross_worth(proba, self.inliers, y, fold, groups)
 
 # %% ../../nbs/30_learn/76_match_fitting.ipynb #e23c3bce
 def nearest_block(
@@ -119,11 +123,11 @@ def fit_matching(
     "Match the training photos with each other, and ask whether that helps"
     y = bank.y
     inliers = match_all(bank, known, X, proba, groups)
-    crossed = cross_worth(proba, inliers, y, fold)
+    crossed = cross_worth(proba, inliers, y, fold, groups)
     before,after = photo_losses(proba, y),photo_losses(crossed, y)
     more,error = group_difference(after-before, groups)
     words = _words(before.mean(), after.mean(), inliers, y, more, error)
-    start,weight = fit_worth(proba, inliers, y)
+    start,weight = fit_worth(proba, inliers, y, groups)
     if not weight or mode!='always' and more+1.96*error >= 0:
         return MatchingResult(None, inliers, [('info', f'Local matching is off: {words}.')])
     note = f'Local matching is on: {words}.'

@@ -39,7 +39,7 @@ def _match(trainer, rows, points):
                          trainer.config.matching)
     trainer.notes_,trainer.model_.matching = trainer.notes_+found.notes,found.evidence
     if found.evidence is None: return
-    trainer.cross_proba_,trainer.oof_proba_ = (found.update(p, trainer.y_, trainer.fold_)
+    trainer.cross_proba_,trainer.oof_proba_ = (found.update(p, trainer.y_, trainer.fold_, rows.groups)
                                                for p in (trainer.cross_proba_, trainer.oof_proba_))
     trainer.model_.conformal = fit_sets(trainer.cross_proba_[-len(rows.y):], rows.y, rows.groups, trainer.config)
 
