@@ -42,7 +42,9 @@ from amulet_hybrid.evaluate.metrics import evaluate_predictions
 from amulet_hybrid.features.config import FeatureConfig
 from amulet_hybrid.features.contract import BlockInfo
 from amulet_hybrid.features.extractor import HybridFeatureExtractor
-from amulet_hybrid.learn.config import TrainingConfig
+from amulet_hybrid.features.local_matching import POINTS
+from amulet_hybrid.learn.config import MATCHING, TrainingConfig
+from amulet_hybrid.learn.match_evidence import MatchRows
 from amulet_hybrid.learn.trainer import HybridTrainer
 
 
@@ -57,7 +59,7 @@ def write_digits(folder: Path, each: int = 30):
 
 
 def load(data: Path, name: str, weights: str, cache: Path, preset: str):
-    "Blocks of the photos and of their mirror images, labels and the given groups of one set"
+    "Blocks of the photos and of their mirror images, key points, labels and the given groups of one set"
     csv = data/f'{name}_groups.csv'
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
     manifest['given'] = manifest['group'].where(manifest['group'] != '', manifest['path'])
@@ -67,7 +69,8 @@ def load(data: Path, name: str, weights: str, cache: Path, preset: str):
     blocks = extractor.extract_manifest(table, root)
     mirrored = extractor.extract_mirrored(table, root, blocks)
     about = extractor.encoders(), extractor.block_info
-    return blocks, mirrored, about, table['label'].to_numpy(str), table['given'].to_numpy(str)
+    points = HybridFeatureExtractor(FeatureConfig(blocks=(POINTS,)), cache).extract_manifest(table, root)[POINTS]
+    return blocks, mirrored, points, about, table['label'].to_numpy(str), table['given'].to_numpy(str)
 
 
 def add_useless(blocks, mirrored, about, seed: int = 0):
@@ -86,7 +89,7 @@ def add_useless(blocks, mirrored, about, seed: int = 0):
     return {**blocks, **more(blocks)}, {**mirrored, **more(mirrored)}, (encoders, {**info, **known})
 
 
-def nested(blocks, mirrored, about, labels, groups, seed: int, quick: bool, jobs: int):
+def nested(blocks, mirrored, points, about, labels, groups, seed: int, config: TrainingConfig):
     "Out-of-fold probabilities of the ensemble and of the best single block, each chosen anew in every outer fold"
     classes, y = np.unique(labels, return_inverse=True)
     outer = (StratifiedGroupKFold if len(set(groups)) < len(groups) else StratifiedKFold)(5, shuffle=True,
@@ -95,11 +98,14 @@ def nested(blocks, mirrored, about, labels, groups, seed: int, quick: bool, jobs
     for train, test in outer.split(y, y, groups):
         held_out = {k: v[test] for k, v in blocks.items()}
         taught, turned = ({k: v[train] for k, v in some.items()} for some in (blocks, mirrored))
-        trainer = HybridTrainer(TrainingConfig(quick=quick, novelty=False, jobs=jobs)).fit(taught, labels[train],
-                groups[train], *about, mirrored=turned)
+        known = MatchRows(points[train], train.astype(str))
+        trainer = HybridTrainer(config).fit(taught, labels[train], groups[train], *about, mirrored=turned,
+                                            points=known)
+        held_out |= {POINTS: points[test]}
         ensemble[test], single[test] = (trainer.model_.predict_proba(held_out),
                                         trainer.single_model_.predict_proba(held_out))
         print('   ', 'mirror' if trainer.mirrored_ else '',
+              'matching' if trainer.model_.matching else '',
               ', '.join(f'{m.weight:.2f} {m.candidate}' for m in trainer.model_.members), flush=True)
     return classes.tolist(), y, {'amulet_hybrid': ensemble, 'amulet_hybrid, best single block': single}
 
@@ -126,6 +132,7 @@ def main():
     parser.add_argument('--quick', action='store_true')
     parser.add_argument('--preset', default='rich', help='feature blocks')
     parser.add_argument('--extra', choices=['none', 'noise'], default='none', help='useless blocks that are added')
+    parser.add_argument('--matching', default='auto', choices=MATCHING, help='of key points')
     parser.add_argument('--jobs', type=int, default=0)
     parser.add_argument('--cache', type=Path, default=Path('.cache'))
     parser.add_argument('--output', type=Path, default=Path(__file__).parent/'results'/'accuracy.csv')
@@ -136,13 +143,14 @@ def main():
         if name == 'digits':
             write_digits(Path(made.name)/name)
         data = Path(made.name) if name == 'digits' else args.data
-        blocks, mirrored, learned, labels, groups = load(data, name, args.weights, args.cache, args.preset)
+        blocks, mirrored, points, learned, labels, groups = load(data, name, args.weights, args.cache, args.preset)
         if args.extra == 'noise':
             blocks, mirrored, learned = add_useless(blocks, mirrored, learned)
         about = {'set': name, 'photos': len(labels), 'classes': len(set(labels)), 'groups': len(set(groups))}
         for seed in args.seeds:
             start = time.time()
-            classes, y, found = nested(blocks, mirrored, learned, labels, groups, seed, args.quick, args.jobs)
+            config = TrainingConfig(quick=args.quick, novelty=False, jobs=args.jobs, matching=args.matching)
+            classes, y, found = nested(blocks, mirrored, points, learned, labels, groups, seed, config)
             seconds = time.time()-start
             for method, proba in found.items():
                 judged = evaluate_predictions(y, proba, classes, groups)

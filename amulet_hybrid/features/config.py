@@ -12,7 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..core import Config, ConfigError, FeatureError, setting
-from . import classical, cnn, keypoints, user_net # noqa: F401 (they register their blocks)
+from . import classical, cnn, keypoints # noqa: F401 (they register their blocks)
+from . import local_matching, user_net # noqa: F401 (likewise)
 from .contract import EXTRACTORS, make_extractor
 from .preprocessing import Preprocessor, find_preprocessor
 

@@ -184,7 +184,8 @@ def _curve_section(bundle, training, seed):
 def _neighbours(bundle, test, training):
     "Nearest training photos, as `EvaluationCase` takes them"
     if not len(training) or len(test)*len(training) > MOST_PAIRS: return None
-    seen,known = (encode_blocks({b: rows.blocks[b] for b in bundle.model.blocks}, bundle.model.encoders)
+    model = bundle.model.without_matching()
+    seen,known = (encode_blocks({b: rows.blocks[b] for b in model.blocks}, model.encoders)
                   for rows in (test, training))
     return nearest_training(seen, known).lookup(training.table['label'].to_numpy(), training.table['path'].to_numpy())
 

@@ -41,9 +41,12 @@ def _ask(extractor, photo, model, times, least):
     "Let a model, or tiers one after the other until one is confident, answer a photo"
     if not isinstance(model, list):
         blocks = {k: v[None] for k,v in extractor.extract(photo, model.blocks, times).items()}
-        start = time.perf_counter()
-        model.predict_proba(blocks)
+        matching,start = getattr(model, 'matching', None),time.perf_counter()
+        proba = (model if matching is None else model.without_matching()).predict_proba(blocks)
         times['model'] = 1000*(time.perf_counter()-start)
+        if matching is None: return
+        matching.update(proba, blocks)
+        times['matching'] = 1000*(time.perf_counter()-start)-times['model']
         return
     known:dict[str,np.ndarray] = {}
     for tier in model:
@@ -104,6 +107,7 @@ def importance_sections(
     numbers:bool=True # Also those of one block; it costs `MOST_ROWS` predictions
 ) -> list[tuple[str,str,Any]]:
     "Blocks, and numbers of the most important block whose numbers have names"
+    model = model.without_matching() # what the blocks do for the vote
     seen = encode_blocks({b: blocks[b] for b in model.blocks}, model.encoders)
     bare = dataclasses.replace(model, encoders={})
     found = block_importance(bare.predict_proba, seen, y, groups)

@@ -65,6 +65,7 @@ class TableConfig(JobConfig, TableSource):
         "A table needs a column of labels, and has no mirror images"
         if not self.target: raise ConfigError('`target` must name the column of the labels')
         if self.training.mirror=='always': raise ConfigError('`mirror`: rows of a table have no mirror images')
+        if self.training.matching=='always': raise ConfigError('`matching`: rows of a table have no key points')
 
     def to_dict(self) -> dict: # Plain Python values only
         "Settings as a dict that JSON can hold, without the password of a URL"

@@ -12,6 +12,7 @@ import datetime
 import json
 import shutil
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -29,12 +30,15 @@ from ..evaluate.neighbours import nearest_training
 from ..evaluate.refusals import RefusalTest, judge_refusal
 from ..evaluate.report import Evaluation, EvaluationCase, evaluate
 from ..features.extractor import HybridFeatureExtractor
+from ..features.local_matching import POINTS, LocalPoints
 from ..features.weights import net_words
 from .config import RunConfig
 from .prepare import RunData, hold_out, prepare_photos, split_table
 from .sections import curve_section, importance_sections, random_split_note, speed_profile
 from .sections import CascadeTest, cascade_sections, nets_section, training_sections
 from .tracking import make_tracker, run_parameters, track_output
+from ..learn.match_evidence import MatchRows
+from ..learn.match_fitting import MOST_PHOTOS
 from ..learn.out_of_fold import AugmentedRows, encode_blocks
 from ..learn.refusal import Refusal
 from ..learn.trainer import HybridTrainer
@@ -52,6 +56,7 @@ class RunFeatures:
     blocks:dict[str,np.ndarray] # Name -> (n, n_features), in the order of the manifest
     mirrored:dict[str,np.ndarray]|None=None # The same of the mirror images of the training photos
     augmented:AugmentedRows|None=None # Of photos made of training photos
+    matched:bool=False # Among the blocks are key points for local matching
 
     def part(self,
         rows:np.ndarray # (n,) bool
@@ -59,9 +64,26 @@ class RunFeatures:
         "Blocks of some rows"
         return {name: X[rows] for name,X in self.blocks.items()}
 
+    def points(self,
+        blocks:dict[str,np.ndarray], # As from `part`
+        table:pd.DataFrame # The same rows of the manifest
+    ) -> MatchRows|None: # None where no key points were measured
+        "What local matching needs to know of photos"
+        if not self.matched: return None
+        return MatchRows(blocks[POINTS], table['path'].tolist(), table['sha256'].tolist())
+
     def table(self) -> pd.DataFrame: # Index block name
         "Numbers a photo of each block"
         return pd.DataFrame({'features': {name: X.shape[1] for name,X in self.blocks.items()}})
+
+# %% ../../nbs/85_jobs/20_train.ipynb #a8b30f01
+def _measure_points(features, data):
+    "Measure key points too; photos that are made or mirrored need none"
+    other = copy(features.extractor)
+    other.extractors = {POINTS: features.extractor.extractors.get(POINTS) or LocalPoints()}
+    features.blocks |= other.extract_manifest(data.manifest, data.root)
+    features.extractor.extractors |= other.extractors
+    features.matched = True
 
 # %% ../../nbs/85_jobs/20_train.ipynb #0a089f43
 def measure_photos(
@@ -82,6 +104,8 @@ def measure_photos(
                                         data.made['made_from'].map(row).to_numpy())
     if config.training.mirror!='never':
         found.mirrored = extractor.extract_mirrored(data.manifest[train], data.root, found.part(train))
+    if config.training.matching=='always' or config.training.matching=='auto' and train.sum() <= MOST_PHOTOS:
+        _measure_points(found, data)
     return found
 
 # %% ../../nbs/85_jobs/20_train.ipynb #62631ea1
@@ -94,9 +118,11 @@ def train_model(
     "Search, choose, calibrate and refit on the training photos"
     blocks,table,extractor = features.part(data.rows('train')),data.part('train'),features.extractor
     costs = extractor.block_info if data.root else None
+    points = features.points(blocks, table)
+    if points is not None and POINTS not in config.features.names: del blocks[POINTS]
     trainer = HybridTrainer(config.training, checkpoint_dir=checkpoint_dir)
     trainer.fit(blocks, table['label'].tolist(), table['group'].tolist(), extractor.encoders(), costs,
-                features.mirrored, features.augmented)
+                features.mirrored, features.augmented, points)
     if data.root is None: return trainer,None
     return trainer,fit_cascade(trainer, blocks, table['group'], extractor.extractors)
 
@@ -107,10 +133,17 @@ def nearest_photos(
     features:RunFeatures # Their blocks
 ) -> Any: # As `EvaluationCase.neighbours` takes it
     "Label and path of the training photos that are nearest to each test photo, by the blocks that the model uses"
-    model,known = trainer.model_,data.part('train')
+    model,known = trainer.model_.without_matching(),data.part('train')
     test,train = (encode_blocks({b: X for b,X in features.part(data.rows(part)).items() if b in model.blocks},
                                 model.encoders) for part in ('test', 'train'))
     return nearest_training(test, train).lookup(known['label'].to_numpy(), known['path'].to_numpy())
+
+# %% ../../nbs/85_jobs/20_train.ipynb #1e277c08
+def _matching_cost(stages):
+    "A note on what local matching takes, where it is on"
+    if 'matching' not in stages: return []
+    match,both = stages['matching'],stages['matching']+stages.get(POINTS, 0.)
+    return [('info', f'Local matching takes {both:.1f} ms a photo, {match:.1f} of them to match what was found.')]
 
 # %% ../../nbs/85_jobs/20_train.ipynb #23d7b207
 def photo_case(
@@ -142,7 +175,8 @@ def photo_case(
         model, blocks, test, read_photo=lambda i: read_image(paths[i], at_least=160), timings=stages,
         milliseconds=costs[next(iter(models))], rivals={f'best single block ({single})': rival},
         neighbours=nearest_photos(trainer, data, features),
-        read_neighbour=lambda path: read_image(root/path, at_least=100), notes=list(data.notes), sections=sections,
+        read_neighbour=lambda path: read_image(root/path, at_least=100),
+        notes=[*data.notes, *_matching_cost(stages)], sections=sections,
         title=f'{Path(config.data_dir).name}: held-out report', seed=seed), cascade.refusal.threshold)
     case = served.serve()
     case.sections = [*cascade_sections(served, cascade, costs), *sections]

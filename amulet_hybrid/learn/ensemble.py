@@ -8,7 +8,7 @@ __all__ = ['photo_losses', 'selection_loss', 'group_difference', 'select_ensembl
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #db530d03
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -184,25 +184,33 @@ class HybridModel:
     novelty:NoveltyDetector|None=None # Detects photos of no known class
     refusal:Refusal=Refusal() # Confidence below which nothing is named
     novelty_note:str='' # Why there is no `novelty`
+    matching:Any=None # `MatchEvidence` that multiplies the calibrated probabilities; None: off
 
     @property
     def blocks(self) -> list[str]:
         "Blocks that a prediction needs"
-        return list(dict.fromkeys(b for m in self.members for b in m.candidate.blocks))
+        matching = self.matching.blocks if self.matching is not None else ()
+        return list(dict.fromkeys([*(b for m in self.members for b in m.candidate.blocks), *matching]))
+
+    def without_matching(self) -> 'HybridModel':
+        "The vote alone"
+        return self if self.matching is None else replace(self, matching=None)
 
     def predict_proba(self,
         blocks:dict[str,np.ndarray] # Block name -> (n, n_features); more than needed is fine
     ) -> np.ndarray: # (n, n_classes), rows sum to 1
         "Calibrated probabilities"
-        blocks = encode_blocks({b: blocks[b] for b in self.blocks if b in blocks}, self.encoders)
-        joins = dict.fromkeys(m.candidate.blocks for m in self.members)
+        raw,joins = blocks,dict.fromkeys(m.candidate.blocks for m in self.members)
+        used = {b: raw[b] for join in joins for b in join if b in raw}
+        blocks = encode_blocks(used, self.encoders)
         Z = {join: self.scalers[join].transform(join_blocks(blocks, join)) for join in joins}
         def proba(m):
             logits = model_logits(m.model, Z[m.candidate.blocks], len(self.classes))
             return softmax(logits/m.temperature, axis=1)
         weights = {m.candidate: m.weight for m in self.members}
         pooled = pool_predictions({m.candidate: proba(m) for m in self.members}, weights, self.geometric)
-        return self.calibrator.predict_proba(log_proba(pooled))
+        voted = self.calibrator.predict_proba(log_proba(pooled))
+        return voted if self.matching is None else self.matching.update(voted, raw)
 
     def predict(self,
         blocks:dict[str,np.ndarray] # As for `predict_proba`

@@ -24,10 +24,24 @@ from .choice import choose_model
 from .config import QUICK_AXES, TrainingConfig
 from .ensemble import HybridModel, fit_ensemble, pool_predictions, selection_loss
 from .final_steps import Calibrated, calibrate_predictions, calibration_folds, find_detector
-from .final_steps import find_refusal, random_folds
+from .final_steps import find_refusal, fit_sets, random_folds
 from .fold_search import FoldSearch, RepeatedPredictions, draw_folds, fold_notes, predict_on_folds
 from .joins import CostModel, default_joins, describe_blocks, list_candidates
+from .match_evidence import MatchRows
+from .match_fitting import ask_matching
 from .out_of_fold import AugmentedRows, TrainingRows
+
+# %% ../../nbs/30_learn/80_trainer.ipynb #52193535
+def _match(trainer, rows, points):
+    "Local matching where it helps; what a trainer knows out of fold then includes it"
+    joins,trainer.cross_proba_ = [m.candidate.blocks for m in trainer.model_.members],trainer.calibrator_.cross_proba_
+    found = ask_matching(rows, points, joins, trainer.block_info_, trainer.oof_proba_, trainer.fold_,
+                         trainer.config.matching)
+    trainer.notes_,trainer.model_.matching = trainer.notes_+found.notes,found.evidence
+    if found.evidence is None: return
+    trainer.cross_proba_,trainer.oof_proba_ = (found.update(p, trainer.y_, trainer.fold_, rows.groups)
+                                               for p in (trainer.cross_proba_, trainer.oof_proba_))
+    trainer.model_.conformal = fit_sets(trainer.cross_proba_[-len(rows.y):], rows.y, rows.groups, trainer.config)
 
 # %% ../../nbs/30_learn/80_trainer.ipynb #0c01545a
 class HybridTrainer(BaseEstimator):
@@ -52,7 +66,8 @@ class HybridTrainer(BaseEstimator):
         # Block name -> kind and counted cost, as extractors give them; then the cheapest model that is not worse wins
         block_info:Mapping[str,BlockInfo]|None=None,
         mirrored:dict[str,np.ndarray]|None=None, # Blocks of the mirror images, as `extract_mirrored` gives them
-        made:AugmentedRows|None=None # Photos made of the training photos; training only, as mirror images are
+        made:AugmentedRows|None=None, # Photos made of the training photos; training only, as mirror images are
+        points:MatchRows|None=None # Key points of the photos: then local matching is tried, as `matching` says
     ):
         "Search, choose, calibrate, refit"
         config = self.config # seven tenths of the time are for the search, the rest for the final fit
@@ -79,7 +94,8 @@ class HybridTrainer(BaseEstimator):
         detector = find_detector(rows.only(self.model_.blocks), names, config, self.block_info_)
         self.notes_,self.novelty_aurocs_ = self.notes_+detector.notes,detector.aurocs
         self.model_.conformal,self.model_.novelty,self.model_.novelty_note = sets,detector.detector,detector.reason
-        self.model_.refusal = find_refusal(self.y_, self.calibrator_.cross_proba_, groups, config)
+        _match(self, rows, points)
+        self.model_.refusal = find_refusal(self.y_, self.cross_proba_, groups, config)
         return self
 
     def _search(self, rows, names, augmented, until):

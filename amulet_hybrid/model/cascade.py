@@ -345,7 +345,7 @@ def _tier_notes(bound, tiers, kept, proba, y, allowed):
 # %% ../../nbs/50_model/30_cascade.ipynb #ca5cade2
 def _cascade_refusal(trainer, tiers, groups):
     "Confidence below which none of the tiers names anything, chosen on photos that had no part in their calibration"
-    crossed = [*(t.model.calibrator.cross_proba_ for t in tiers), trainer.calibrator_.cross_proba_]
+    crossed = [*(t.model.calibrator.cross_proba_ for t in tiers), trainer.cross_proba_]
     thresholds = [t.threshold for t in tiers]
     if min(thresholds, default=NEVER) >= NEVER: served:Any = crossed[-1] # the ensemble answers all
     else: served = lambda least: cascade_predictions(crossed, thresholds, least)

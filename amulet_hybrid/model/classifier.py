@@ -111,7 +111,8 @@ class PredictionBuilder:
             coverage=coverage, novelty=novelty, route=costliest.route, timings=timings, model_version=self.version,
             note='' if costliest.confident and not reason else note, cached=cached,
             confidence_threshold=float(threshold),
-            novelty_note=self.novelty_note or ('' if novelty is not None else blind))
+            novelty_note=self.novelty_note or ('' if novelty is not None else blind),
+            match=max((a.match for a in answers if a.match), key=lambda m: m['inliers'], default=None))
 
     def _too_low(self, confidence, threshold, own):
         "Why there is no label, and whose threshold it is"

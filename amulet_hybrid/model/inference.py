@@ -7,7 +7,7 @@ __all__ = ['TIERS', 'THRESHOLDS', 'fold_head', 'EnsembleMember', 'ServedModel', 
 
 # %% ../../nbs/50_model/20_inference.ipynb #cd81083e
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from ..core import BundleError
 from ..features.contract import join_blocks
 from ..learn.calibration import log_proba, scaler_from_arrays
 from ..learn.conformal import ConformalPredictor
+from ..learn.match_evidence import MatchEvidence
 from ..learn.ood_selection import NoveltyDetector
 from ..learn.refusal import Refusal
-from .checks import check_calibrator, check_conformal, check_head, check_numbers, check_projection
+from .checks import check_calibrator, check_conformal, check_head, check_matching
+from .checks import check_numbers, check_projection
 from .export import ClassifierHead, convert_model
 
 # %% ../../nbs/50_model/20_inference.ipynb #a7511970
@@ -94,17 +96,30 @@ class ServedModel:
     geometric:bool=False # Weights are exponents of a geometric mean
     refusal:Refusal=Refusal() # Confidence below which nothing is named
     novelty_note:str='' # Why there is no `novelty`
+    matching:MatchEvidence|None=None # Multiplies the vote; None: off
 
     @property
     def blocks(self) -> list[str]:
-        "Blocks that an answer needs, those of the novelty detector among them"
+        "Blocks that an answer needs, those of novelty detector and matching among them"
         novelty = self.novelty.blocks if self.novelty is not None else []
-        return list(dict.fromkeys([b for m in self.members for b in m.blocks]+novelty))
+        matching = self.matching.blocks if self.matching is not None else ()
+        return list(dict.fromkeys([*(b for m in self.members for b in m.blocks), *novelty, *matching]))
+
+    def without_matching(self) -> 'ServedModel':
+        "The vote alone"
+        return self if self.matching is None else replace(self, matching=None)
 
     def predict_proba(self,
         blocks:Mapping[str,np.ndarray] # Block name -> (n, n_features); more than needed is fine
     ) -> np.ndarray: # (n, n_classes), rows sum to 1
-        "Calibrated probabilities"
+        "Calibrated probabilities, times what matched photos are worth"
+        voted = self.vote(blocks)
+        return voted if self.matching is None else self.matching.update(voted, blocks)
+
+    def vote(self,
+        blocks:Mapping[str,np.ndarray] # As for `predict_proba`
+    ) -> np.ndarray: # (n, n_classes), rows sum to 1
+        "Calibrated probabilities of the members"
         used = dict.fromkeys(b for m in self.members for b in m.blocks)
         encoded = {b: self.encoders[b].transform(blocks[b]) if b in self.encoders else blocks[b]
                    for b in used if b in blocks}
@@ -144,7 +159,7 @@ class ServedModel:
             if projection is not None: projections[join] = projection
         return cls(list(model.classes), [members[id(m)] for m in model.members], projections, model.calibrator,
                    dict(model.encoders), model.conformal, model.novelty, model.geometric, model.refusal,
-                   model.novelty_note)
+                   model.novelty_note, model.matching)
 
     def to_dict(self) -> dict: # What JSON can hold
         "All that is no array"
@@ -175,11 +190,11 @@ def _model_dict(model):
     said = {'refusal': model.refusal.to_dict()} if model.refusal.method else {}
     if model.novelty_note: said['novelty_note'] = model.novelty_note
     return {'voices': members, 'geometric': model.geometric, 'projections': [list(join) for join in model.projections],
-            'parts': [k for k in ('conformal', 'novelty') if getattr(model, k) is not None], **said}
+            'parts': [k for k in ('conformal', 'novelty', 'matching') if getattr(model, k) is not None], **said}
 
 # %% ../../nbs/50_model/20_inference.ipynb #dcbfb4b3
 def _model_arrays(model):
-    learned = {'calibrator': model.calibrator, 'conformal': model.conformal, 'novelty': model.novelty}
+    learned = {'calibrator': model.calibrator, **{k: getattr(model, k) for k in ('conformal', 'novelty', 'matching')}}
     return {**_prefixed('voice', {str(i): m.head.to_arrays() for i,m in enumerate(model.members)}),
             **_prefixed('encoder', {b: e.to_arrays() for b,e in model.encoders.items()}),
             **_prefixed('projection', {str(i): {k: np.asarray(x) for k,x in vars(p).items()}
@@ -217,12 +232,13 @@ def _load_model(cls, about, arrays, classes, extractors):
     check_calibrator(parts['calibrator'], len(classes))
     if 'conformal' in about['parts']: check_conformal(_part_arrays(arrays, 'conformal'), len(classes))
     if 'novelty' in about['parts']: check_numbers(_part_arrays(arrays, 'novelty'))
+    if 'matching' in about['parts']: check_matching(_part_arrays(arrays, 'matching'), len(classes))
     encoders = {b: extractors[b].encoder().from_arrays(a) for b,a in _unprefixed(arrays, 'encoder').items()}
     def part(name, build): return build(_part_arrays(arrays, name)) if name in about['parts'] else None
     return cls(list(classes), members, projections, scaler_from_arrays(parts['calibrator']), encoders,
                part('conformal', ConformalPredictor.from_arrays), part('novelty', NoveltyDetector.from_arrays),
                bool(about['geometric']), Refusal.from_dict(about.get('refusal', {})),
-               str(about.get('novelty_note', ''))[:_LONGEST])
+               str(about.get('novelty_note', ''))[:_LONGEST], part('matching', MatchEvidence.from_arrays))
 
 # %% ../../nbs/50_model/20_inference.ipynb #073590a2
 TIERS = ('rules', 'neural', 'ensemble') # From cheap to dear
@@ -249,8 +265,10 @@ class Tier:
         auroc = None
         if novelty is not None and novelty.table is not None:
             auroc = float(novelty.table.loc[[novelty.candidate.name]].to_numpy().mean())
+        matching = self.model.matching
         return {**self.to_dict(), 'coverage': conformal and float(conformal.coverage),
-                'false_alarm_rate': novelty and float(novelty.rate), 'novelty_auroc': auroc}
+                'false_alarm_rate': novelty and float(novelty.rate), 'novelty_auroc': auroc,
+                **({'matching': matching.note} if matching is not None else {})}
 
 # %% ../../nbs/50_model/20_inference.ipynb #959811e8
 @dataclass

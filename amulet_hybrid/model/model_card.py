@@ -84,7 +84,8 @@ def _decision_part(tiers, table, notes):
     members = [[t['name'], m['title'], ' + '.join(m['blocks']), f'{m["weight"]:.2f}'] for t in tiers
                for m in t['voices']]
     body:list[Any] = [Table(['tier', 'model', 'looks at', 'weight'], members)]
-    why = [list(notes)] if notes else []
+    matched = [t['matching'] for t in tiers if t.get('matching')]
+    why = [[*notes, *matched]] if notes or matched else []
     if len(tiers)==1: return Part('How it decides', body+why)
     def threshold(t): return f'{t["threshold"]:.3f}' if t['threshold'] <= 1 else 'only as a fallback'
     def share(t): return f'{table.get(t["name"], {}).get("share", 0):.0%}'

@@ -32,6 +32,9 @@ class Prediction:
     cached:bool = field(default=False, compare=False) # It was known, or found by another request at the same moment
     confidence_threshold:float=0. # Below it there is no label
     novelty_note:str='' # Why `novelty` is None, or how little is known of it
+    # Training photo on which the same piece or mould is seen: 'label', 'photo', 'digest', 'inliers' and 'points' (right
+    # and down in this photo, then in that one, 0..1); None where none is, or the model does not match
+    match:dict|None=None
 
     def to_dict(self) -> dict: # `success`, then the fields by name
         "All of it as plain values that JSON can hold"

@@ -120,6 +120,7 @@ class TierAnswer:
     proba:list[float] # Calibrated probability of each class
     novelty_score:float|None # Of its detector, higher is more novel; None where it has none
     confident:bool=True # It answers for itself, no further tier is needed
+    match:dict|None=None # Training photo with which most key points agree, as `MatchEvidence.describe` gives it
 
     def to_bytes(self) -> bytes: # JSON
         "For a cache"
@@ -137,7 +138,8 @@ class TierAnswer:
             answer = cls(**parse_json(data))
             proba,score = np.asarray(answer.proba, float),answer.novelty_score
             fine = (proba.shape==(n_classes,) and np.isfinite(proba).all() and abs(proba.sum()-1) < 1e-6
-                    and answer.route in routes and (score is None or math.isfinite(score)))
+                    and answer.route in routes and (score is None or math.isfinite(score))
+                    and (answer.match is None or isinstance(answer.match, dict)))
             return answer if fine else None
         except (BundleError, TypeError, ValueError): return None
 
@@ -158,12 +160,20 @@ def ask_tier(
 ) -> TierAnswer:
     "What one tier says"
     novelty = tier.model.novelty
+    matching = getattr(tier.model, 'matching', None)
     with one_blas_thread():
-        with _timed(timings, 'model'): proba = tier.model.predict_proba(blocks)[0]
+        if matching is None:
+            with _timed(timings, 'model'): proba,match = tier.model.predict_proba(blocks)[0],None
+        else:
+            with _timed(timings, 'model'): voted = tier.model.without_matching().predict_proba(blocks)
+            with _timed(timings, 'matching'):
+                found = matching.find(voted[0], blocks)
+                proba,match = matching.multiply(voted, [found])[0],matching.describe(found, tier.model.classes)
         with _timed(timings, 'novelty'): score = float(novelty.score(dict(blocks))[0]) if novelty is not None else None
     if not np.isfinite(proba).all(): raise FeatureError('the model gave no probabilities', code='bad_features')
     familiar = novelty is None or score is None or score <= novelty.threshold_
-    return TierAnswer(tier.name, proba.tolist(), score, bool(proba.max() >= max(tier.threshold, least) and familiar))
+    confident = bool(proba.max() >= max(tier.threshold, least) and familiar)
+    return TierAnswer(tier.name, proba.tolist(), score, confident, match)
 
 # %% ../../nbs/50_model/78_tier_engine.ipynb #155b6ee9
 class TierEngine:

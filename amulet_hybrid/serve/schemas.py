@@ -204,13 +204,17 @@ class PredictResponse(BaseModel):
     recorded:bool = Field(description='Whether it was written down; false where that is switched off or failed')
     confidence_threshold:float = Field(default=0., description='Confidence below which this answer would have no label')
     novelty_note:str = Field(default='', description='Why `novelty` is null, or how little is known of it; else empty')
+    match:dict[str,str|int]|None = Field(
+        default=None, description='Training photo that shows the same piece or mould, where one was found by its key '
+                                  'points: label, digest (sha256, 12 digits) and inliers')
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #798bb869
 def prediction_fields(
     prediction:Prediction # Of the classifier
 ) -> dict[str,Any]: # JSON values
     "Fields of a prediction under their HTTP names"
-    found = {HTTP_NAMES.get(k, k): v for k,v in vars(prediction).items()}
+    found = {HTTP_NAMES.get(k, k): v for k,v in vars(prediction).items() if k!='match'}
+    if prediction.match: found['match'] = {k: prediction.match[k] for k in ('label', 'digest', 'inliers')}
     return {**found, 'probabilities': dict(prediction.probabilities), 'prediction_set': list(prediction.prediction_set),
             'timings_ms': {k: round(v, 3) for k,v in prediction.timings.items()}}
 
