@@ -80,19 +80,22 @@ class Projection:
     scale:np.ndarray # (n_columns,)
     components:np.ndarray # (n_axes, n_columns); its precision is the one that is computed in
     power:float=1. # Signed power of every number before all else, in (0, 1]; 1: none
+    low:np.ndarray|None=None # (n_columns,) less is taken for this much, after the power; None: no limit
+    high:np.ndarray|None=None # (n_columns,) more is taken for this much
 
     def transform(self,
         X:np.ndarray # (n, n_columns)
     ) -> np.ndarray: # (n, n_axes) float64
         "Coordinates along the axes"
         X = signed_power(np.asarray(X, float), self.power)
+        if self.low is not None: X = np.clip(X, self.low, self.high)
         return (((X-self.mean)*self.scale).astype(self.components.dtype)@self.components.T).astype(float)
 
     def astype(self,
         dtype:Any # `float` or `np.float32`
     ) -> 'Projection':
         "The same with its axes in another precision"
-        return Projection(self.mean, self.scale, self.components.astype(dtype), self.power)
+        return Projection(self.mean, self.scale, self.components.astype(dtype), self.power, self.low, self.high)
 
     @classmethod
     def fit(cls,
@@ -108,9 +111,11 @@ class Projection:
         "Learn centre, scale and axes, in the precision of `X`"
         X = signed_power(np.asarray(X), power)
         mean = X.mean(0, dtype=float).astype(X.dtype)
-        scale = column_scale(X.std(0, dtype=float), weight, floor).astype(X.dtype)
+        std = X.std(0, dtype=float)
+        scale = column_scale(std, weight, floor).astype(X.dtype)
         axes,_ = principal_axes((X-mean)*scale, variance, most, solver, seed)
-        return cls(mean, scale, axes.T, power)
+        reach = (std*np.sqrt(len(X))).astype(X.dtype) # no row of n is farther from the mean of n rows
+        return cls(mean, scale, axes.T, power, mean-reach, mean+reach)
 
 # %% ../../nbs/05_base/50_projection.ipynb #91ccef8a
 def unit_rows(

@@ -51,6 +51,10 @@ def _bind(arrays, shapes, known) -> dict[str,int]: # Letter -> number
     return known
 
 # %% ../../nbs/50_model/15_checks.ipynb #a02ebfe0
+def _limits(arrays):
+    "Shapes of the limits of columns, where there are some: bundles made before them have none"
+    return {'low': 'w', 'high': 'w'} if 'low' in arrays or 'high' in arrays else {}
+
 _DEEPEST = 1000 # Levels of a tree; those of a grown forest have some dozens
 
 def _check_trees(a, known):
@@ -115,7 +119,7 @@ def check_head(
         _refuse(f'its classes are none of the {n_classes}')
     check_numbers(arrays, ('cut',))
     known = {'k': len(classes)} | ({} if width is None else {'w': width})
-    _bind(arrays, _SHAPES.get(kind, {}), known)
+    _bind(arrays, _SHAPES.get(kind, {}) | (_limits(arrays) if kind=='linear' else {}), known)
     if kind in ('forest', 'boosting'): _check_trees(arrays, {'w': 2**31, **known})
     if kind=='support_vectors': _check_support_vectors(arrays, known)
     if kind=='neighbours': _check_neighbours(arrays, known)
@@ -135,7 +139,8 @@ def check_projection(
 ) -> tuple[int,int]: # Columns, and axes
     "Refuse axes that do not fit their columns"
     check_numbers(arrays)
-    known = _bind(arrays, {'mean': 'w', 'scale': 'w', 'components': 'a w'}, {} if width is None else {'w': width})
+    known = _bind(arrays, {'mean': 'w', 'scale': 'w', 'components': 'a w', **_limits(arrays)},
+                  {} if width is None else {'w': width})
     _number(arrays, 'power', 1e-6, 1)
     return known['w'],known['a']
 

@@ -21,7 +21,9 @@ from ..learn.calibration import log_proba
 # %% ../../nbs/50_model/10_export.ipynb #2b2a253a
 def _two_columns(raw): return np.hstack([-raw, raw])/2 if raw.shape[1]==1 else raw
 
-def _linear_logits(a, Z): return _two_columns(Z@a['weight'].T+a['bias'])
+def _linear_logits(a, Z):
+    if 'low' in a: Z = np.clip(Z, a['low'], a['high']) # of columns as they are
+    return _two_columns(Z@a['weight'].T+a['bias'])
 
 # %% ../../nbs/50_model/10_export.ipynb #3f859cae
 def _kernel(a, Z):

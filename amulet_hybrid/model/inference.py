@@ -32,8 +32,9 @@ def fold_head(
 ) -> ClassifierHead: # A linear one, on the columns themselves
     "Scaling, turning and deciding as one step"
     turned = (head.arrays['weight']@projection.components)*projection.scale
+    limits = {} if projection.low is None else {'low': projection.low, 'high': projection.high}
     return ClassifierHead('linear', head.classes,
-                          {'weight': turned, 'bias': head.arrays['bias']-turned@projection.mean})
+                          {'weight': turned, 'bias': head.arrays['bias']-turned@projection.mean, **limits})
 
 # %% ../../nbs/50_model/20_inference.ipynb #16ce8b76
 @dataclass
@@ -197,7 +198,7 @@ def _model_arrays(model):
     learned = {'calibrator': model.calibrator, **{k: getattr(model, k) for k in ('conformal', 'novelty', 'matching')}}
     return {**_prefixed('voice', {str(i): m.head.to_arrays() for i,m in enumerate(model.members)}),
             **_prefixed('encoder', {b: e.to_arrays() for b,e in model.encoders.items()}),
-            **_prefixed('projection', {str(i): {k: np.asarray(x) for k,x in vars(p).items()}
+            **_prefixed('projection', {str(i): {k: np.asarray(x) for k,x in vars(p).items() if x is not None}
                                        for i,p in enumerate(model.projections.values())}),
             **_prefixed('part', {k: v.to_arrays() for k,v in learned.items() if v is not None})}
 
