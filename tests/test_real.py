@@ -27,7 +27,7 @@ def test_amulets_with_weights(tmp_path):
     run = TrainingRun(data('amulet6'), output_dir=str(tmp_path), weights=str(weights), quick=True)
     result = run.run()
     assert result['figures']['balanced_accuracy']['value'] > .75
-    assert run.trainer.candidates_['blocks'].str.contains('cnn:mobilenet_v2').any()
+    assert run.trainer.candidates_['blocks'].str.contains('cnn:efficientnet_lite2').any()
 
 def test_a_split_that_leaks_is_not_used(tmp_path):
     "Augmented first and split afterwards: nearly every test source is in training too"

@@ -73,11 +73,18 @@ def _timm_backbone(name):
                     known['std'], known['input_size'][-1], bool(known.get('fixed_input_size')))
 
 # %% ../../nbs/20_features/57_backbone_export.ipynb #1c8c2828
-def backbone_extra(name):
+def backbone_extra(
+    name:str # One of `BACKBONES`, or 'timm/NAME'
+) -> str: # For `require`
     "Extra of ours that brings what a backbone needs"
     return 'timm' if name.startswith('timm/') else 'cnn'
 
-def make_backbone(name, weights, layer='', seed=0):
+def make_backbone(
+    name:str, # One of `BACKBONES`, or 'timm/NAME'
+    weights:str|Path|None, # File of a state dict; None: random weights
+    layer:str='', # Dotted name of the submodule whose map is the final one; '': the last feature map
+    seed:int=0 # Of random weights
+) -> Backbone:
     "A backbone with its weights, random ones for None, whose final map is that of `layer`"
     torch = require('torch', backbone_extra(name))
     with torch.random.fork_rng(devices=[]):
@@ -119,7 +126,14 @@ def _channels_first(
     return (maps.transpose(1, 2) if axes==(1,) else maps)[:,:,:,None]
 
 # %% ../../nbs/20_features/57_backbone_export.ipynb #90fc4f9f
-def make_embedder(backbone, weights, layer='', half=False, gem_power=3., seed=0) -> Any:
+def make_embedder(
+    backbone:str, # One of `BACKBONES`, or 'timm/NAME'
+    weights:str|Path|None, # File of a state dict; None: random weights
+    layer:str='', # As for `make_backbone`
+    half:bool=False, # Half precision
+    gem_power:float=3., # Exponent of the generalised mean
+    seed:int=0 # Of random weights
+) -> Any:
     "Torch module: (n, side, side, 3) uint8 -> (n, features) float32 for each of `POOLS`; `side` and `fixed` of the net"
     torch = require('torch', backbone_extra(backbone))
     found = make_backbone(backbone, weights, layer, seed)
@@ -165,7 +179,11 @@ def _strip(model):
         del part.metadata_props[:]
 
 # %% ../../nbs/20_features/57_backbone_export.ipynb #8035bff8
-def net_session(data, where=None, threads=1):
+def net_session(
+    data:bytes, # An ONNX file
+    where:str|Path|None=None, # Its path, for messages
+    threads:int=1 # Of one pass on a CPU
+) -> Any: # Session of onnxruntime
     "What runs an ONNX file, on a GPU if there is one"
     import onnxruntime as ort
     providers:list[Any] = ['CPUExecutionProvider']

@@ -22,15 +22,12 @@ def _net(name, side, *pools):
     "Blocks of one pass: what is on the photo, how channels move together, and more"
     return tuple(f'cnn:{name}{pool}:side={side}' for pool in ('', '@second', *pools))
 
-_MIRRORED = tuple(f'cnn:{net}:side={side}:mirror=true' for net,side in (
-    ('mobilenet_v2', 320), ('mobilenet_v2@max', 320), ('mobilenet_v2@texture', 320), ('mobilenet_v2', 224),
-    ('mobilenet_v2', 448), ('squeezenet1_1', 320)))
-
-# The first two need packaged nets alone
+# The first two need packaged nets alone; `rich` does without those of torchvision where their weights are not to be had
 PRESETS:dict[str,tuple[str,...]] = {
     'fast': ('colour', 'hog', 'lbp', *_net('efficientnet_lite0', 224)),
     'balanced': ('colour', 'hog', 'lbp', *_net('efficientnet_lite0', 224), *_net('efficientnet_lite2', 260)),
-    'rich': ('colour', 'moments', 'hog', 'gradient', 'lbp', 'gabor', *_MIRRORED)}
+    'rich': ('colour', 'moments', 'hog', 'lbp', *_net('efficientnet_lite0', 320), *_net('efficientnet_lite2', 260),
+             *_net('mobilenet_v2', 320, '@tiles'), 'cnn:squeezenet1_1:side=320')}
 
 # %% ../../nbs/20_features/78_config.ipynb #15f9e6c4
 def _switch(what):

@@ -19,7 +19,11 @@ from .backbone_export import POOLS, count_multiplications, make_embedder, net_se
 from .contract import BaseFeatureExtractor, Photo
 
 # %% ../../nbs/20_features/58_nets.ipynb #0d7c64a2
-def with_meanmax(rows): return rows | {'meanmax': np.concatenate([rows['mean'], rows['max']], axis=1)}
+def with_meanmax(
+    rows:dict[str,np.ndarray] # Pooling -> (n, channels)
+) -> dict[str,np.ndarray]: # With 'meanmax', (n, 2*channels)
+    "The same with mean and maximum side by side"
+    return rows | {'meanmax': np.concatenate([rows['mean'], rows['max']], axis=1)}
 
 # %% ../../nbs/20_features/58_nets.ipynb #41a914fa
 class OnnxNet:
@@ -31,10 +35,17 @@ class OnnxNet:
         self.batch = 32 if self.gpu else 1
         self._counted:dict[int,int] = {}
 
-    def feed(self, photos): # (n, side, side, 3) uint8 -> input name: array
+    def feed(self,
+        photos:np.ndarray # (n, side, side, 3) uint8
+    ) -> dict[str,np.ndarray]: # Input name -> array
+        "What the net is given"
         raise NotImplementedError
 
-    def multiplications(self, side, read): # Of one photo at this size; `read` gives the file once more
+    def multiplications(self,
+        side:int, # Height and width of a photo, pixels
+        read:Callable[[],bytes] # Gives the file once more
+    ) -> int:
+        "Of one photo"
         if side not in self._counted:
             photo = np.zeros((1,side,side,3), np.uint8)
             self._counted[side] = count_multiplications(read(), self.feed(photo))
@@ -54,9 +65,16 @@ class ExportedNet(OnnxNet):
         self.fixed = side if isinstance(side, int) else 0
         self.side = int(self.session.get_modelmeta().custom_metadata_map.get('side', 320))
 
-    def feed(self, photos): return {'photos': photos}
+    def feed(self,
+        photos:np.ndarray # (n, side, side, 3) uint8
+    ) -> dict[str,np.ndarray]: # Input name -> array
+        "What the net is given"
+        return {'photos': photos}
 
-    def run(self, photos): # (n, side, side, 3) uint8 -> pooling: (n, features)
+    def run(self,
+        photos:np.ndarray # (n, side, side, 3) uint8
+    ) -> dict[str,np.ndarray]: # Pooling -> (n, n_features)
+        "One pass"
         return with_meanmax(dict(zip(self.names, self.session.run(None, self.feed(photos)))))
 
 # %% ../../nbs/20_features/58_nets.ipynb #e7beb942
@@ -71,13 +89,20 @@ class TorchNet:
         self.side = self.net.side
         self.fixed = self.net.side if self.net.fixed else 0
 
-    def multiplications(self, side, read): # Of one photo at this size, as torch counts them
+    def multiplications(self,
+        side:int, # Height and width of a photo, pixels
+        read:Any=None # Not needed: torch has the net
+    ) -> int:
+        "Of one photo, as torch counts them"
         counter = require('torch.utils.flop_counter', 'cnn').FlopCounterMode(display=False)
         attention = require('torch.nn.attention', 'cnn') # fused attention is not counted
         with counter, attention.sdpa_kernel(attention.SDPBackend.MATH): self.run(np.zeros((1,side,side,3), np.uint8))
         return counter.get_total_flops()//2
 
-    def run(self, photos): # (n, side, side, 3) uint8 -> pooling: (n, features)
+    def run(self,
+        photos:np.ndarray # (n, side, side, 3) uint8
+    ) -> dict[str,np.ndarray]: # Pooling -> (n, n_features)
+        "One pass"
         with self.lock, self.torch.inference_mode(), self.torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             rows = self.net(self.torch.from_numpy(photos).to(self.net.pixel_mean.device))
             return with_meanmax({pool: row.cpu().numpy() for pool,row in zip(POOLS, rows)})
