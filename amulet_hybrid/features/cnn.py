@@ -29,6 +29,13 @@ def _exported_file(net, weights, layer, half, gem_power, cache_dir):
         export_backbone(net, weights, path, layer, half, gem_power)
     return path
 
+# %% ../../nbs/20_features/60_cnn.ipynb #checkengine
+def _check_engine(engine, onnx):
+    "Refuse what cannot run the net"
+    if engine not in ('onnx', 'torch') or (engine=='torch' and onnx is not None):
+        raise FeatureError(f'engine={engine!r} cannot run this net', code='bad_setting',
+                           advice="Known: 'onnx', and 'torch' where no ONNX file is given")
+
 # %% ../../nbs/20_features/60_cnn.ipynb #b48d598e
 class CNNFeatures(NetFeatures):
     "What a backbone says at one of its layers"
@@ -93,9 +100,7 @@ class CNNFeatures(NetFeatures):
         return self._path
 
     def _key(self):
-        if self.engine not in ('onnx', 'torch') or (self.engine=='torch' and self.onnx is not None):
-            raise FeatureError(f'engine={self.engine!r} cannot run this net', code='bad_setting',
-                               advice="Known: 'onnx', and 'torch' where no ONNX file is given")
+        _check_engine(self.engine, self.onnx)
         if self.engine=='onnx': return ExportedNet,self._file.find(str(self.onnx_path())),self.threads
         path = self._weights()
         digest = 'random' if path is None else self._file.find(str(path))
@@ -134,4 +139,5 @@ class CNNFeatures(NetFeatures):
         "Depends on the net, not on the place where its file lies"
         return json_digest([self.name, self.version, str(self.side), self.mirror, self._pool(), *self._pass()])[:16]
 
+# %% ../../nbs/20_features/60_cnn.ipynb #registercnn
 EXTRACTORS['cnn'] = CNNFeatures

@@ -298,6 +298,14 @@ class FinishedRun:
                         for name,path in (('report', self.report), ('bundle', self.bundle)))
         return f'{self.evaluation._repr_html_()}<ul>{paths}</ul>'
 
+# %% ../../nbs/85_jobs/20_train.ipynb #judgestored
+def _judge_stored(served, refusal, case) -> RefusalTest|None: # None where every photo is named
+    "What the stored threshold comes to on what was held out"
+    if served is not None: return served.judge(refusal)
+    if not refusal.method: return None
+    novel = None if case.novelty is None else np.asarray(case.novelty.known) > case.novelty.threshold
+    return judge_refusal(refusal, case.y_true, case.proba, case.groups, novel, case.n_boot, case.seed)
+
 # %% ../../nbs/85_jobs/20_train.ipynb #5953baca
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
@@ -349,19 +357,10 @@ class TrainingRun:
         case = self.case()
         self.gap,note = random_split_note(self.trainer, self.data.part('train')['group'].to_numpy())
         case.notes[:0] = [note] if note else []
-        case.refused = self.judge_refusal(case)
+        case.refused = _judge_stored(self.served, self.refusal, case)
         self.evaluation = evaluate(case)
         self.evaluation.save(self.output)
         return self.evaluation
-
-    def judge_refusal(self,
-        case:EvaluationCase # As from `case`
-    ) -> RefusalTest|None: # None where every photo is named
-        "What the stored threshold comes to on what was held out"
-        if self.served is not None: return self.served.judge(self.refusal)
-        if not self.refusal.method: return None
-        novel = None if case.novelty is None else np.asarray(case.novelty.known) > case.novelty.threshold
-        return judge_refusal(self.refusal, case.y_true, case.proba, case.groups, novel, case.n_boot, case.seed)
 
     def save(self) -> dict: # Paths and headline figures, see `run_result`
         "Write the bundle, prove that it answers as the trained model does, and sum up"

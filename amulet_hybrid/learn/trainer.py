@@ -43,6 +43,22 @@ def _match(trainer, rows, points):
                                                for p in (trainer.cross_proba_, trainer.oof_proba_))
     trainer.model_.conformal = fit_sets(trainer.cross_proba_[-len(rows.y):], rows.y, rows.groups, trainer.config)
 
+# %% ../../nbs/30_learn/80_trainer.ipynb #searchcell1
+def _search(trainer, rows, names, augmented, until):
+    "Out-of-fold predictions of all candidates, and what becomes known by them"
+    config = trainer.config
+    joins = trainer.joins or default_joins(list(rows.blocks), config.quick, trainer.block_info_)
+    search = FoldSearch(rows, draw_folds(names, rows.groups, config), config, until, trainer.checkpoint_dir)
+    logits = search.run(list_candidates(config.models, joins, config.quick), *augmented)
+    found = RepeatedPredictions.of(logits, rows, search.folds)
+    trainer.fold_,trainer.augmented_,trainer.mirrored_ = search.folds[0],search.rows.augmented,search.mirrored
+    trainer.notes_,trainer.dropped_ = fold_notes(names, rows.groups, trainer.fold_)+search.notes,search.dropped
+    trainer.repeated_oof_,trainer.temperatures_ = found.proba,found.temperatures
+    trainer.oof_ = {c: p[:len(names)] for c,p in found.proba.items()} # on the first draw of the folds
+    trainer.candidates_ = rank_candidates(found.proba, found.y)
+    trainer.best_single_ = min(trainer.oof_, key=lambda c: (len(c.blocks), selection_loss(found.proba[c], found.y)))
+    return found
+
 # %% ../../nbs/30_learn/80_trainer.ipynb #0c01545a
 class HybridTrainer(BaseEstimator):
     "Search blocks x classifiers out of fold, choose, calibrate, detect novelty, fit on all photos"
@@ -79,7 +95,7 @@ class HybridTrainer(BaseEstimator):
         rows = self._rows(blocks)
         augmented = augmented_rows(rows, mirrored if config.mirror!='never' else None, made)
         self.block_info_ = describe_blocks(blocks, block_info)
-        found = self._search(rows, names, augmented, until)
+        found = _search(self, rows, names, augmented, until)
         cost = CostModel(self.block_info_, {b: X.shape[1] for b,X in blocks.items()}, len(names), len(self.classes_))
         choice = choose_model(found, cost if block_info else None, config.max_picks)
         self.choice_,self.optimism_ = choice.table,choice.optimism
@@ -97,20 +113,6 @@ class HybridTrainer(BaseEstimator):
         _match(self, rows, points)
         self.model_.refusal = find_refusal(self.y_, self.cross_proba_, groups, config)
         return self
-
-    def _search(self, rows, names, augmented, until):
-        "Out-of-fold predictions of all candidates, and what becomes known by them"
-        config,joins = self.config,self.joins or default_joins(list(rows.blocks), self.config.quick, self.block_info_)
-        search = FoldSearch(rows, draw_folds(names, rows.groups, config), config, until, self.checkpoint_dir)
-        logits = search.run(list_candidates(config.models, joins, config.quick), *augmented)
-        found = RepeatedPredictions.of(logits, rows, search.folds)
-        self.fold_,self.augmented_,self.mirrored_ = search.folds[0],search.rows.augmented,search.mirrored
-        self.notes_,self.dropped_ = fold_notes(names, rows.groups, self.fold_)+search.notes,search.dropped
-        self.repeated_oof_,self.temperatures_ = found.proba,found.temperatures
-        self.oof_ = {c: p[:len(names)] for c,p in found.proba.items()} # on the first draw of the folds
-        self.candidates_ = rank_candidates(found.proba, found.y)
-        self.best_single_ = min(self.oof_, key=lambda c: (len(c.blocks), selection_loss(found.proba[c], found.y)))
-        return found
 
     def final_predictions(self,
         blocks:dict[str,np.ndarray], # Block name -> (n, n_features), as in `fit`
