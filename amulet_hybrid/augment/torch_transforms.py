@@ -10,12 +10,13 @@ __all__ = ['STRATEGIES', 'TORCH_PRESETS', 'BalancedSampler', 'create_balanced_sa
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..core import Config, ConfigError, derive_seed, require, setting
+from ..core import AmuletError, Config, ConfigError, derive_seed, log, require, setting
 
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #b4809358
 def _weighted(codes, rows, rng):
@@ -45,19 +46,24 @@ class BalancedSampler:
     def __init__(self,
         labels:ArrayLike, # (n,) class of each photo
         strategy:str='weighted', # One of `STRATEGIES`
+        num_samples:int|None=None, # Photos of an epoch; None: as many as there are, or what `strategy` needs for that
         seed:int=0 # Same seed, same epochs
     ):
+        if num_samples is not None and num_samples < 1:
+            raise ConfigError(f'an epoch has at least one photo, got {num_samples}', where='num_samples')
         if strategy not in STRATEGIES:
             raise ConfigError(f'no strategy is called {strategy!r}', code='unknown_strategy',
                               advice=f'Known: {", ".join(STRATEGIES)}')
         self.classes,self.codes = np.unique(np.asarray(labels), return_inverse=True)
         if not len(self.codes): raise ConfigError('there are no labels', code='no_photos')
         self.strategy = strategy
+        self.num_samples = num_samples
         self.seed = seed
         self.epoch = 0
         self._rows = [np.flatnonzero(self.codes==c) for c in range(len(self.classes))]
 
     def __len__(self):
+        if self.num_samples: return self.num_samples
         n,k = len(self.codes),len(self.classes)
         return -(-n//k)*k if self.strategy=='balanced_batch' else n
 
@@ -65,58 +71,57 @@ class BalancedSampler:
         rng = np.random.default_rng(derive_seed(self.seed, 'epoch', self.epoch))
         self.epoch += 1
         draw = {'weighted': _weighted, 'stratified': _stratified, 'balanced_batch': _balanced_batch}[self.strategy]
-        yield from draw(self.codes, self._rows, rng).tolist()
+        left = len(self)
+        while left > 0: # more than there are: one round after another
+            drawn = draw(self.codes, self._rows, rng)[:left].tolist()
+            left -= len(drawn)
+            yield from drawn
 
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #faf22ded
 def create_balanced_sampler(
     labels:ArrayLike, # (n,) class of each photo
     strategy:str='weighted', # 'weighted', 'stratified' or 'balanced_batch'
+    num_samples:int|None=None, # Photos of an epoch; None: as many as there are
     seed:int=0 # Same seed, same epochs
 ) -> BalancedSampler: # For `DataLoader(sampler=...)`
     "A sampler for classes of unequal size"
-    return BalancedSampler(labels, strategy, seed)
+    return BalancedSampler(labels, strategy, num_samples, seed)
 
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #f3f05edd
 TORCH_PRESETS:dict[str,dict[str,Any]] = { # name -> settings that differ from those of `light`
-    'none': {'least_area': 1., 'flip': 0., 'operations': 0, 'erasing': 0.},
-    'minimal': {'least_area': .85, 'flip': 0., 'operations': 0, 'erasing': 0.},
+    'none': {'least_area': 1., 'flip': 0., 'rand_augment_n': 0, 'random_erasing_p': 0.},
+    'minimal': {'least_area': .85, 'flip': 0., 'rand_augment_n': 0, 'random_erasing_p': 0.},
     'light': {},
-    'medium': {'least_area': .65, 'operations': 2, 'magnitude': 7, 'erasing': .2, 'mixup': .2, 'cutmix': 1.,
-               'mix_chance': .5},
-    'heavy': {'least_area': .5, 'operations': 2, 'magnitude': 10, 'erasing': .25, 'mixup': .4, 'cutmix': 1.,
-              'mix_chance': .8},
+    'medium': {'least_area': .65, 'rand_augment_n': 2, 'rand_augment_m': 7, 'random_erasing_p': .2, 'mixup_alpha': .2,
+               'cutmix_alpha': 1., 'mix_chance': .5},
+    'heavy': {'least_area': .5, 'rand_augment_n': 2, 'rand_augment_m': 10, 'random_erasing_p': .25, 'mixup_alpha': .4,
+              'cutmix_alpha': 1., 'mix_chance': .8},
 }
 
 @dataclass(frozen=True)
 class TorchAugmentConfig(Config):
     "What happens to a photo on its way into a net"
     preset:str = setting('light', 'Where the settings come from', choices=TORCH_PRESETS, code='unknown_preset')
-    size:int = setting(224, 'Height and width that the net sees, pixels', ge=16, le=2048)
+    image_size:int = setting(224, 'Height and width that the net sees, pixels', ge=16, le=2048)
     least_area:float = setting(.75, 'Share of the photo that a crop shows at least; 1: all of it', ge=.05, le=1)
     flip:float = setting(.5, 'Chance of mirroring; 0 where letters or hands are seen', ge=0, le=1)
-    operations:int = setting(1, "RandAugment's n; 0: none", ge=0, le=10)
-    magnitude:int = setting(5, "RandAugment's m", ge=0, le=30)
-    erasing:float = setting(.1, 'Chance of RandomErasing', ge=0, le=1)
-    mixup:float = setting(0., "MixUp's alpha; 0: none", ge=0, le=10)
-    cutmix:float = setting(0., "CutMix's alpha; 0: none", ge=0, le=10)
+    rand_augment_n:int = setting(1, "RandAugment's n; 0: none", ge=0, le=10)
+    rand_augment_m:int = setting(5, "RandAugment's m", ge=0, le=30)
+    random_erasing_p:float = setting(.1, 'Chance of RandomErasing', ge=0, le=1)
+    mixup_alpha:float = setting(0., "MixUp's alpha; 0: none", ge=0, le=10)
+    cutmix_alpha:float = setting(0., "CutMix's alpha; 0: none", ge=0, le=10)
     mix_chance:float = setting(1., 'Share of batches that are mixed, where mixing is on', ge=0, le=1)
-    classes:int = setting(0, 'Number of classes; needed for mixing', ge=0)
+    num_classes:int = setting(0, "Number of classes, for mixing; 0: as many as the dataset's labels show", ge=0)
     batch_size:int = setting(32, 'Photos at once', ge=1, le=10**5)
     workers:int = setting(0, 'Processes that prepare photos; 0: none but the caller', ge=0, le=256)
     mean:tuple[float,...] = setting((.485, .456, .406), 'That is subtracted, of each channel 0..1')
     std:tuple[float,...] = setting((.229, .224, .225), 'That is divided by, of each channel')
     seed:int = setting(0, 'Same seed, same epochs, whatever the number of workers')
 
-    def validate(self):
-        "Mixing shares labels among classes, so their number must be known"
-        if self.mixes and self.classes < 2:
-            raise ConfigError('mixing needs the number of classes', where='classes',
-                              advice='Pass classes=..., or mixup=0 and cutmix=0')
-
     @property
     def mixes(self) -> bool:
         "Whether labels become soft"
-        return bool(self.mixup or self.cutmix) and self.mix_chance > 0
+        return bool(self.mixup_alpha or self.cutmix_alpha) and self.mix_chance > 0
 
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #45bdf645
 def _torch(): return require('torch', 'cnn')
@@ -135,15 +140,15 @@ def make_transform(
     v2 = _v2()
     _check_mode(mode)
     end = [v2.ToDtype(_torch().float32, scale=True), v2.Normalize(list(c.mean), list(c.std))]
-    resize = v2.Resize((c.size, c.size), antialias=True)
+    resize = v2.Resize((c.image_size, c.image_size), antialias=True)
     if mode!='train': return v2.Compose([v2.ToImage(), resize, *end])
-    crop = v2.RandomResizedCrop(c.size, (c.least_area, 1.), (.85, 1.18), antialias=True)
+    crop = v2.RandomResizedCrop(c.image_size, (c.least_area, 1.), (.85, 1.18), antialias=True)
     steps = [v2.ToImage(), crop if c.least_area < 1 else resize]
     grey = [round(255*m) for m in c.mean] # what is empty afterwards is the mean, not black
     if c.flip: steps.append(v2.RandomHorizontalFlip(c.flip))
-    if c.operations: steps.append(v2.RandAugment(c.operations, c.magnitude, fill=grey))
+    if c.rand_augment_n: steps.append(v2.RandAugment(c.rand_augment_n, c.rand_augment_m, fill=grey))
     steps += end
-    if c.erasing: steps.append(v2.RandomErasing(c.erasing, (.02, .15)))
+    if c.random_erasing_p: steps.append(v2.RandomErasing(c.random_erasing_p, (.02, .15)))
     return v2.Compose(steps)
 
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #b6b8a13f
@@ -157,19 +162,36 @@ class _SeededDataset:
     def __getitem__(self, key):
         torch = _torch()
         epoch,index = key
-        photo,label = self.dataset[index][:2]
+        try: photo,label = self.dataset[index][:2]
+        except (AmuletError, OSError) as error: return index,str(error)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, 'photo', epoch, index))
             return self.transform(photo),int(label)
 
+def _collate(samples):
+    "Photos, labels, and what could not be read: (index, message)"
+    torch = _torch()
+    unread = [s for s in samples if isinstance(s[1], str)]
+    read = [s for s in samples if not isinstance(s[1], str)]
+    if not read: return None,None,unread
+    return torch.stack([photo for photo,_ in read]),torch.tensor([label for _,label in read]),unread
+
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #78730056
 class _EpochSampler:
     "Indices of another sampler, each with the number of the epoch"
-    def __init__(self, sampler): self.sampler,self.epoch = sampler,0
+    def __init__(self, sampler): self.sampler,self.epoch,self.skip = sampler,0,0
     def __len__(self): return len(self.sampler)
     def __iter__(self):
         epoch,self.epoch = self.epoch,self.epoch+1
-        for index in self.sampler: yield epoch,int(index)
+        skip,self.skip = self.skip,0
+        for index in islice(self.sampler, skip, None): yield epoch,int(index)
+
+    def resume(self, epoch, skip):
+        "Begin with this epoch, after so many of its indices"
+        if hasattr(self.sampler, 'epoch'): self.sampler.epoch = epoch
+        else: # another's sampler: drawn as often as it was before
+            for _ in range(epoch-self.epoch): list(self.sampler)
+        self.epoch,self.skip = epoch,skip
 
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #fd0ec183
 class _EveryPhoto:
@@ -189,8 +211,8 @@ class _EveryPhoto:
 def _mixers(config):
     "Name -> torchvision's MixUp or CutMix, those that are switched on"
     v2,c = _v2(),config
-    made = {'mixup': c.mixup and v2.MixUp(alpha=c.mixup, num_classes=c.classes),
-            'cutmix': c.cutmix and v2.CutMix(alpha=c.cutmix, num_classes=c.classes)}
+    made = {'mixup': c.mixup_alpha and v2.MixUp(alpha=c.mixup_alpha, num_classes=c.num_classes),
+            'cutmix': c.cutmix_alpha and v2.CutMix(alpha=c.cutmix_alpha, num_classes=c.num_classes)}
     return {name: mixer for name,mixer in made.items() if mixer}
 
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #d233bec1
@@ -201,6 +223,7 @@ class AugmentationStats:
     batches:int=0 # So far
     seconds:float=0. # Waiting for batches
     mixed:dict[str,int] = field(default_factory=lambda: {'mixup': 0, 'cutmix': 0, 'as they were': 0}) # Batches
+    unread:dict[int,str] = field(default_factory=dict) # Index of a photo that was left out -> why
     by_class:dict[int,int] = field(default_factory=dict) # Class -> photos drawn, before mixing
 
 # %% ../../nbs/60_augment/20_torch_transforms.ipynb #3b7ebaba
@@ -217,20 +240,39 @@ class AugmentedLoader:
         self.config = config
         self.stats = stats
         self.epoch = 0
+        self.first = 0
 
     def __len__(self): return len(self.loader)
 
+    def resume(self,
+        epoch:int, # That comes next; the first is 0
+        batch:int=0 # Of it that comes next
+    ):
+        "Go on where an earlier loader of the same settings stopped; photos of earlier batches are not read"
+        self.epoch,self.first = epoch,batch
+        self.loader.sampler.resume(epoch, batch*self.config.batch_size)
+
     def __iter__(self) -> Iterator[tuple[Any,Any]]:
         epoch,self.epoch = self.epoch,self.epoch+1
-        start = time.perf_counter()
-        for number,(photos,labels) in enumerate(self.loader):
-            self._count(labels)
+        first,self.first = self.first,0
+        batches,torch = enumerate(self.loader, first),_torch()
+        while True:
+            start,threads = time.perf_counter(),torch.get_num_threads()
+            torch.set_num_threads(1) # threads for such small arrays cost more than they bring
+            try: number,(photos,labels,unread) = next(batches, (-1, (None, None, ())))
+            finally: torch.set_num_threads(threads)
+            self._count(labels, unread)
+            if number < 0: return
+            if labels is None: continue
             if self.config.mixes and self.mixers: photos,labels = self._mix(photos, labels, epoch, number)
             self.stats.seconds += time.perf_counter()-start
             yield photos,labels
-            start = time.perf_counter()
 
-    def _count(self, labels):
+    def _count(self, labels, unread):
+        for index,why in unread:
+            if index not in self.stats.unread: log.warning('left out of training: %s', why)
+            self.stats.unread[index] = why
+        if labels is None: return
         self.stats.batches += 1
         self.stats.photos += len(labels)
         for c,n in zip(*np.unique(labels.numpy(), return_counts=True)):
@@ -242,7 +284,7 @@ class AugmentedLoader:
         rng = np.random.default_rng(derive_seed(self.config.seed, 'mix', epoch, number))
         if len(labels) < 2 or rng.random() >= self.config.mix_chance:
             self.stats.mixed['as they were'] += 1
-            return photos,torch.nn.functional.one_hot(labels, self.config.classes).to(photos.dtype)
+            return photos,torch.nn.functional.one_hot(labels, self.config.num_classes).to(photos.dtype)
         name = list(self.mixers)[rng.integers(len(self.mixers))]
         self.stats.mixed[name] += 1
         with torch.random.fork_rng(devices=[]):
@@ -280,16 +322,24 @@ class TorchAugmentation:
         sampler:Iterable[int]|str|None=None,
     ) -> AugmentedLoader:
         "Batches of a dataset; training ones are shuffled unless a sampler says otherwise"
-        c,torch = self.config,_torch()
+        torch = _torch()
         _check_mode(mode)
-        if isinstance(sampler, str): sampler = create_balanced_sampler(_labels_of(dataset), sampler, c.seed)
+        c = self._with_classes(dataset) if self.config.mixes and mode=='train' else self.config
+        if isinstance(sampler, str): sampler = create_balanced_sampler(_labels_of(dataset), sampler, seed=c.seed)
         order = sampler if sampler is not None else _EveryPhoto(len(dataset), c.seed, mode=='train')
         loader = torch.utils.data.DataLoader(_SeededDataset(dataset, self.get_transform(mode), c.seed), c.batch_size,
-                                             sampler=_EpochSampler(order), num_workers=c.workers,
+                                             sampler=_EpochSampler(order), num_workers=c.workers, collate_fn=_collate,
                                              generator=torch.Generator().manual_seed(c.seed))
         return AugmentedLoader(loader, _mixers(c) if mode=='train' else {}, c, self.stats[mode])
 
-    def get_augmentation_stats(self) -> dict: # Mode -> photos, batches, seconds, mixed, by_class
+    def _with_classes(self, dataset):
+        "Settings with the number of classes, among which mixing shares a label"
+        classes = self.config.num_classes or len(np.unique(_labels_of(dataset)))
+        if classes < 2: raise ConfigError('mixing needs two classes', where='num_classes',
+                                          advice='Pass num_classes=..., or mixup_alpha=0 and cutmix_alpha=0')
+        return self.config.replace(num_classes=classes)
+
+    def get_augmentation_stats(self) -> dict: # Mode -> photos, batches, seconds, mixed, by_class, unread
         "Counts of the loaders so far"
         return {mode: vars(s).copy() for mode,s in self.stats.items() if s.batches} | {'preset': self.config.preset}
 
