@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_ROWS', 'LEAST_PHOTOS', 'speed_profile', 'importance_sections', 'random_split_note', 'curve_section',
-           'choice_sections', 'CascadeTest', 'cascade_sections', 'judged_labels', 'label_sections', 'undoubted_section',
-           'data_sections', 'nets_section', 'settings_section', 'training_sections']
+           'choice_sections', 'judge_case', 'CascadeTest', 'cascade_sections', 'judged_labels', 'label_sections',
+           'undoubted_section', 'data_sections', 'nets_section', 'settings_section', 'training_sections']
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #c6fd55a0
 import dataclasses
@@ -173,6 +173,19 @@ def choice_sections(
             ('The ensemble', members, trainer.model_.describe()),
             ('Candidates', candidates, trainer.candidates_)]
 
+# %% ../../nbs/85_jobs/18_sections.ipynb #judgecase1
+def judge_case(
+    refusal:Refusal, # As stored with the bundle
+    case:EvaluationCase, # Test photos
+    proba:np.ndarray|None=None, # (n, n_classes) that are served; None: those of the case
+    asked:Any=True # (n,) bool: photos that the detector was asked about
+) -> RefusalTest|None: # None where there is no threshold
+    "What a stored threshold comes to on test photos"
+    if not refusal.method: return None
+    novel = None if case.novelty is None else asked & (np.asarray(case.novelty.known) > case.novelty.threshold)
+    return judge_refusal(refusal, case.y_true, case.proba if proba is None else proba, case.groups, novel, case.n_boot,
+                         case.seed)
+
 # %% ../../nbs/85_jobs/18_sections.ipynb #54f25efc
 @dataclass(eq=False)
 class CascadeTest:
@@ -216,11 +229,8 @@ class CascadeTest:
         refusal:Refusal # As stored with the bundle
     ) -> RefusalTest|None: # None where there is no threshold
         "What the stored threshold comes to on what is served of these photos"
-        case,novelty = self.case,self.case.novelty
-        if not refusal.method: return None
-        last = self.route==len(self.tiers)-1 # a cheaper tier answers only what looks familiar to it
-        novel = None if novelty is None else last & (np.asarray(novelty.known) > novelty.threshold)
-        return judge_refusal(refusal, case.y_true, self.proba, case.groups, novel, case.n_boot, case.seed)
+        # a cheaper tier answers only what looks familiar to it
+        return judge_case(refusal, self.case, self.proba, self.route==len(self.tiers)-1)
 
     def beside(self) -> dict[str,Any]: # {} where they are the same; else 'ensemble'
         "Figures of the ensemble alone, which a bundle keeps beside those of what is served"

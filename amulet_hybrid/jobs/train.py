@@ -27,7 +27,6 @@ from ..core import AmuletError, Config, ConfigError, atomic_write, log, require
 from ..data.folder_layout import check_apart
 from ..data.images import read_image
 from ..evaluate.neighbours import nearest_training
-from ..evaluate.refusals import RefusalTest, judge_refusal
 from ..evaluate.report import Evaluation, EvaluationCase, evaluate
 from ..features.extractor import HybridFeatureExtractor
 from ..features.local_matching import POINTS, LocalPoints
@@ -35,7 +34,7 @@ from ..features.weights import net_words
 from .config import RunConfig
 from .prepare import RunData, hold_out, prepare_photos, split_table
 from .sections import curve_section, importance_sections, random_split_note, speed_profile
-from .sections import CascadeTest, cascade_sections, nets_section, training_sections
+from .sections import CascadeTest, cascade_sections, judge_case, nets_section, training_sections
 from .tracking import make_tracker, run_parameters, track_output
 from ..learn.match_evidence import MatchRows
 from ..learn.match_fitting import MOST_PHOTOS
@@ -298,14 +297,6 @@ class FinishedRun:
                         for name,path in (('report', self.report), ('bundle', self.bundle)))
         return f'{self.evaluation._repr_html_()}<ul>{paths}</ul>'
 
-# %% ../../nbs/85_jobs/20_train.ipynb #judgestored
-def _judge_stored(served, refusal, case) -> RefusalTest|None: # None where every photo is named
-    "What the stored threshold comes to on what was held out"
-    if served is not None: return served.judge(refusal)
-    if not refusal.method: return None
-    novel = None if case.novelty is None else np.asarray(case.novelty.known) > case.novelty.threshold
-    return judge_refusal(refusal, case.y_true, case.proba, case.groups, novel, case.n_boot, case.seed)
-
 # %% ../../nbs/85_jobs/20_train.ipynb #5953baca
 class TrainingRun:
     "The steps of one run, in order; each returns what is worth looking at"
@@ -357,7 +348,7 @@ class TrainingRun:
         case = self.case()
         self.gap,note = random_split_note(self.trainer, self.data.part('train')['group'].to_numpy())
         case.notes[:0] = [note] if note else []
-        case.refused = _judge_stored(self.served, self.refusal, case)
+        case.refused = self.served.judge(self.refusal) if self.served else judge_case(self.refusal, case)
         self.evaluation = evaluate(case)
         self.evaluation.save(self.output)
         return self.evaluation
