@@ -160,7 +160,10 @@ def main():
                              'fold_seed': seed, 'balanced_accuracy': figure.value,
                              'low': figure.low, 'high': figure.high, 'macro_f1': overall.loc['macro_f1', 'value'],
                              'log_loss': overall.loc['log_loss', 'value'],
-                             'ece': overall.loc['rms_calibration_error', 'value'],
+                             'log_loss_skill': overall.loc['log_loss_skill', 'value'],
+                             'calibration_error_below': overall.loc['rms_calibration_error', 'high'],
+                             **{f'temperature{end}': overall.loc['temperature', column]
+                                for end, column in {'': 'value', '_low': 'low', '_high': 'high'}.items()},
                              'seconds': seconds/5})
                 print(name, method, seed, overall['value'].round(3).to_dict(), f'{seconds/5:.0f} s a fold', flush=True)
         if args.rival:

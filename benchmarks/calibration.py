@@ -1,7 +1,7 @@
 """Calibration and prediction sets on real photo sets, nested: calibrators and thresholds learn from out-of-fold logits
 inside the outer training folds.
 
-    python benchmarks/calibration.py logits --data ../shared/data --weights ../shared/weights   # once; minutes a set
+    python benchmarks/calibration.py logits --data ../shared/data   # once; minutes a set
     # log loss, Brier, calibration error, temperature; probmetrics beside it where it is installed
     python benchmarks/calibration.py scalers
     # coverage and size at 90 %; MAPIE beside it where it is installed
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from novelty import CHEAP, load, nets, thin
+from novelty import load, nets, thin
 from scipy.special import softmax
 from scipy.stats import binom
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -46,7 +46,7 @@ def save_logits(args):
     as npz"""
     args.cache.mkdir(parents=True, exist_ok=True)
     for name in args.sets:
-        blocks, labels, groups, encoders = load(args.data, name, CHEAP, args.weights, args.cache)
+        blocks, labels, groups, encoders = load(args.data, name, args.preset, args.weights, args.cache)
         if args.most:
             some = thin(groups, labels, args.most)
             blocks = {b: X[some] for b, X in blocks.items()}
@@ -182,7 +182,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['logits', 'scalers', 'sets'])
     parser.add_argument('--data', type=Path, default=Path('../shared/data'))
-    parser.add_argument('--weights', default='../shared/weights')
+    parser.add_argument('--weights', default='auto')
+    parser.add_argument('--preset', default='balanced', help='feature blocks')
     parser.add_argument('--sets', nargs='+', default=['amulet6', 'coins', 'magtile'])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the outer folds')
     parser.add_argument('--coverage', type=float, default=.9)

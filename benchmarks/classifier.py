@@ -1,7 +1,7 @@
 """What a cascade saves and what it costs in accuracy, how fast one photo is, and what a bundle and a classifier
 withstand.
 
-    python benchmarks/classifier.py tiers --data ../shared/data --weights ../shared/weights
+    AMULET_WEIGHTS=../shared/weights python benchmarks/classifier.py tiers --data ../shared/data
     python benchmarks/classifier.py checks            (--long: 60 threads for 2 minutes, 100,000 classifications)
 
 `tiers` trains on each set, holds whole sources out, and judges every tier, the cascade and chance deferral of equal
@@ -43,8 +43,6 @@ from amulet_hybrid.model.classifier import HybridClassifier
 from amulet_hybrid.model.prediction import Failure, Prediction
 from amulet_hybrid.model.usage import resident_mb
 
-MODELS = ('logistic_balanced', 'lda_balanced', 'logistic_smooth', 'svm')
-
 
 def load(name: str, data: Path, work: Path):
     "Manifest, root and groups of a set; 'logos' are drawn"
@@ -70,10 +68,10 @@ def build(name: str, args, preset: str, out: Path):
     "Train, fit the cascade and save; what the held-out photos need to be judged"
     manifest, root, groups = load(name, args.data, args.work)
     test = np.asarray(holdout(manifest['label'], groups, args.test_size, args.seed)) == 'test'
-    extractor = HybridFeatureExtractor(FeatureConfig(preset=preset, weights=str(args.weights)), args.cache)
+    extractor = HybridFeatureExtractor(FeatureConfig(preset=preset, weights=args.weights), args.cache)
     blocks = extractor.extract_manifest(manifest, root)
     seen, held = {b: X[~test] for b, X in blocks.items()}, {b: X[test] for b, X in blocks.items()}
-    config = TrainingConfig(models=MODELS, jobs=args.jobs, novelty=not args.no_novelty)
+    config = TrainingConfig(quick=True, jobs=args.jobs, novelty=not args.no_novelty)
     trainer = HybridTrainer(config, checkpoint_dir=args.cache/'training').fit(seen, manifest['label'][~test],
             groups[~test], extractor.encoders(), extractor.block_info)
     cascade = fit_cascade(trainer, seen, groups[~test], extractor.extractors)
@@ -414,7 +412,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('part', choices=['tiers', 'checks'])
     parser.add_argument('--data', type=Path, default=Path('../shared/data'))
-    parser.add_argument('--weights', type=Path, default=Path('../shared/weights'))
+    parser.add_argument('--weights', default='auto', help='auto: also those of AMULET_WEIGHTS')
     parser.add_argument('--sets', nargs='+', default=[])
     parser.add_argument('--presets', nargs='+', default=[])
     parser.add_argument('--test-size', type=float, default=.3)
