@@ -55,7 +55,8 @@ from amulet_hybrid.learn.ood_spaces import NoveltyCandidate, novelty_candidates 
 
 
 def nets(blocks) -> list:
-    "Names of the blocks that a net makes"
+    "Names of the blocks that a net makes; also in a process that has not measured anything"
+    import amulet_hybrid.features.cnn  # noqa: F401
     return [b for b, info in describe_blocks(blocks).items() if info.neural]
 
 
