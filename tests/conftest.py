@@ -76,6 +76,7 @@ def train_bundle(folder):
     from amulet_hybrid.model.bundle_files import sign_bundle
     from amulet_hybrid.model.cascade import fit_cascade
     from amulet_hybrid.model.inference import THRESHOLDS
+    from amulet_hybrid.model.similar_photos import PhotoIndex
     photos = [draw_logo(kind, seed=piece, view=view, side=96) for kind in LOGOS for piece in range(10)
               for view in range(2)]
     labels,groups = np.repeat(list(LOGOS), 20),np.repeat(np.arange(10*len(LOGOS)), 2)
@@ -86,7 +87,11 @@ def train_bundle(folder):
     config = TrainingConfig(cv_folds=3, cv_repeats=1, models=models, jobs=1)
     trainer = HybridTrainer(config).fit(features, labels, groups, extractor.encoders())
     cascade = fit_cascade(trainer, features, groups, extractor.extractors, thresholds=THRESHOLDS)
-    save_bundle(folder/'bundle', trainer.model_, extractor, cascade=cascade, held_out=HeldOut(features, photos))
+    known = np.searchsorted(trainer.classes_, labels)
+    index = PhotoIndex.fit({'cnn:squeezenet1_1': features['cnn:squeezenet1_1']}, known,
+                           [f'{label}/{i}.png' for i,label in enumerate(labels)], groups=groups)
+    save_bundle(folder/'bundle', trainer.model_, extractor, cascade=cascade, held_out=HeldOut(features, photos),
+                photos=index)
     make_keys(folder/'key.pem')
     sign_bundle(folder/'bundle', folder/'key.pem')
     Image.fromarray(photos[3]).save(folder/'photo.png')

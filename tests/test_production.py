@@ -73,6 +73,8 @@ def test_command_line(bundle, python):
     named = call('predict', 'photo.png', '--model-dir', 'bundle')
     assert named.returncode==0 and named.stdout.startswith('photo.png\t'), named.stderr
     assert call('predict', '.', '--model-dir', 'bundle', '--output', 'out.jsonl').returncode==0
+    alike = call('similar', 'photo.png', '--model-dir', 'bundle')
+    assert alike.returncode==0 and len(alike.stdout.splitlines())==5, alike.stderr
     rows = [json.loads(line) for line in (bundle/'out.jsonl').read_text().splitlines()]
     assert [r['success'] for r in rows if r['path']=='photo.png']==[True]
     checked = call('bundle', 'verify', '--model-dir', 'bundle')

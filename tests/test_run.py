@@ -133,6 +133,9 @@ def test_service_answers_as_python_does(done, photos):
                 np.testing.assert_allclose(list(got['probabilities'].values()), list(want.probabilities.values()),
                                            atol=1e-4)
         assert httpx.get(f'{url}/health').json()['predictions_count']==2*len(held_out)
+        shown = httpx.post(f'{url}/predict/file', files={'file': data}, data={'explain': 'photos'}).json()['similar']
+        own = classifier.classify(data, explain='photos').similar
+        assert [p['digest'] for p in shown]==[p['digest'] for p in own] and all('photo' not in p for p in shown)
         process.send_signal(signal.SIGINT)
         said,told = process.communicate(timeout=30)
     finally: process.kill()

@@ -38,5 +38,8 @@ class JobConfig(Config):
 class RunConfig(JobConfig, PhotosConfig):
     "One training run, from a folder to a bundle"
     cache_gb:float = setting(20., 'Gigabytes of features that are kept, the last used ones; 0: no limit', ge=0)
+    keep_index:bool = setting(True, 'Keep an index of the training photos in the bundle (path, class, digest and 96 '
+                                    'bytes each), so that similar ones can be shown')
+    keep_thumbnails:bool = setting(False, 'Keep a small picture of each training photo in that index, too')
     features:FeatureConfig = FeatureConfig() # Which blocks, and how photos come to them
     training:TrainingConfig = TrainingConfig() # How candidates are made, compared and calibrated

@@ -31,11 +31,13 @@ from ..features.config import FeatureConfig
 from ..features.contract import EXTRACTORS, make_extractor, parse_block
 from ..features.extractor import HybridFeatureExtractor
 from ..learn.refusal import Refusal
-from .bundle_files import FORMAT, MANIFEST, MODEL, MOST_CLASSES, MOST_FILES, REQUIREMENTS, TRAINING
+from .bundle_files import FORMAT, MANIFEST, MODEL, MOST_CLASSES, MOST_FILES, PHOTOS, REQUIREMENTS
+from .bundle_files import TRAINING
 from .bundle_files import bundle_folder, file_entry, maker_of
 from .bundle_files import read_verified, refuse_bundle, signed_at, write_manifest
 from .inference import TIERS, Cascade, ServedModel, Tier
 from .model_card import Part, card_html, card_markdown, card_parts
+from .similar_photos import PhotoIndex
 
 # %% ../../nbs/50_model/50_bundle.ipynb #14a25f08
 @dataclass
@@ -115,6 +117,7 @@ class Bundle:
     card:str='' # Its MODEL_CARD.md
     # When it was signed, as text that sorts by time; '' where no signature was asked for, or it does not say
     signed_at:str=''
+    photos:PhotoIndex|None=None # Of the training photos; None: it was left out
 
     @property
     def model(self) -> ServedModel:
@@ -227,6 +230,16 @@ def _load_tier(folder, about, arrays, manifest, extractors):
     measured = dict(manifest['measured'].get('tiers', {}).get(about['name'], {}))
     return Tier(about['name'], model, float(about['threshold']), measured, str(about.get('rules', '')))
 
+def _load_photos(folder, content, classes, extractor):
+    "The index of training photos, where there is one"
+    if PHOTOS not in content: return None
+    file = folder/PHOTOS
+    try: index = PhotoIndex.from_arrays(unpack_arrays(content[PHOTOS], file), len(classes))
+    except BundleError as error: raise BundleError(error.message, code=error.code, where=file) from error
+    if lacking := [b for b in index.blocks if b not in extractor.extractors]:
+        refuse_bundle(f'no block {lacking[0]!r} is there for it', 'bad_model', file)
+    return index
+
 # %% ../../nbs/50_model/50_bundle.ipynb #c4e47bee
 def _check_classes(classes, folder):
     "Refuse what are no names"
@@ -266,7 +279,7 @@ def load_bundle(
              for t in about['tiers']]
     return Bundle(folder, manifest, tiers, extractor, list(about.get('cascade', [])),
                   [*about.get('notes', []), *_savings(tiers)], content['MODEL_CARD.md'].decode('utf-8', 'replace'),
-                  signed_at(content))
+                  signed_at(content), _load_photos(folder, content, classes, extractor))
 
 # %% ../../nbs/50_model/50_bundle.ipynb #29cccc3e
 def _savings(tiers):
@@ -374,7 +387,8 @@ def save_bundle(
     info:BundleInfo|None=None, # What it shall say beside the model
     cascade:Cascade|None=None, # Cheaper tiers, as `fit_cascade` makes them
     held_out:HeldOut|None=None, # Then the bundle has to answer on them as `model` does
-    keep_training:bool=True # Put the model as Python knows it beside, in training/
+    keep_training:bool=True, # Put the model as Python knows it beside, in training/
+    photos:PhotoIndex|None=None # Of the training photos, so that similar ones can be shown; None: none is kept
 ) -> str: # Digest of the bundle
     "Write everything that a prediction needs; raises `BundleError` where it would not answer as the model does"
     folder,info,cascade = Path(folder),info or BundleInfo(),cascade or Cascade([])
@@ -393,6 +407,7 @@ def save_bundle(
                  'blocks': _store_blocks(extractor, blocks, part), 'nets': extractor.nets(blocks), 'data': info.data,
                  'figures': info.figures, 'versions': _versions()}
         _write_parts(part, tiers, cascade, about, info, blocks)
+        if photos is not None: (part/PHOTOS).write_bytes(pack_arrays(photos.to_arrays()))
         manifest = {**about, 'files': {p.name: file_entry(p) for p in sorted(part.iterdir())},
                     'training': _write_training(part, model) if keep_training else {}, 'measured': {},
                     'created': info.created}

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['THRESHOLD_HELP', 'PredictionOptions', 'ClassifierConfig', 'pool_views', 'PredictionBuilder', 'PredictionPipeline',
-           'first_that_answers', 'describe_photo', 'HybridClassifier']
+           'first_that_answers', 'describe_photo', 'SimilarPhotosMixin', 'HybridClassifier']
 
 # %% ../../nbs/50_model/80_classifier.ipynb #8ce3ece9
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from ..core import Config, ConfigError, FeatureError, ImageError, ResourceError, log, printable, setting
+from ..base.parallel import one_blas_thread
+from ..core import BundleError, Config, ConfigError, FeatureError, ImageError, ResourceError
+from ..core import log, printable, setting
 from ..data.images import LIMITS, ImageLimits, open_image
 from .answer_cache import make_cache
 from .batch import BatchMixin
 from .bundle import Bundle, load_bundle
 from .photo_source import read_source
 from .prediction import Failure, Prediction
+from .similar_photos import SimilarPhotos
 from .tier_engine import CachedEngine, RoutePlanner, TierAnswer, TierCosts, TierEngine, ask_tier
 from .usage import AnswerStatistics, MemoryGuard
 
@@ -233,8 +237,45 @@ def describe_photo(
     info = opened.info
     return {**about, 'format': info.format, 'width': info.width, 'height': info.height, 'bytes': info.bytes}
 
+# %% ../../nbs/50_model/80_classifier.ipynb #e99387bd
+class SimilarPhotosMixin:
+    "Methods of a classifier that show training photos"
+    bundle:Bundle # Whose index is asked
+    config:ClassifierConfig # With the limits of photos
+
+    def similar(self,
+        photo:Any, # Path, bytes of a file, RGB array (height, width, 3) uint8, or PIL image
+        k:int=5, # Photos, at most
+        within:str|Sequence[str]|None=None # A class: only its photos; several: `k` of each; None: of all
+    ) -> SimilarPhotos: # The nearest first
+        """Training photos that are most like one; raises `ImageError` for what is no photo, and `BundleError` with code
+        'no_index' where the bundle keeps none"""
+        index = self.bundle.photos
+        if index is None:
+            raise BundleError('this bundle keeps no index of its training photos', code='no_index',
+                              where=self.bundle.folder, advice='Train photos anew, without --no-keep-index')
+        read = self.bundle.extractor.read(read_source(photo, self.config.limits).content, self.config.limits)
+        with one_blas_thread():
+            rows = {b: row[None] for b,row in self.bundle.extractor.extract(read, list(index.blocks)).items()}
+            return index.nearest(rows, self.bundle.classes, k, within)
+
+    def explained(self,
+        prediction:Prediction, # Of the photo
+        photo:Any, # As for `similar`; of a list the first
+        explain:str # 'photos'; '': nothing is added
+    ) -> Prediction:
+        "The same with `similar`: two training photos of each of the three most probable classes"
+        if explain not in ('', 'photos'):
+            raise ConfigError(f'nothing is explained by {explain!r}', where='explain', advice="Known: 'photos'")
+        if not explain: return prediction
+        start = time.perf_counter()
+        likely = sorted(prediction.probabilities, key=lambda c: -prediction.probabilities[c])[:3]
+        found = self.similar(photo[0] if isinstance(photo, (list, tuple)) else photo, 2, likely)
+        timings = {**prediction.timings, 'similar': 1000*(time.perf_counter()-start)}
+        return replace(prediction, similar=[p.to_dict() for p in found], timings=timings)
+
 # %% ../../nbs/50_model/80_classifier.ipynb #f2337c77
-class HybridClassifier(BatchMixin):
+class HybridClassifier(BatchMixin, SimilarPhotosMixin):
     "Names photos with a bundle"
     def __init__(self,
         bundle:Bundle|str|Path, # A loaded bundle, or its folder
@@ -272,14 +313,15 @@ class HybridClassifier(BatchMixin):
         confidence_threshold:float|None=None, # In place of the classifier's own, 0..1
         coverage:float|None=None, # Of the prediction set, 0..1; None: what the bundle was made for
         time_budget_ms:float|None=None, # Milliseconds that the answer may take; None: as many as it needs
-        route:str|None=None # In place of the classifier's own
+        route:str|None=None, # In place of the classifier's own
+        explain:str='' # 'photos': the training photos that are most like it, as `similar` of the answer
     ) -> Prediction:
         "Name one photo, or one object from several; raises `ImageError` for what is no photo"
         options = self.config.options(confidence_threshold, coverage, time_budget_ms, route)
         views = list(photo) if isinstance(photo, (list, tuple)) else [photo]
         prediction = self._statistics.count(lambda: self._pipeline.photos(views, options))
         if not prediction.cached: self._memory.check()
-        return prediction
+        return self.explained(prediction, photo, explain)
 
     def classify_features(self,
         features:Mapping[str,Any], # Column -> value; what is left out or None is missing

@@ -35,6 +35,9 @@ class Prediction:
     # Training photo on which the same piece or mould is seen: 'label', 'photo', 'digest', 'inliers' and 'points' (right
     # and down in this photo, then in that one, 0..1); None where none is, or the model does not match
     match:dict|None=None
+    # Training photos most like it, as `SimilarPhoto.to_dict` gives them: two of each of the three most probable
+    # classes; None where nobody asked
+    similar:list[dict]|None=None
 
     def to_dict(self) -> dict: # `success`, then the fields by name
         "All of it as plain values that JSON can hold"

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from ..core import AmuletError, ConfigError, ImageError, ResourceError, lack_of_memory, log, require
 from ..data.images import FORMATS
@@ -78,6 +78,8 @@ class Options(BaseModel):
                                       description='Milliseconds the model may take; it then asks only the parts that '
                                                   'fit')
     coverage:float|None = Field(default=None, ge=.5, le=.999, allow_inf_nan=False, description=_SHARE)
+    explain:Literal['photos']|None = Field(default=None, description='`photos`: the answer names the training photos '
+                                                                     'that are most like this one, as `similar`')
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #4cb1d518
 _Finite = Annotated[float, Field(allow_inf_nan=False)] # JSON's grammar has room for 1e999
@@ -207,14 +209,20 @@ class PredictResponse(BaseModel):
     match:dict[str,str|int]|None = Field(
         default=None, description='Training photo that shows the same piece or mould, where one was found by its key '
                                   'points: label, digest (sha256, 12 digits) and inliers')
+    similar:list[dict[str,str|float|None]]|None = Field(
+        default=None, description='Where `explain` asked for photos: two training photos of each of the three most '
+                                  'probable classes, the nearest first: label, digest (sha256, 12 digits), distance '
+                                  '(0: the same photo), usual (share of known photos that are as far from their class)')
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #798bb869
 def prediction_fields(
     prediction:Prediction # Of the classifier
 ) -> dict[str,Any]: # JSON values
     "Fields of a prediction under their HTTP names"
-    found = {HTTP_NAMES.get(k, k): v for k,v in vars(prediction).items() if k!='match'}
+    found = {HTTP_NAMES.get(k, k): v for k,v in vars(prediction).items() if k not in ('match', 'similar')}
     if prediction.match: found['match'] = {k: prediction.match[k] for k in ('label', 'digest', 'inliers')}
+    if prediction.similar is not None: # paths of ours are nobody's business
+        found['similar'] = [{k: v for k,v in p.items() if k!='photo'} for p in prediction.similar]
     return {**found, 'probabilities': dict(prediction.probabilities), 'prediction_set': list(prediction.prediction_set),
             'timings_ms': {k: round(v, 3) for k,v in prediction.timings.items()}}
 

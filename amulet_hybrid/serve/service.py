@@ -73,7 +73,8 @@ class Question:
     def key(self) -> str: # '' for a row of a table, which is not cached
         "Key in the answers' cache: the photos, and all that changes the answer"
         o = self.options
-        return f'{self.digest} {o.confidence_threshold} {o.coverage} {o.time_budget_ms}' if self.digest else ''
+        asked = f'{o.confidence_threshold} {o.coverage} {o.time_budget_ms} {o.explain or ""}'
+        return f'{self.digest} {asked}' if self.digest else ''
 
     @property
     def ms(self) -> float: # Milliseconds
@@ -124,8 +125,11 @@ class Model:
     ) -> Prediction: # Of the classifier
         "Ask the classifier; called in a thread"
         wanted = {'confidence_threshold': options.confidence_threshold, 'coverage': options.coverage,
-                  'time_budget_ms': options.time_budget_ms}
-        given = {k: v for k,v in wanted.items() if v is not None}
+                  'time_budget_ms': options.time_budget_ms, 'explain': options.explain}
+        given:dict[str,Any] = {k: v for k,v in wanted.items() if v is not None}
+        if options.explain and getattr(getattr(self.classifier, 'bundle', None), 'photos', None) is None:
+            raise AmuletError('this model keeps no index of training photos', code='unsupported_option',
+                              advice='Leave `explain` out')
         if isinstance(asked, Mapping):
             if (classify := getattr(self.classifier, 'classify_features', None)) is None:
                 raise FeatureError('this model names photos', code='needs_photo', advice='Send `image_data`')
