@@ -6,7 +6,7 @@
 __all__ = ['VAL_SIZE', 'PhotoDataset', 'split_for_training', 'create_amulet_dataset']
 
 # %% ../../nbs/60_augment/22_torch_dataset.ipynb #5c216f2c
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,18 @@ class PhotoDataset:
     "Photos and class numbers, as data sets of torchvision have them: `samples`, `targets`, `classes`"
     def __init__(self,
         paths:Sequence[str|Path], # (n,) files
-        labels:Sequence[Any], # (n,) class names
+        labels:Iterable[Any], # (n,) class names
         classes:Sequence[str]|None=None, # In the order of their numbers; None: sorted
         transform:Callable[[np.ndarray],Any]|None=None, # Of (height, width, 3) uint8 RGB; None: photos as they are
         cache:str|Path|None=None, # 'memory', a folder, or None: decoded anew each time
         at_least:int=320 # Short side of decoded photos that will do, pixels
     ):
-        self.classes = list(classes if classes is not None else sorted(set(map(str, labels))))
+        labels = list(map(str, labels))
+        self.classes = list(classes if classes is not None else sorted(set(labels)))
         self.class_to_idx = {name: i for i,name in enumerate(self.classes)}
-        if unknown := sorted(set(map(str, labels))-set(self.classes)):
+        if unknown := sorted(set(labels)-set(self.classes)):
             raise DatasetError(f'no class is called {unknown[0]!r}', advice=f'Known: {", ".join(self.classes)}')
-        self.samples = [(str(p), self.class_to_idx[str(label)]) for p,label in zip(paths, labels, strict=True)]
+        self.samples = [(str(p), self.class_to_idx[label]) for p,label in zip(paths, labels, strict=True)]
         self.targets = [label for _,label in self.samples]
         self.transform = transform
         self.at_least = at_least
