@@ -12,6 +12,7 @@ from amulet_hybrid.core import ConfigError, setting
 from amulet_hybrid.deploy.settings import DeploySettings
 from amulet_hybrid.jobs.config import RunConfig
 from amulet_hybrid.jobs.evaluate import EvaluateConfig
+from amulet_hybrid.jobs.finetune import FinetuneRunConfig
 from amulet_hybrid.jobs.table import TABLE_MODELS, TableConfig
 from amulet_hybrid.jobs.train import TrainingRun
 from amulet_hybrid.learn.config import TrainingConfig
@@ -71,14 +72,16 @@ def test_out_of_range_is_a_wrong_call(tmp_path):
     done,seen = command('--data-dir', tmp_path, '--patience', 0)
     assert done.exit_code==2 and not seen and '`patience` must be at least 1' in done.output
 
-@pytest.mark.parametrize('notebook,config', [('train.ipynb', RunConfig), ('evaluate.ipynb', EvaluateConfig)])
+@pytest.mark.parametrize('notebook,config', [('train.ipynb', RunConfig), ('evaluate.ipynb', EvaluateConfig),
+                                             ('finetune.ipynb', FinetuneRunConfig)])
 def test_cells_of_the_notebooks_are_generated(notebook, config):
     "To renew one: print(parameters_cell(RunConfig, defaults={'output_dir': ''}, without=['track']))"
     cells = json.loads((RUNS/notebook).read_text(encoding='utf-8'))['cells']
     found = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
     assert found==[parameters_cell(config, defaults={'output_dir': ''}, without=['track'])]
 
-COMMANDS = {'train': RunConfig, 'run': RunConfig, 'evaluate': EvaluateConfig, 'deploy': DeploySettings}
+COMMANDS = {'train': RunConfig, 'run': RunConfig, 'evaluate': EvaluateConfig, 'deploy': DeploySettings,
+            'finetune': FinetuneRunConfig}
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_every_setting_has_an_option(name):

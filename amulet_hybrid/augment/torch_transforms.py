@@ -241,6 +241,7 @@ class AugmentedLoader:
         self.stats = stats
         self.epoch = 0
         self.first = 0
+        self.next_batch = 0 # Of the epoch, after those that were given; what `resume` needs
 
     def __len__(self): return len(self.loader)
 
@@ -266,6 +267,7 @@ class AugmentedLoader:
             if labels is None: continue
             if self.config.mixes and self.mixers: photos,labels = self._mix(photos, labels, epoch, number)
             self.stats.seconds += time.perf_counter()-start
+            self.next_batch = number+1
             yield photos,labels
 
     def _count(self, labels, unread):

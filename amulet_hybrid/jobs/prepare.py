@@ -17,7 +17,6 @@ from ..audit.inspector import DatasetInspector
 from ..audit.inspection import Inspection, InspectionConfig
 from ..core import json_digest
 from ..data.split import check_groups, check_splittable, groups_per_class, holdout, leakage
-from .config import RunConfig
 
 # %% ../../nbs/85_jobs/17_prepare.ipynb #65cb43fb
 @dataclass(eq=False)
@@ -59,11 +58,13 @@ class RunData:
 
 # %% ../../nbs/85_jobs/17_prepare.ipynb #cf5b47b4
 def prepare_photos(
-    config:RunConfig, # Where the photos lie, and what is known of their groups
-    cache_dir:str|Path|None=None # Where findings about files are kept
+    config:Any, # `RunConfig`, or other settings: where the photos lie, and what is known of their groups
+    cache_dir:str|Path|None=None, # Where findings about files are kept
+    jobs:int|None=None # Threads; 0: one a core; None: as `config` says
 ) -> tuple[RunData,Inspection]: # `split` is empty, or as the folder has it
     "Usable photos of a folder, and the inspection that found them"
-    inspector = DatasetInspector(InspectionConfig(quick_mode=True, jobs=config.training.jobs), cache_dir)
+    jobs = config.training.jobs if jobs is None else jobs
+    inspector = DatasetInspector(InspectionConfig(quick_mode=True, jobs=jobs), cache_dir)
     found = inspector.inspect(config.data_dir, **config.known())
     usable,made = found.usable,pd.DataFrame()
     if 'made_from' in usable:
