@@ -16,7 +16,7 @@ from .poolings import CovarianceEncoder
 from .weights import BACKBONES, find_weights, locate_weights, user_cache
 
 # %% ../../nbs/20_features/60_cnn.ipynb #f0747230
-_GRAPH_VERSION = 4 # of the exported graph: one with other outputs must not be taken from a cache
+_GRAPH_VERSION = 5 # of the exported graph: one with other outputs must not be taken from a cache
 
 def _exported_file(net, weights, layer, half, gem_power, cache_dir):
     "The ONNX file of a backbone in a cache folder, made if it is not there yet"

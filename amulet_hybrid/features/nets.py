@@ -80,7 +80,6 @@ class ExportedNet(OnnxNet):
 # %% ../../nbs/20_features/58_nets.ipynb #e7beb942
 class TorchNet:
     "A net that torch runs, on a GPU if there is one"
-    pools = (*POOLS, 'meanmax')
     def __init__(self, weights, *args):
         self.torch,self.lock = require('torch', 'cnn'),threading.Lock()
         self.gpu = self.torch.cuda.is_available()
@@ -88,6 +87,7 @@ class TorchNet:
         self.batch = 32 if self.gpu else 1
         self.side = self.net.side
         self.fixed = self.net.side if self.net.fixed else 0
+        self.pools = (*self.net.pools, 'meanmax')
 
     def multiplications(self,
         side:int, # Height and width of a photo, pixels
@@ -105,7 +105,7 @@ class TorchNet:
         "One pass"
         with self.lock, self.torch.inference_mode(), self.torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             rows = self.net(self.torch.from_numpy(photos).to(self.net.pixel_mean.device))
-            return with_meanmax({pool: row.cpu().numpy() for pool,row in zip(POOLS, rows)})
+            return with_meanmax({pool: row.cpu().numpy() for pool,row in zip(self.pools, rows)})
 
 # %% ../../nbs/20_features/58_nets.ipynb #e55528fa
 # torch's exporter must not run twice at once, nor a net be loaded twice

@@ -66,6 +66,7 @@ class TableConfig(JobConfig, TableSource):
         if not self.target: raise ConfigError('`target` must name the column of the labels')
         if self.training.mirror=='always': raise ConfigError('`mirror`: rows of a table have no mirror images')
         if self.training.matching=='always': raise ConfigError('`matching`: rows of a table have no key points')
+        if self.training.finetune=='always': raise ConfigError('`finetune`: rows of a table have no maps of a net')
 
     def to_dict(self) -> dict: # Plain Python values only
         "Settings as a dict that JSON can hold, without the password of a URL"

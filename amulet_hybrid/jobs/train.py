@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'CONFIG', 'RUN_FILES', 'THUMBNAIL_SIDE', 'NOT_RECORDED', 'RunFeatures',
-           'measure_photos', 'train_model', 'nearest_photos', 'photo_case', 'run_result', 'photo_index', 'save_model',
-           'check_output', 'FinishedRun', 'TrainingRun']
+           'map_block', 'measure_photos', 'train_model', 'nearest_photos', 'photo_case', 'run_result', 'photo_index',
+           'save_model', 'check_output', 'FinishedRun', 'TrainingRun']
 
 # %% ../../nbs/85_jobs/20_train.ipynb #d8e93f8f
 import datetime
@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -24,12 +24,15 @@ import pandas as pd
 
 from ..audit.inspection import write_manifest
 from ..base.html import small_jpeg
-from ..core import AmuletError, Config, ConfigError, atomic_write, log, require
+from ..core import AmuletError, Config, ConfigError, FeatureError, MissingExtraError, atomic_write, log
+from ..core import require
 from ..data.folder_layout import check_apart
 from ..data.images import read_image
 from ..evaluate.neighbours import nearest_training
 from ..evaluate.report import Evaluation, EvaluationCase, evaluate
 from ..features.extractor import HybridFeatureExtractor
+from ..features.cnn import CNNFeatures
+from ..features.contract import parse_block
 from ..features.local_matching import POINTS, LocalPoints
 from ..features.weights import net_words
 from .config import RunConfig
@@ -37,6 +40,9 @@ from .prepare import RunData, hold_out, prepare_photos, split_table
 from .sections import curve_section, importance_sections, random_split_note, speed_profile
 from .sections import CascadeTest, cascade_sections, judge_case, nets_section, training_sections
 from .tracking import make_tracker, run_parameters, track_output
+from ..learn.finetuned_member import MOST_PHOTOS as MOST_FINETUNED
+from ..learn.finetuned_member import MapRows
+from ..learn.finetuned_tail import FineTunedTail
 from ..learn.match_evidence import MatchRows
 from ..learn.match_fitting import MOST_PHOTOS
 from ..learn.out_of_fold import AugmentedRows, encode_blocks
@@ -58,6 +64,8 @@ class RunFeatures:
     mirrored:dict[str,np.ndarray]|None=None # The same of the mirror images of the training photos
     augmented:AugmentedRows|None=None # Of photos made of training photos
     matched:bool=False # Among the blocks are key points for local matching
+    maps:MapRows|None=None # Of the training photos, for fine-tuning; the block is among `blocks`, too
+    notes:list[tuple[str,str]] = field(default_factory=list) # Level and text, for the report
 
     def part(self,
         rows:np.ndarray # (n,) bool
@@ -86,6 +94,47 @@ def _measure_points(features, data):
     features.extractor.extractors |= other.extractors
     features.matched = True
 
+# %% ../../nbs/85_jobs/20_train.ipynb #b442016b
+def map_block(
+    block:str, # Name of a block of a net
+    extractor:Any # That measures it
+) -> tuple[str,CNNFeatures]|None: # Name and extractor; None where it is no net of ours, or looks several times
+    "The maps of `@maps` from the pass of another block"
+    if not isinstance(extractor, CNNFeatures) or extractor.mirror or extractor.layer or extractor.onnx is not None \
+            or extractor.half or isinstance(extractor.side, tuple): return None
+    kind,argument,written = parse_block(block)
+    net = f'{argument.partition("@")[0]}@maps'
+    settings = ''.join(f':{k}={v}' for k,v in written.items())
+    return f'{kind}:{net}{settings}',CNNFeatures(**extractor.get_params() | {'backbone': net})
+
+def _find_maps(features):
+    "The first net whose last stage can be trained; raises `FeatureError` where there is none"
+    why:Any = FeatureError('none of the blocks is a net', code='no_tail')
+    for found in (map_block(*item) for item in features.extractor.extractors.items()):
+        try:
+            if found is None: continue
+            found[1].prepare()
+            return found
+        except FeatureError as error: why = error
+    raise why
+
+def _measure_maps(features, data, config):
+    "Measure maps of all photos and of the mirror images of the training photos; photos that are made need none"
+    other,train = copy(features.extractor),data.rows('train')
+    try: block,extractor = _find_maps(features)
+    except (FeatureError, MissingExtraError) as error:
+        if config.training.finetune=='always': raise
+        features.notes.append(('info', f'Fine-tuning is off: {error.message}.'))
+        return
+    other.extractors = {block: extractor}
+    found = other.extract_manifest(data.manifest, data.root)
+    turned = other.extract_mirrored(data.manifest[train], data.root, found)[block].astype(np.float16)
+    net,rows = extractor.backbone.partition('@')[0],found[block][train].astype(np.float16)
+    features.blocks |= found
+    features.extractor.extractors |= other.extractors
+    model = FineTunedTail(net, extractor.weights)
+    features.maps = MapRows(block, rows, model, AugmentedRows({block: turned}, np.arange(len(rows))), extractor.info)
+
 # %% ../../nbs/85_jobs/20_train.ipynb #0a089f43
 def measure_photos(
     config:RunConfig, # Which blocks, and whether mirror images are learned from
@@ -107,6 +156,8 @@ def measure_photos(
         found.mirrored = extractor.extract_mirrored(data.manifest[train], data.root, found.part(train))
     if config.training.matching=='always' or config.training.matching=='auto' and train.sum() <= MOST_PHOTOS:
         _measure_points(found, data)
+    if config.training.finetune=='always' or config.training.finetune=='auto' and train.sum() <= MOST_FINETUNED:
+        _measure_maps(found, data, config)
     return found
 
 # %% ../../nbs/85_jobs/20_train.ipynb #62631ea1
@@ -121,9 +172,11 @@ def train_model(
     costs = extractor.block_info if data.root else None
     points = features.points(blocks, table)
     if points is not None and POINTS not in config.features.names: del blocks[POINTS]
+    if features.maps is not None and features.maps.block not in config.features.names: del blocks[features.maps.block]
     trainer = HybridTrainer(config.training, checkpoint_dir=checkpoint_dir)
     trainer.fit(blocks, table['label'].tolist(), table['group'].tolist(), extractor.encoders(), costs,
-                features.mirrored, features.augmented, points)
+                features.mirrored, features.augmented, points, features.maps)
+    trainer.notes_ += features.notes
     if data.root is None: return trainer,None
     return trainer,fit_cascade(trainer, blocks, table['group'], extractor.extractors)
 
@@ -135,7 +188,8 @@ def nearest_photos(
 ) -> Any: # As `EvaluationCase.neighbours` takes it
     "Label and path of the training photos that are nearest to each test photo, by the blocks that the model uses"
     model,known = trainer.model_.without_matching(),data.part('train')
-    test,train = (encode_blocks({b: X for b,X in features.part(data.rows(part)).items() if b in model.blocks},
+    used = set(model.blocks)-({features.maps.block} if features.maps else set())
+    test,train = (encode_blocks({b: X for b,X in features.part(data.rows(part)).items() if b in used},
                                 model.encoders) for part in ('test', 'train'))
     return nearest_training(test, train).lookup(known['label'].to_numpy(), known['path'].to_numpy())
 
@@ -232,7 +286,8 @@ def photo_index(
     trainer:HybridTrainer # Fitted on the training photos
 ) -> PhotoIndex|None: # None where none is kept, or the model has no block of plain numbers
     "Index of the training photos by the nets that the model uses; by all of its blocks where it uses none"
-    used = [b for b in trainer.model_.without_matching().blocks if b not in trainer.model_.encoders]
+    apart = {*trainer.model_.encoders, *([features.maps.block] if features.maps else [])}
+    used = [b for b in trainer.model_.without_matching().blocks if b not in apart]
     names = [b for b in used if trainer.block_info_[b].neural] or used
     table,blocks = data.part('train'),features.part(data.rows('train'))
     if not config.keep_index or not names or len(table) < 3: return None

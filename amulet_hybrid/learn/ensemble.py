@@ -176,7 +176,7 @@ class HybridModel:
     "Weighted ensemble of calibrated members"
     classes:list[str] # Class names, in the order of the probabilities
     members:list[TrainedMember] # Largest weight first
-    scalers:dict[tuple[str,...],BlockScaler] # One a join
+    scalers:dict[tuple[str,...],BlockScaler] # One a join, except for members that take rows as they are
     calibrator:Any=field(default_factory=NoScaler) # Of the pooled predictions
     encoders:dict[str,Any]=field(default_factory=dict) # Fitted, of raw blocks
     geometric:bool=False # Weights are exponents of a geometric mean, found by stacking
@@ -203,7 +203,8 @@ class HybridModel:
         raw,joins = blocks,dict.fromkeys(m.candidate.blocks for m in self.members)
         used = {b: raw[b] for join in joins for b in join if b in raw}
         blocks = encode_blocks(used, self.encoders)
-        Z = {join: self.scalers[join].transform(join_blocks(blocks, join)) for join in joins}
+        Z = {join: join_blocks(blocks, join) for join in joins}
+        Z = {join: self.scalers[join].transform(X) if join in self.scalers else X for join,X in Z.items()}
         def proba(m):
             logits = model_logits(m.model, Z[m.candidate.blocks], len(self.classes))
             return softmax(logits/m.temperature, axis=1)

@@ -35,7 +35,7 @@ _TREES = {'roots': 't', 'column': 'i', 'cut': 'i', 'left': 'i', 'right': 'i'}
 _SHAPES:dict[str,dict[str,str]] = { # Family -> array -> its shape
     'linear': {'weight': 'r w', 'bias': 'r'}, 'means': {'means': 'k w'}, 'neighbours': {'rows': 'n w', 'labels': 'n'},
     'support_vectors': {'rows': 'v w', 'weight': 'v p', 'bias': 'p'}, 'forest': {**_TREES, 'leaves': 'l k'},
-    'boosting': {**_TREES, 'leaves': 'l', 'start': 'r'}, 'onnx': {'model': 'b'}}
+    'boosting': {**_TREES, 'leaves': 'l', 'start': 'r'}, 'onnx': {'model': 'b'}, 'tail': {'model': 'b'}}
 _WHOLE = {'labels', 'roots', 'column', 'left', 'right'} # Arrays of whole numbers
 
 def _bind(arrays, shapes, known) -> dict[str,int]: # Letter -> number
@@ -127,7 +127,7 @@ def check_head(
     if 'r' in known and known['r']!=known['k'] and (known['r'], known['k'])!=(1, 2):
         _refuse(f'it gives {known["r"]} numbers for {known["k"]} classes')
     if kind=='boosting' and len(arrays['roots'])%known['r']: _refuse('its trees do not share out among the classes')
-    if kind=='onnx':
+    if kind in ('onnx', 'tail'):
         try: check_onnx(arrays['model'].tobytes())
         except FeatureError as error: raise BundleError(error.message, code=error.code, advice=error.advice) from error
     return known.get('w', 0)

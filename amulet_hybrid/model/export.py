@@ -103,10 +103,14 @@ def _onnx_logits(a, Z):
     return log_proba(np.asarray(a['_session'].run([str(a['output'])], {'rows': Z})[0], float), 1e-3)
 
 # %% ../../nbs/50_model/10_export.ipynb #e2f34a5e
+def _tail_logits(a, Z):
+    if '_session' not in a: a['_session'] = onnx_session(np.asarray(a['model']).tobytes(), intra_op_num_threads=1)
+    return np.asarray(a['_session'].run(['logits'], {'rows': np.asarray(Z, np.float32)})[0], float)
+
 HEAD_LOGITS:dict[str,Callable[[Mapping[str,Any],np.ndarray],np.ndarray]] = { # Family -> (arrays, rows) -> logits
     'linear': _linear_logits, 'support_vectors': _support_vector_logits, 'perceptron': _perceptron_logits,
     'neighbours': _neighbour_logits, 'means': _mean_logits, 'forest': _forest_logits, 'boosting': _boosting_logits,
-    'onnx': _onnx_logits}
+    'onnx': _onnx_logits, 'tail': _tail_logits}
 
 @dataclass
 class ClassifierHead:
@@ -215,9 +219,11 @@ def _from_boosting(m):
     return 'boosting', {**_tree_table(trees), 'start': np.asarray(m._baseline_prediction, float).ravel()}
 
 # %% ../../nbs/50_model/10_export.ipynb #d446e8d3
+def _from_tail(m): return 'tail', {'model': np.frombuffer(m.to_onnx(), np.uint8)}
+
 CONVERTERS:dict[str,Callable[[Any],tuple[str,dict[str,Any]]]] = { # Name of a class or of one of its bases -> converter
     'BaseSVC': _from_svm, 'LinearDiscriminantAnalysis': _from_linear, 'LinearClassifierMixin': _from_linear,
-    'GroupRidge': _from_linear,
+    'GroupRidge': _from_linear, 'FineTunedTail': _from_tail,
     'MLPClassifier': _from_perceptron, 'CosineKNN': _from_neighbours, 'ClassMeans': _from_means,
     'ForestClassifier': _from_trees, 'DecisionTreeClassifier': _from_trees,
     'HistGradientBoostingClassifier': _from_boosting}

@@ -71,6 +71,11 @@ def _part_arrays(arrays, name):
 # %% ../../nbs/50_model/20_inference.ipynb #f4de9c0b
 def _convert_join(model, join, members, blocks):
     "Members of one join as arrays, and its projection if one of them needs it"
+    if join not in model.scalers: # rows as they are
+        rows = join_blocks(blocks, join)[:20] if all(b in blocks for b in join) else None
+        heads = [convert_model(m.model, rows, 1e-4) for m in members] # single precision
+        return [EnsembleMember(join, m.candidate.title, m.weight, m.temperature, h, True)
+                for m,h in zip(members, heads)],None
     projection = model.scalers[join].projection_
     known = all(b in blocks for b in join)
     rows = model.scalers[join].transform(join_blocks(blocks, join)[:200]) if known else None
