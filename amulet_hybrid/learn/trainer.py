@@ -124,7 +124,7 @@ class HybridTrainer(BaseEstimator):
         self.model_ = self.refit(blocks, choice.weights, self.calibrator_, choice.geometric)
         self.single_model_ = self.refit(blocks, {self.best_single_: 1.})
         detector = find_detector(rows.only(self.model_.blocks), names, config, self.block_info_)
-        if tuned.add_to(self.model_, self.y_, config.seed): self.block_info_[maps.block] = maps.info
+        if maps and tuned.add_to(self.model_, self.y_, config.seed): self.block_info_[maps.block] = maps.info
         self.notes_,self.novelty_aurocs_ = self.notes_+tuned.notes+detector.notes,detector.aurocs
         self.model_.conformal,self.model_.novelty,self.model_.novelty_note = sets,detector.detector,detector.reason
         _match(self, rows, points)
