@@ -184,8 +184,11 @@ class TrainingRecord:
         self._asked = 0 # Stages that were asked for
         self._same = {'net': state_digest(model), 'settings': config.digest()}
 
-    def save(self, call=None, state=None):
-        "Write the checkpoint; `call` and `state` are of the stage that is under way"
+    def save(self,
+        call:dict[str,Any]|None=None, # The stage that is under way; None: none is
+        state:dict[str,Any]|None=None # Where it stands
+    ):
+        "Write the checkpoint"
         if not self.path: return
         live = self.model.state_dict()
         write_checkpoint(self.path, {
@@ -208,8 +211,10 @@ class TrainingRecord:
         return ConfigError(f'the checkpoint is of a training with {what}', code='other_training', where=self.path,
                            advice='Give the same as before, or begin anew without resume')
 
-    def begin(self, call) -> tuple[bool,dict[str,Any]]: # Whether it is over, else the state in the middle of it or {}
-        "A stage is asked for"
+    def begin(self,
+        call:dict[str,Any] # Name and settings of the stage that is asked for
+    ) -> tuple[bool,dict[str,Any]]: # Whether it is over, else the state in the middle of it or {}
+        "Compare with what the checkpoint has; raises `ConfigError` where that was another stage"
         i,self._asked = self._asked,self._asked+1
         earlier = self.over[i] if i < len(self.over) else self.under_way.get('call')
         if earlier and (differs := [k for k in call if earlier.get(k)!=call[k]]):
@@ -218,7 +223,9 @@ class TrainingRecord:
         found,self.under_way = self.under_way,{}
         return False,found
 
-    def end(self, call):
+    def end(self,
+        call:dict[str,Any] # Name and settings of the stage
+    ):
         "A stage is over"
         self.over.append(call)
         self.save()
@@ -234,7 +241,11 @@ class TrainingRecord:
     def _tensors(self):
         return {k: v.detach().cpu().clone() for k,v in self.model.state_dict().items() if k in self.moved}
 
-    def keep_if_better(self, stage, epoch, figures) -> bool:
+    def keep_if_better(self,
+        stage:str, # Its name
+        epoch:int, # Of the stage, from 1
+        figures:dict[str,float] # Of the validation photos; NaN where there are none
+    ) -> bool: # Whether they were taken
         "Take the weights of now for the best, if their figure is; without a figure the last are"
         score = figures[self.monitor]*(-1 if self.monitor=='val_loss' else 1)
         if self.best and score <= self.best['score']: return False
@@ -242,7 +253,9 @@ class TrainingRecord:
         self.best = {'stage': stage, 'epoch': epoch, 'score': score, 'state': self._tensors()}
         return True
 
-    def note(self, text):
+    def note(self,
+        text:str # One sentence
+    ):
         "Say it, and keep it for the report"
         log.warning(text)
         self.notes.append(text)

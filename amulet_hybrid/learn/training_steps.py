@@ -200,7 +200,10 @@ class BatchHalving:
                 if not out_of_memory(error): raise
                 self.halve(photos, error)
 
-    def halve(self, photos, error):
+    def halve(self,
+        photos:int, # Of a whole batch
+        error:BaseException # That said so
+    ):
         "Smaller parts from now on"
         if photos <= 2**self.halvings:
             raise ResourceError('there is no memory for a single photo', advice='Take a smaller net or image_size, or '
@@ -264,7 +267,10 @@ class TrainingStep:
             losses,right = losses+value*len(labels),right+int((logits.argmax(1)==truth).sum())
         return losses,right,total
 
-def not_finite(what, value):
+def not_finite(
+    what:str, # 'loss' or 'gradient'
+    value:Any # As it was found
+) -> TrainingError: # With code 'nan_loss'
     "The error of a loss or gradient that is no number"
     return TrainingError(f'the {what} is {float(value)}', code='nan_loss',
                          advice='Take a lower learning rate, and look for photos or labels that are no numbers')
