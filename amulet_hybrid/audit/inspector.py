@@ -17,7 +17,7 @@ import pandas as pd
 from .. import __version__
 from .findings import find_problems
 from .inspection import FILES, Inspection, InspectionConfig
-from .model_checks import probe_extractors, run_model_checks
+from .model_checks import NET, probe_extractors, probe_weights, run_model_checks
 from ..base.checks import dataset_size
 from ..core import DatasetError, json_digest, log
 from ..data.duplicates import chain_pairs, clusters, duplicate_table, near_duplicates, perceptual_hashes
@@ -144,7 +144,8 @@ def evaluate_scan(
     manifest:pd.DataFrame, # path, label, group, split
     measured:Any, # As from `scan_files`
     config:InspectionConfig, # Settings
-    root:str|Path # Where the paths begin
+    root:str|Path, # Where the paths begin
+    net:dict|None=None # The net that measured one of the blocks, as `origin` of an extractor gives it
 ) -> Inspection:
     "Everything that follows from what was measured"
     m = pd.concat([manifest, measured.table.drop(columns='reason')], axis=1)
@@ -158,6 +159,7 @@ def evaluate_scan(
              'notes': [list(note) for note in manifest.attrs.get('notes', ())],
              'leakage': _leakage_facts(good, given) if 'leakage' in tables else []}
     if not config.quick_mode:
+        if config.weights!='none': facts['net'] = net
         more,answers = run_model_checks(good, usable.blocks, given, config)
         tables,facts = tables|more,facts|answers
         if 'label_issues' in more:
@@ -167,7 +169,7 @@ def evaluate_scan(
 
 # %% ../../nbs/55_audit/30_inspector.ipynb #30a90055
 STORE = 'inspection.sqlite' # Measurements, in the folder of the cache
-VERSION = 2 # Of the result; another one is made anew
+VERSION = 3 # Of the result; another one is made anew
 
 def _checked(manifest):
     "A manifest with the columns that are needed, index renewed"
@@ -183,6 +185,12 @@ def _result_key(manifest, root, store, config):
     if not digests: return ''
     rows = manifest[['path', 'label', 'group', 'split']].to_numpy().tolist()
     return json_digest([__version__, VERSION, config.to_dict(), rows, digests])
+
+def _same_net(found):
+    "Whether an earlier inspection asked the net that would be asked today"
+    if found.config.quick_mode or found.config.weights in ('none', 'random'): return True
+    now = probe_weights(found.config.weights)
+    return found.facts.get('net')==(now.about() if now else None)
 
 # %% ../../nbs/55_audit/30_inspector.ipynb #8cb9c6f7
 class DatasetInspector:
@@ -203,7 +211,7 @@ class DatasetInspector:
         "Read every file once; a bad one is reported, never raised"
         if isinstance(data, pd.DataFrame): manifest,root = _checked(data),Path(root or '.')
         else: manifest,root = make_manifest(data, groups, group_by, root, allow_partial_groups)
-        extractors = {} if self.config.quick_mode else probe_extractors(self.config, self.cache_dir)
+        extractors = {} if self.config.quick_mode else probe_extractors(self.config) # a net is exported once a machine
         keys = {name: e.fingerprint() for name,e in extractors.items()}
         def describe(rgb):
             photo = Photo(rgb)
@@ -212,7 +220,8 @@ class DatasetInspector:
             measured = scan_files(manifest['path'].tolist(), root, self.config.image_limits(), describe, keys, store,
                                   self.config.jobs)
             key = _result_key(manifest, root, store, self.config) if store else ''
-        found = evaluate_scan(manifest, measured, self.config, root)
+        net = extractors[NET].origin() if NET in extractors else None
+        found = evaluate_scan(manifest, measured, self.config, root, net)
         found.key,found.title = key,root.name if isinstance(data, pd.DataFrame) else Path(data).name
         found.facts['scanned'] = not isinstance(data, pd.DataFrame) and Path(data).is_dir()
         return found
@@ -243,4 +252,4 @@ class DatasetInspector:
         with closing(ScanCache(measurements)) as store: key = _result_key(manifest, root, store, self.config)
         try: found = Inspection.load(output_dir)
         except DatasetError as error: log.info('%s', error); return None
-        return found if key and found.key==key else None
+        return found if key and found.key==key and _same_net(found) else None

@@ -17,6 +17,7 @@ from ..base.html import ACCENT, INK, figure_source, quiet_figure, render_page, s
 from ..base.html import thumbnail
 from ..data.quality import ISSUES, has_issue
 from ..evaluate.label_issues import undoubted_words
+from ..features.weights import net_words
 
 # %% ../../nbs/55_audit/20_report.ipynb #13f78230
 def plot_classes(
@@ -133,6 +134,7 @@ def render_photo_report(
         n_suspects=len(tables.get('label_issues', ())), gap=facts.get('group_gap'), hidden=facts.get('hidden_groups'),
         suggestions=parts('group_suggestions'),
         shortcuts=parts('shortcuts', ['family', 'columns', 'balanced_accuracy', 'low', 'high', 'predictive']),
+        net=net_words(facts['net']) if facts.get('net') else '',
         chance=f'{1/facts["balance"]["classes"]:.3f}', leaks=parts('leakage'), worst=worst,
         names=parts('name_conflicts'), unreadable=parts('unreadable', most=200), settings=table_parts(settings),
         pictures=_pictures(list(wanted), read_photo) if read_photo else {})

@@ -53,6 +53,7 @@ def _inspect(
     from amulet_hybrid.core import printable
     from amulet_hybrid.data.manifest import GroupsConfig
     from amulet_hybrid.audit.inspection import FILES, InspectionConfig
+    from amulet_hybrid.features.weights import net_words
     data_dir = settings.pop('data_dir')
     known = GroupsConfig.from_dict({name: settings.pop(name) for name in GroupsConfig.settings() if name in settings})
     found = DatasetInspector(InspectionConfig.from_dict(settings)).run(data_dir, output_dir, **known.known())
@@ -61,6 +62,7 @@ def _inspect(
     echo(f'\n{found.classes.to_string()}')
     if verbose:
         for row in found.unreadable.itertuples(): echo(printable(f'    {row.path}: {row.code}: {row.reason}'))
+    if net := found.facts.get('net'): echo(f'\nNet        {printable(net_words(net))}')
     echo(f'\nReport     {output_dir/FILES["report"]}\nDetails    {output_dir/FILES["inspection"]}\nManifest   '
                f'{output_dir/FILES["manifest"]}, {FILES["parquet"]}')
     if fix: _fix(found, output_dir, list_only)

@@ -63,6 +63,7 @@ def _train(
     verbose:Verbose=False,
 ):
     start_log(verbose)
+    from amulet_hybrid.core import printable
     from amulet_hybrid.jobs.config import RunConfig
     from amulet_hybrid.jobs.table import TableConfig, TableRun
     from amulet_hybrid.jobs.train import TrainingRun
@@ -75,7 +76,9 @@ def _train(
                                      param_hint='--'+name.replace('_', '-'))
     if table: settings['data_dir'] = table
     config = kind.from_dict(settings)
-    result = (TableRun if table else TrainingRun)(config).run()
+    run = (TableRun if table else TrainingRun)(config)
+    if words := run.nets_ahead(): echo(printable(words))
+    result = run.run()
     print_summary(result, runs_command=recorded_runs(config.track, config.output_dir),
                   unit='rows' if table else 'photos')
 
@@ -143,6 +146,8 @@ def absolute_places(
 
 # %% ../../nbs/90_cli/30_training.ipynb #2f91d336
 def _run(settings):
+    from amulet_hybrid.core import printable
+    from amulet_hybrid.features.ready_blocks import nets_ahead
     from amulet_hybrid.jobs.config import RunConfig
     from amulet_hybrid.jobs.tracking import make_tracker, run_parameters, track_output
     track = settings.pop('track', '')
@@ -150,7 +155,7 @@ def _run(settings):
     output,config = Path(parameters['output_dir']),RunConfig.from_dict(parameters) # a mistake ends here, not in an hour
     # outside of the notebook: it is whole only when it ended
     with make_tracker(track, output.parent).run(output.name, run_parameters(config.to_dict())) as record:
-        echo(f'Executing train.ipynb on {settings["data_dir"]}')
+        echo(f'Executing train.ipynb on {settings["data_dir"]}\n{printable(nets_ahead(config.features))}')
         execute_notebook('train.ipynb', parameters, output/'train.ipynb')
         track_output(record, output)
     print_summary(json.loads((output/'result.json').read_text(encoding='utf-8')), output/'train.ipynb',

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from ..base.checks import finite_matrix
 from ..base.html import ACCENT, INK, quiet_figure
-from ..base.projection import block_weights, column_scale, unit_rows
+from ..base.projection import block_weights, column_scale, row_limits, unit_rows
 from ..core import ConfigError
 from .intervals import Interval, share_interval
 
@@ -86,8 +86,9 @@ def nearest_training(
             raise ConfigError(f'the block {name} has shapes {a.shape} and {b.shape}', code='bad_blocks',
                               where='X_train')
     A,B = np.hstack(new), np.hstack(known)
-    mean,scale = B.mean(0), column_scale(B.std(0), block_weights([b.shape[1] for b in known]))
-    like = unit_rows((A-mean)*scale)@unit_rows((B-mean)*scale).T
+    mean,std = B.mean(0), B.std(0)
+    scale = column_scale(std, block_weights([b.shape[1] for b in known]))
+    like = unit_rows((np.clip(A, *row_limits(mean, std, len(B)))-mean)*scale)@unit_rows((B-mean)*scale).T
     rows = np.argsort(-like, axis=1, kind='stable')[:,:k]
     return Neighbours(rows, np.take_along_axis(like, rows, 1))
 

@@ -106,14 +106,18 @@ def _describe(extractor, manifest, root):
     known = 'sha256' in manifest
     states = manifest['sha256'].tolist() if known else [_file_state(root/p) for p in manifest['path']]
     return {'format': FORMAT, 'photos': len(manifest), 'state': json_digest([manifest['path'].tolist(), states]),
-            'blocks': blocks, 'settings': extractor.config.to_dict()}
+            'blocks': blocks, 'nets': extractor.nets(), 'settings': extractor.config.to_dict()}
+
+def _same(about, other):
+    "Whether two say the same; the same net may come from a file of another name"
+    return json.dumps({**about, 'nets': []}, sort_keys=True)==json.dumps({**other, 'nets': []}, sort_keys=True)
 
 # %% ../../nbs/20_features/90_folder.ipynb #90868832
 def _begin(about, manifest, folder, overwrite):
     "The folder as it shall be, empty or with what is there of the very same photos and blocks"
     there = (folder/'features.json').exists()
     if there and not overwrite:
-        if FeatureFolder(folder).about==json.loads(json.dumps(about)): return FeatureFolder(folder)
+        if _same(FeatureFolder(folder).about, about): return FeatureFolder(folder)
         raise FeatureError('features of other photos, or other blocks, are there', code='other_features', where=folder,
                            advice='Name another folder, or say that it may be overwritten')
     if not there and folder.exists() and any(folder.iterdir()):

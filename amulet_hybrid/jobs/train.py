@@ -34,6 +34,7 @@ from ..features.extractor import HybridFeatureExtractor
 from ..features.cnn import CNNFeatures
 from ..features.contract import parse_block
 from ..features.local_matching import POINTS, LocalPoints
+from ..features.ready_blocks import nets_ahead
 from ..features.weights import net_words
 from .config import RunConfig
 from .prepare import RunData, hold_out, prepare_photos, split_table
@@ -447,8 +448,13 @@ class TrainingRun:
     def check_bundle(self):
         "What the saved bundle must prove beside what `save_bundle` has asked of it: for photos nothing"
 
+    def nets_ahead(self) -> str: # A sentence or two; '' for a table
+        "Which pretrained nets will look at the photos, before anything is done"
+        return nets_ahead(self.config.features) if isinstance(self.config, RunConfig) else ''
+
     def run(self) -> dict: # As `save` returns it
         "All steps, recorded where the settings say"
+        if words := self.nets_ahead(): log.info('%s', words)
         parameters = run_parameters(self.config.to_dict())
         with make_tracker(self.config.track, self.output.parent).run(self.output.name, parameters) as record:
             for step in (self.inspect, self.split, self.extract, self.train, self.evaluate, self.save):

@@ -33,13 +33,16 @@ PHOTOS = 'photos.npz'
 REQUIREMENTS = 'requirements_production.txt'
 
 BUNDLE_FILES = { # File in a bundle, or pattern -> what it is
-    MANIFEST: 'format, versions, classes, settings, data, figures with intervals, size and sha256 of every file',
+    MANIFEST: 'format, versions, classes, settings, blocks and the files they stand on, the nets (name, source, sha256 '
+              'and licence of the weights), data, figures with intervals, size and sha256 of every file',
     MODEL: 'the ensemble and the cheaper tiers: what is words',
     'rules.npz': 'the numbers of the rules tier, where there is one',
     'neural.npz': 'the numbers of the neural tier, where there is one',
-    'ensemble.npz': 'the numbers of the ensemble: heads, axes, calibration, prediction sets, novelty detector',
-    PHOTOS: 'the index of training photos, unless it was left out: paths, classes, digests, 96 bytes of '
-                  'each by which similar ones are found, small pictures if they were asked for',
+    'ensemble.npz': 'the numbers of the ensemble: heads, axes, calibration, prediction sets, novelty detector; where '
+                    'local matching is on, also key points, file names and digests of training photos (--matching '
+                    'never leaves them out)',
+    PHOTOS: 'the index of training photos, unless --no-keep-index left it out: paths, classes, digests, 96 bytes of '
+            'each by which similar ones are found, small pictures if they were asked for',
     'backbone*.onnx': 'the net, where there is one',
     'block*': 'a file that another block stands on, e.g. a net of your own',
     'MODEL_CARD.md': 'what the model knows and what it must not be asked',
