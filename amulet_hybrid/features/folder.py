@@ -32,7 +32,7 @@ class FeatureFolder:
 
     @cached_property
     def about(self) -> dict:
-        "What features.json says: blocks with file, width and key, number of photos, settings"
+        "What features.json says: blocks with file, width and key, their nets, number of photos, settings"
         try: found = json.loads((self.folder/'features.json').read_text(encoding='utf-8'))
         except FileNotFoundError as error:
             raise FeatureError('holds no features', code='no_features', where=self.folder,
