@@ -3,8 +3,9 @@ machine.
 
     # dimension, milliseconds and accuracy of every block
     python benchmarks/features.py blocks
-    # photos a second of the `balanced` preset, of features_rival.py, and of decoding and the net alone
-    python benchmarks/features.py rivals --rival-python VENV/python
+    # photos a second of a preset, and of decoding and its nets alone (the limit); of features_rival.py too, which
+    # runs one net at one size
+    python benchmarks/features.py rivals --preset fast [--rival-python VENV/python]
     # memory and throughput over many photos, and a run that is killed
     python benchmarks/features.py large --photos 100000
     # photos a second of each backbone, where there is CUDA
@@ -208,9 +209,9 @@ def blocks(args):
          'accuracy (5 grouped folds, plain logistic regression)',
          block_table(table), digits=2)
     if args.blocks and (path := args.output/'features_blocks.csv').exists(): # the others as they are
-        before = pd.read_csv(path)
-        again = set(zip(table['set'], table['block']))
-        table = pd.concat([before[[(s, b) not in again for s,b in zip(before['set'], before['block'])]], table])
+        before,key = pd.read_csv(path),['set', 'photos', 'block']
+        again = set(table[key].itertuples(index=False, name=None))
+        table = pd.concat([before[[k not in again for k in before[key].itertuples(index=False, name=None)]], table])
     show('The same with 95 % intervals (groups drawn anew); gain is joined less the net alone, paired', table,
          args.output/'features_blocks.csv')
     print(f'{time.perf_counter()-start:.0f} s')
@@ -292,23 +293,24 @@ def run_ours(args):
 
 
 def run_limit(args):
-    """One process that decodes at reduced scale, resizes, and runs the very file of our net, two threads with a session
-    each, and nothing else"""
+    """One process that decodes at reduced scale, resizes, and runs the very files of our nets, two threads with a
+    session of each net each, and nothing else"""
     import onnxruntime as ort
     extractor = HybridFeatureExtractor(FeatureConfig(preset=args.preset, weights=args.weights), jobs=CORES)
     paths = pd.read_csv(args.manifest)['path'].tolist()
-    net, decode_at = next(iter(preset_nets(extractor.extractors).values())), extractor.config.decode_at
+    nets = {(str(e.onnx_path()), e.side or 320) for e in preset_nets(extractor.extractors).values()}
+    decode_at = extractor.config.decode_at
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    sessions = [ort.InferenceSession(str(net.onnx_path()), options, providers=['CPUExecutionProvider'])
-                for _ in range(CORES)]
+    sessions = [[(ort.InferenceSession(path, options, providers=['CPUExecutionProvider']), side)
+                 for path,side in sorted(nets)] for _ in range(CORES)]
     cv2.setNumThreads(1)
 
     def some(job):
-        session, mine = job
-        name = session.get_inputs()[0].name
-        for path in mine:
-            session.run(None, {name: resize_image(read_image(path, at_least=decode_at), net.side or 320)[None]})
+        mine, paths = job
+        for path in paths:
+            rgb = read_image(path, at_least=decode_at)
+            for session,side in mine: session.run(None, {session.get_inputs()[0].name: resize_image(rgb, side)[None]})
 
     with ThreadPoolExecutor(CORES) as pool:
         list(pool.map(some, [(s, paths[:16]) for s in sessions]))
@@ -322,17 +324,19 @@ def race(args, name, paths, folder, keep_rows):
     "Rounds of ours, the rival and the limit, one after the other; the rows that the first two found"
     pd.DataFrame({'path': list(map(str, paths)),
                   'sha256': [file_digest(p) for p in paths]}).to_csv(folder/'manifest.csv', index=False)
-    spec, blocks, without = rival_spec(args.preset, args.weights, paths, args.rival_workers)
-    (folder/'spec.json').write_text(json.dumps(spec))
-    print(f'{name}: {len(paths)} photos, blocks {", ".join(blocks)}'
-          + (f'; the rival goes without {", ".join(without)}' if without else ''), flush=True)
+    extractors = HybridFeatureExtractor(FeatureConfig(preset=args.preset, weights=args.weights)).extractors
+    print(f'{name}: {len(paths)} photos, blocks {", ".join(extractors)}', flush=True)
+    if args.rival_python:
+        spec, _, without = rival_spec(args.preset, args.weights, paths, args.rival_workers)
+        (folder/'spec.json').write_text(json.dumps(spec))
+        if without: print(f'The rival goes without {", ".join(without)}', flush=True)
     ours, theirs = folder/'ours.npz', folder/'rival.npz'
     one = (__file__, '--preset', args.preset, '--weights', args.weights, '--manifest', folder/'manifest.csv')
     runs = {'ours': lambda last: child(*one, *(['--rows', ours] if last and keep_rows else []), '_ours')}
     if args.rival_python:
         runs['rival'] = lambda last: child(HERE/'features_rival.py', folder/'spec.json',
                                            *([theirs] if last and keep_rows else []), python=args.rival_python)
-    if spec['side']: runs['limit'] = lambda _: child(*one, '_limit')
+    if preset_nets(extractors): runs['limit'] = lambda _: child(*one, '_limit')
     rounds = []
     for i in range(args.rounds):
         # others at work here count against all three, and most against those that wait for their own threads
@@ -369,7 +373,8 @@ def rivals(args):
     table = pd.DataFrame(rounds)
     for who,name in (('rival', 'times the rival'), ('limit', 'of the limit')):
         if who in table: table[name] = table['ours']/table[who]
-    show(f'Photos a second, {CORES} cores, preset {args.preset}', table, args.output/'features_rivals.csv', 2)
+    name = 'features_rivals.csv' if args.rival_python else f'features_limit_{args.preset}.csv'
+    show(f'Photos a second, {CORES} cores, preset {args.preset}', table, args.output/name, 2)
     show('Median of the rounds', table.drop(columns='round').groupby('set', sort=False).median().reset_index(),
          digits=2)
     if accuracy:
