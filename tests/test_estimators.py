@@ -31,6 +31,7 @@ NO_MATRIX = { # Estimators that take something else than any matrix of numbers, 
     'BaseFeatureExtractor': 'photos',
     'KeypointEncoder': 'rows of packed descriptors, whose width says how many bytes each has',
     'CovarianceEncoder': 'rows of packed covariances, whose width says how many channels they are of',
+    'FineTunedTail': 'rows of square maps of the channels of a net',
     'HybridTrainer': 'blocks by name, with labels and groups',
     'ConformalPredictor': 'rows of probabilities that sum to 1, with labels that are indices into them',
     '_Scaler': 'logits, with labels that are indices into their columns'}
