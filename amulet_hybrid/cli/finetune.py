@@ -8,7 +8,7 @@ __all__ = ['commands', 'print_result', 'finetune_command']
 # %% ../../nbs/90_cli/32_finetune.ipynb #94622edf
 from pathlib import Path
 
-from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_notes, quoted
+from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_figures, quoted
 from .options import start_log
 
 # %% ../../nbs/90_cli/32_finetune.ipynb #947cd464
@@ -18,11 +18,7 @@ def print_result(
     result:dict # As result.json of a fine-tuning run holds it
 ) -> None:
     "Print what `amulet finetune` ends with"
-    from amulet_hybrid.evaluate.intervals import figure_interval
-    echo(f'\nHeld out: {result["test_photos"]} photos of {result["test_groups"]} groups')
-    for name,f in result['figures'].items():
-        echo(f'  {name.replace("_", " "):30s} {figure_interval(name, **f)}')
-    print_notes(('warning', text) for text in result['notes'])
+    print_figures(result)
     echo(f'\nBest       epoch {result["best"]["epoch"]} of stage {result["best"]["stage"]}')
     echo(f'Report     {result["report"]}\nNet        {result["model"]}  ({result["digest"][:12]})')
 

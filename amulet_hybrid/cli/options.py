@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'EXPORTERS', 'Verbose', 'value_words', 'setting_words', 'read_value', 'Hint', 'make_option',
            'command_settings', 'config_command', 'new_app', 'LateGroup', 'late_command', 'parameters_cell', 'start_log',
-           'echo', 'quoted', 'print_notes']
+           'echo', 'quoted', 'print_notes', 'print_figures']
 
 # %% ../../nbs/90_cli/05_options.ipynb #0d973392
 import dataclasses
@@ -259,3 +259,13 @@ def print_notes(
 ) -> None:
     "Print notes of a run, a line each; warnings begin with !"
     for level,text in notes: echo(f'  {"!" if level=="warning" else "-"} {printable(text)}')
+
+def print_figures(
+    result:dict, # As result.json of a run holds it
+    unit:str='photos' # What was held out
+) -> None:
+    "Print the figures of what was held out, and the warnings"
+    from amulet_hybrid.evaluate.intervals import figure_interval
+    echo(f'\nHeld out: {result["test_photos"]} {unit} of {result["test_groups"]} groups')
+    for name,f in result['figures'].items(): echo(f'  {name.replace("_", " "):30s} {figure_interval(name, **f)}')
+    print_notes(('warning', text) for text in result['notes'])

@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_notes, quoted
+from .options import Hint, Verbose, config_command, echo, late_command, new_app, print_figures
+from .options import print_notes, quoted
 from .options import start_log
 
 # %% ../../nbs/90_cli/30_training.ipynb #bb5fae34
@@ -31,12 +32,8 @@ def print_summary(
 ) -> None:
     "Print what `train` and `run` end with"
     from amulet_hybrid.core import printable
-    from amulet_hybrid.evaluate.intervals import figure_interval
     from amulet_hybrid.features.weights import net_words
-    echo(f'\nHeld out: {result["test_photos"]} {unit} of {result["test_groups"]} groups')
-    for name,f in result['figures'].items():
-        echo(f'  {name.replace("_", " "):30s} {figure_interval(name, **f)}')
-    print_notes(('warning', text) for text in result['notes'])
+    print_figures(result, unit)
     if (refusal := result.get('refusal')): echo(f'\nThreshold  {refusal["summary"]}')
     for net in result.get('nets', ()): echo(f'Net        {printable(net_words(net))}')
     if unit=='photos' and not result.get('nets'): echo('Net        none: classical blocks alone')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUNDLE', 'REPORT', 'FIGURES', 'RESULT', 'CONFIG', 'RUN_FILES', 'THUMBNAIL_SIDE', 'NOT_RECORDED', 'RunFeatures',
            'map_block', 'measure_photos', 'train_model', 'nearest_photos', 'photo_case', 'run_result', 'photo_index',
-           'save_model', 'check_output', 'FinishedRun', 'TrainingRun']
+           'save_model', 'check_output', 'FinishedRun', 'RunParts', 'TrainingRun']
 
 # %% ../../nbs/85_jobs/20_train.ipynb #d8e93f8f
 import datetime
@@ -376,8 +376,35 @@ class FinishedRun:
                         for name,path in (('report', self.report), ('bundle', self.bundle)))
         return f'{self.evaluation._repr_html_()}<ul>{paths}</ul>'
 
+# %% ../../nbs/85_jobs/20_train.ipynb #2ddc595e
+class RunParts:
+    "What the steps of a run have made, by name"
+    data:RunData
+    trainer:HybridTrainer
+    cascade:Any # `Cascade`; None for a table
+
+    @property
+    def manifest(self) -> pd.DataFrame:
+        "Usable photos with their label, group and part"
+        return self.data.manifest
+
+    @property
+    def root(self) -> Path|None:
+        "Where the paths of the manifest begin"
+        return self.data.root
+
+    @property
+    def model(self) -> Any:
+        "The ensemble that was trained"
+        return self.trainer.model_
+
+    @property
+    def refusal(self) -> Refusal:
+        "Confidence below which what was trained names nothing"
+        return self.cascade.refusal if self.cascade is not None else self.model.refusal
+
 # %% ../../nbs/85_jobs/20_train.ipynb #5953baca
-class TrainingRun:
+class TrainingRun(RunParts):
     "The steps of one run, in order; each returns what is worth looking at"
     served:CascadeTest|None = None # What the cascade says of the held-out photos; None for a table
 
@@ -454,7 +481,6 @@ class TrainingRun:
 
     def run(self) -> dict: # As `save` returns it
         "All steps, recorded where the settings say"
-        if words := self.nets_ahead(): log.info('%s', words)
         parameters = run_parameters(self.config.to_dict())
         with make_tracker(self.config.track, self.output.parent).run(self.output.name, parameters) as record:
             for step in (self.inspect, self.split, self.extract, self.train, self.evaluate, self.save):
@@ -462,26 +488,6 @@ class TrainingRun:
                 step()
             track_output(record, self.output)
         return self.result
-
-    @property
-    def manifest(self) -> pd.DataFrame:
-        "Usable photos with their label, group and part"
-        return self.data.manifest
-
-    @property
-    def root(self) -> Path|None:
-        "Where the paths of the manifest begin"
-        return self.data.root
-
-    @property
-    def model(self) -> Any:
-        "The ensemble that was trained"
-        return self.trainer.model_
-
-    @property
-    def refusal(self) -> Refusal:
-        "Confidence below which what was trained names nothing"
-        return self.cascade.refusal if self.cascade is not None else self.model.refusal
 
     @property
     def finished(self) -> FinishedRun:

@@ -93,6 +93,28 @@ class SimilarPhotos(list):
             return f'<td>{picture}<b>{escape(p.label)}</b><br>{escape(p.photo)}<br>{p.distance:.3f}{usual}</td>'
         return f'<table><tr>{"".join(map(cell, self))}</tr></table>'
 
+# %% ../../nbs/50_model/47_similar_photos.ipynb #cab54e0c
+def _check_rows(blocks, y, n, digests, thumbnails):
+    "Refuse rows, labels and files of different numbers of photos"
+    rows = [len(X) for X in blocks.values()]
+    if n < 3 or not rows or {*rows, len(y)}!={n} or any(len(x) not in (0, n) for x in (digests, thumbnails)):
+        raise TrainingError(f'{len(y)} labels, {n} paths and {rows} rows do not match, or are fewer than three',
+                            code='bad_blocks')
+
+def _similar(index, i, distance, classes):
+    "A photo of the index, as it is shown"
+    usual = index.usual(distance)
+    return SimilarPhoto(str(index.photos[i]), str(classes[index.y[i]]), str(index.digests[i]), round(distance, 4),
+                        usual if usual is None else round(usual, 4), index.thumbnails[i] if index.thumbnails else b'')
+
+def _asked_classes(within, classes):
+    "Classes whose photos are asked for, or None: all photos"
+    names = [within] if isinstance(within, str) else within
+    if unknown := [c for c in names or () if c not in classes]:
+        raise ConfigError(f'no class is called {unknown[0]!r}', code='unknown_label', where='within',
+                          advice=f'Known: {", ".join(map(str, classes[:20]))}')
+    return names
+
 # %% ../../nbs/50_model/47_similar_photos.ipynb #72f54bf5
 @dataclass(frozen=True)
 class PhotoIndex:
@@ -118,10 +140,7 @@ class PhotoIndex:
     ) -> 'PhotoIndex':
         "Learn axes and usual distances; raises `TrainingError` where lengths differ"
         y,n = np.asarray(y),len(photos)
-        if len(y)!=n or any(len(x) not in (0, n) for x in (digests, thumbnails)) \
-                or any(len(X)!=n for X in blocks.values()) or n < 3 or not blocks:
-            raise TrainingError(f'{len(y)} labels, {n} paths and {[len(X) for X in blocks.values()]} rows do not '
-                                f'match, or are fewer than three', code='bad_blocks')
+        _check_rows(blocks, y, n, digests, thumbnails)
         group = np.arange(n).astype(str) if groups is None else own_groups(groups).astype(str)
         axes = class_axes(blocks, y)
         rows = _bytes(axes.transform(join_blocks(blocks, list(blocks))))
@@ -160,22 +179,13 @@ class PhotoIndex:
     ) -> SimilarPhotos:
         "The photos that are most like one; raises `ConfigError` for a class that is not there"
         if k < 1: raise ConfigError(f'`k` must be at least 1, got {k}', where='k')
-        names = [within] if isinstance(within, str) else within
-        if unknown := [c for c in names or () if c not in classes]:
-            raise ConfigError(f'no class is called {unknown[0]!r}', code='unknown_label', where='within',
-                              advice=f'Known: {", ".join(map(str, classes[:20]))}')
+        names = _asked_classes(within, classes)
         far,found = self.distances(blocks)[0],SimilarPhotos()
         for c in names if names is not None else [None]:
             rows = np.arange(len(far)) if c is None else np.flatnonzero(self.y==list(classes).index(c))
             some = rows[np.argpartition(far[rows], k-1)[:k]] if len(rows) > k else rows
-            for i in some[np.argsort(far[some], kind='stable')]: found.append(self._photo(i, far[i], classes))
+            for i in some[np.argsort(far[some], kind='stable')]: found.append(_similar(self, i, float(far[i]), classes))
         return found
-
-    def _photo(self, i, distance, classes):
-        usual = self.usual(float(distance))
-        return SimilarPhoto(str(self.photos[i]), str(classes[self.y[i]]), str(self.digests[i]),
-                            round(float(distance), 4), usual if usual is None else round(usual, 4),
-                            self.thumbnails[i] if self.thumbnails else b'')
 
     def to_arrays(self) -> dict[str,np.ndarray]: # For a file of arrays
         "All of it; axes in half precision"
@@ -195,9 +205,8 @@ class PhotoIndex:
         _check_index(arrays, n_classes)
         a = arrays
         axes = Projection(a['mean'], a['scale'], a['components'].astype(np.float32), .5, a['low'], a['high'])
-        ends = np.cumsum(a['sizes']) if 'sizes' in a else ()
-        data = a['thumbnails'].tobytes() if 'sizes' in a else b''
-        pictures = tuple(data[end-size:end] for end,size in zip(ends, a['sizes'])) if 'sizes' in a else ()
+        data,sizes = (a['thumbnails'].tobytes(), a['sizes']) if 'sizes' in a else (b'', np.zeros(0, int))
+        pictures = tuple(data[end-size:end] for end,size in zip(np.cumsum(sizes), sizes))
         return cls(tuple(map(str, a['blocks'])), axes, a['rows'], a['y'], a['photos'], a['digests'], a['known'],
                    pictures)
 
