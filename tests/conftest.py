@@ -4,6 +4,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,13 @@ SKIP = shutil.ignore_patterns('.*', '*.egg-info', '__pycache__', 'build', 'dist'
 
 # These stand on the image, the wheel or the bundle of another file's tests: made once
 SAME_WORKER = dict.fromkeys(('test_production.py', 'test_wheel.py', 'test_proxy.py'), 'test_deploy.py')
+
+def pytest_configure(config):
+    "Exported nets are shared by all tests of this run and by no other run; workers inherit the environment"
+    if 'PYTEST_XDIST_WORKER' in os.environ: return
+    folder = tempfile.mkdtemp(prefix='amulet-tests-')
+    os.environ['AMULET_CACHE_DIR'] = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 def pytest_collection_modifyitems(items):
     "Notebooks come last, those of the first folders at the end: small pieces of work fill all workers"

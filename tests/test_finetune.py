@@ -17,8 +17,8 @@ from amulet_hybrid.learn.finetune import TwoStageTrainer
 from amulet_hybrid.learn.transfer_model import create_transfer_model, state_digest
 
 class Amulets:
-    labels = [i%3 for i in range(26)]
-    photos = [draw_amulet(list(DESIGNS.values())[i%3], i, side=48) for i in range(26)]
+    labels = [i%3 for i in range(14)]
+    photos = [draw_amulet(list(DESIGNS.values())[i%3], i, side=48) for i in range(14)]
     def __init__(self, tell): self.tell = tell
     def __len__(self): return len(self.labels)
     def __getitem__(self, i):
@@ -35,7 +35,7 @@ def train(folder, tell):
     trainer = TwoStageTrainer(net, device='cpu', checkpoint_dir=folder, resume=True, checkpoint_steps=2, accumulate=2,
                               class_weights=True, focal_gamma=1.)
     trainer.train_stage1(*loaders(), epochs=2, lr=1e-2)
-    trainer.train_stage2(*loaders(), epochs=3, unfreeze_layers=-1)
+    trainer.train_stage2(*loaders(), epochs=2, unfreeze_layers=-1)
     history = trainer.history.drop(columns='seconds').to_dict('list')
     with open(f'{folder}/end.json', 'w') as file: json.dump([state_digest(trainer.model), repr(history)], file)
 
@@ -73,8 +73,8 @@ def killed_and_resumed(kills, seed, most):
     return json.loads(done.stdout.splitlines()[-1])
 
 def test_killed_at_random_moments_a_training_ends_with_the_same_weights():
-    found = killed_and_resumed(6, 1, 90)
-    assert found['killed'] >= 4
+    found = killed_and_resumed(4, 1, 45)
+    assert found['killed'] >= 3
     assert found['same'], found['ends']
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')

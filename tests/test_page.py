@@ -31,11 +31,14 @@ SHOTS = Path(tempfile.gettempdir()) # page_*.png, to be looked at
 @pytest.fixture(scope='module')
 def amulets(tmp_path_factory):
     "A bundle of real amulets, and one photo of each class that it has not seen"
+    from amulet_hybrid.base.html import small_jpeg
+    from amulet_hybrid.data.images import read_image
     from amulet_hybrid.features.config import FeatureConfig
     from amulet_hybrid.features.extractor import HybridFeatureExtractor
     from amulet_hybrid.learn.config import TrainingConfig
     from amulet_hybrid.learn.trainer import HybridTrainer
     from amulet_hybrid.model.bundle import BundleInfo, HeldOut, save_bundle
+    from amulet_hybrid.model.similar_photos import PhotoIndex
     root = place('AMULET_DATA', 'data', 'amulet6')
     photos = {d.name: sorted(d.iterdir()) for d in sorted(root.iterdir()) if d.is_dir()}
     paths,labels = zip(*[(p, c) for c,those in photos.items() for p in those[1:16]])
@@ -44,8 +47,10 @@ def amulets(tmp_path_factory):
     features = extractor.extract_batch(list(paths))
     config = TrainingConfig(cv_folds=3, cv_repeats=1, models=('logistic_balanced',), jobs=1)
     trainer = HybridTrainer(config).fit(features, np.array(labels), np.arange(len(labels)), extractor.encoders())
+    index = PhotoIndex.fit(features, np.searchsorted(trainer.classes_, labels), [p.name for p in paths],
+                           thumbnails=[small_jpeg(read_image(p), 96) for p in paths])
     save_bundle(folder/'bundle', trainer.model_, extractor, held_out=HeldOut(features, paths, 2),
-                info=BundleInfo(title='Thai amulets'))
+                info=BundleInfo(title='Thai amulets'), photos=index)
     return folder/'bundle',{c: those[0] for c,those in photos.items()}
 
 @pytest.fixture(scope='module')
@@ -269,6 +274,21 @@ def recorded(service, n):
               closing(sqlite3.connect(f'file:{service[2]}/amulet.db?mode=ro', uri=True)) as db):
             rows = [label for label, in db.execute('select true_label from feedback order by rowid')]
     return rows
+
+def test_training_photos_are_shown_when_asked_for(page, amulets, service):
+    "Four of each of the three most probable classes, as pictures; no file is named"
+    ask(page, list(amulets[1].values())[0])
+    assert not page.run("document.querySelectorAll('.like').length")
+    assert page.text('.why button')=='Show me why'
+    page.click('.why button')
+    page.wait("document.querySelectorAll('.like').length")
+    assert page.run("[...document.querySelectorAll('.like')].map(l => l.children.length)")==[4, 4, 4]
+    page.wait("[...document.querySelectorAll('.like img')].every(i => i.naturalWidth > 40)")
+    first = page.text('.bars .top span')
+    assert f'Most like it among photos of {first}' in page.text('.why')
+    assert 'of known photos are no nearer' in page.text('.like') and '.jpg' not in page.text('.why')
+    page.screenshot(SHOTS/'page_why.png')
+    assert page.complaints()==[]
 
 def test_feedback_is_recorded(page, service, amulets):
     ask(page, list(amulets[1].values())[0])

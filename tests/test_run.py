@@ -136,6 +136,13 @@ def test_service_answers_as_python_does(done, photos):
         assert httpx.get(f'{url}/health').json()['predictions_count']==2*len(held_out)
         shown = httpx.post(f'{url}/predict/file', files={'file': data}, data={'explain': 'photos'}).json()['similar']
         own = classifier.classify(data, explain='photos').similar
+        sent = {'image_data': base64.b64encode(data).decode(), 'k': 2, 'within': list(classifier.classes[:2])}
+        alike = httpx.post(f'{url}/similar', json=sent).json()['photos']
+        assert [p['digest'] for p in alike]==[p.digest for p in classifier.similar(data, 2, sent['within'])]
+        form = httpx.post(f'{url}/similar', files={'file': data}, data={'k': '3'}).json()
+        assert [p['label'] for p in form['photos']]==[p.label for p in classifier.similar(data, 3)]
+        refused = httpx.post(f'{url}/similar', files={'file': data}, data={'within': 'none'}).json()
+        assert refused['error_code']=='bad_request'
         assert [p['digest'] for p in shown]==[p['digest'] for p in own] and all('photo' not in p for p in shown)
         process.send_signal(signal.SIGINT)
         said,told = process.communicate(timeout=30)

@@ -126,6 +126,34 @@ def test_mlflow_records_an_output(mlflow, tmp_path, output, told):
         text = Path(tracker.client.download_artifacts(run.handle, name, str(tmp_path))).read_text()
         assert str(tmp_path) not in text and str(Path.home())+os.sep not in text
 
+def test_mlflow_records_a_net(mlflow, tmp_path, told):
+    "Curves, an epoch a step, figures, and the net itself, which comes back and answers as it did"
+    torch = pytest.importorskip('torch')
+    pytest.importorskip('timm')
+    from amulet_hybrid.data.samples import NO_FAULTS, make_samples
+    from amulet_hybrid.jobs.finetune import FinetuneRun
+    from amulet_hybrid.learn.transfer_model import create_transfer_model, load_transfer_model
+    make_samples(tmp_path/'photos', photos=36, classes=3, side=64, faults=NO_FAULTS)
+    seen = create_transfer_model('timm/test_resnet', 3, pretrained=False, device='cpu')
+    torch.save(seen.backbone.state_dict(), tmp_path/'seen.pth')
+    run = FinetuneRun(tmp_path/'photos', output_dir=str(tmp_path/'out'), backbone='timm/test_resnet', image_size=64,
+                      weights=str(tmp_path/'seen.pth'), device='cpu', batch_size=8, stage1_epochs=1, stage2_epochs=2,
+                      unfreeze_layers=-1, groups=str(tmp_path/'photos'/'groups.csv'),
+                      track=f'mlflow:sqlite:///{tmp_path}/runs.db')
+    result = run.run()
+    assert not [words for words in told() if 'the run goes on' in words]
+    client = make_tracker(f'mlflow:sqlite:///{tmp_path}/runs.db').client
+    found, = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    curve = client.get_metric_history(found.info.run_id, 'train_loss')
+    assert [m.value for m in curve]==pytest.approx(run.trainer.history['train_loss'].tolist())
+    assert found.data.tags['digest']==result['digest'] and found.data.params['backbone']=='timm/test_resnet'
+    assert found.data.metrics['accuracy']==result['figures']['accuracy']['value']
+    kept = Path(client.download_artifacts(found.info.run_id, 'model', str(tmp_path)))
+    assert (kept/'model.onnx').read_bytes()==(tmp_path/'out'/'model'/'model.onnx').read_bytes()
+    photos = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode(): assert torch.equal(load_transfer_model(kept).cpu().eval()(photos),
+                                                    run.trainer.model.cpu().eval()(photos))
+
 def test_mlflow_sends_nothing_home(mlflow, tmp_path):
     out,_,_ = other(f'from amulet_hybrid.jobs.tracking import make_tracker\nt = make_tracker("mlflow", '
                     f'{str(tmp_path)!r})\n'

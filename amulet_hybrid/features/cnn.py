@@ -6,9 +6,10 @@
 __all__ = ['CNNFeatures']
 
 # %% ../../nbs/20_features/60_cnn.ipynb #8c614a9c
+import shutil
 from pathlib import Path
 
-from ..core import FeatureError, file_digest, json_digest, log
+from ..core import FeatureError, atomic_write, file_digest, json_digest, log
 from .backbone_export import export_backbone
 from .contract import EXTRACTORS
 from .nets import EXPORT_LOCK, ExportedNet, NetFeatures, TorchNet
@@ -18,15 +19,25 @@ from .weights import BACKBONES, find_weights, locate_weights, user_cache
 # %% ../../nbs/20_features/60_cnn.ipynb #f0747230
 _GRAPH_VERSION = 5 # of the exported graph: one with other outputs must not be taken from a cache
 
+def _keep_copy(path, known):
+    "An export takes seconds: the next folder finds it in the user's cache, if that can be written"
+    try:
+        with atomic_write(known) as part: shutil.copyfile(path, part)
+    except OSError as error: log.debug('not kept in %s: %s', known, error)
+
 def _exported_file(net, weights, layer, half, gem_power, cache_dir):
-    "The ONNX file of a backbone in a cache folder, made if it is not there yet"
+    "The ONNX file of a backbone in a cache folder or in the user's cache, made if it is in neither"
     if not gem_power > 0: raise FeatureError(f'gem_power must be more than 0, got {gem_power}', code='bad_setting')
     digest = file_digest(weights) if weights else 'random'
     key = json_digest([net, layer, half, float(gem_power), digest, _GRAPH_VERSION])[:16]
-    path = (Path(cache_dir) if cache_dir else user_cache())/'backbones'/f'{net.replace("/", "_")}-{key}.onnx'
+    name = f'{net.replace("/", "_")}-{key}.onnx'
+    known = user_cache()/'backbones'/name
+    path = Path(cache_dir)/'backbones'/name if cache_dir else known
+    if not path.exists() and known.exists(): return known
     if not path.exists():
         log.info('exporting %s to %s', net, path)
         export_backbone(net, weights, path, layer, half, gem_power)
+        if path!=known: _keep_copy(path, known)
     return path
 
 # %% ../../nbs/20_features/60_cnn.ipynb #checkengine
@@ -50,7 +61,7 @@ class CNNFeatures(NetFeatures):
         # Photo is measured at this size, pixels; several: side by side; 0: what the net was made for, or 320
         side:int|tuple[int,...]=0,
         onnx:str|Path|None=None, # An exported file to use as it is; nothing is looked for then
-        cache_dir:str|Path|None=None, # Where exported files are kept; default: the user's cache
+        cache_dir:str|Path|None=None, # Where exported files are kept beside the user's cache
         # Dotted name of a submodule, e.g. 'features.13' or 'layer3'; '': the last feature map. '@texture' is of this
         # layer then
         layer:str='',

@@ -19,13 +19,14 @@ from ..augment.torch_dataset import PhotoDataset, split_for_training
 from ..augment.torch_transforms import STRATEGIES, TORCH_PRESETS, create_pipeline_from_preset
 from ..base.arrays import dump_json
 from ..base.csv_files import csv_table
-from ..core import AmuletError, ConfigError, atomic_write, file_digest, log, setting
+from ..core import atomic_write, file_digest, log, setting
 from ..data.folder_layout import check_apart
 from ..data.images import read_image
 from ..evaluate.report import Evaluation, EvaluationCase, evaluate
 from .config import JobConfig, PhotosConfig
 from .prepare import RunData, hold_out, prepare_photos, split_table
 from .tracking import make_tracker, run_parameters
+from .train import check_output
 from ..learn.calibration import TemperatureScaler
 from ..learn.finetune import TwoStageTrainer
 from ..learn.training_steps import FinetuneConfig, net_outputs
@@ -155,17 +156,7 @@ class FinetuneRun:
         self.output = Path(self.config.output_dir)
         check_apart(self.output, self.config.data_dir)
         self.cache_dir = Path(self.config.cache_dir or self.output/'cache')
-        self._check_output()
-
-    def _check_output(self):
-        "Refuse to write over a run of other settings"
-        if self.config.overwrite or not (self.output/'config.json').is_file(): return
-        try: before = type(self.config).load(self.output/'config.json').to_dict()
-        except AmuletError: before = {}
-        changed = sorted(k for k,v in self.config.to_dict().items() if k not in _ANYTIME and before.get(k)!=v)
-        if changed:
-            raise ConfigError(f'a run with other settings lies there ({", ".join(changed[:5])})', code='not_empty',
-                              where=self.output, advice='Choose another folder, or write over it: --overwrite')
+        check_output(self.output, self.config, _ANYTIME, unfinished=True)
 
     def inspect(self) -> Any: # The inspection
         "Manifest, unreadable files, duplicates, quality"

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_ROWS', 'LEAST_PHOTOS', 'speed_profile', 'importance_sections', 'random_split_note', 'curve_section',
-           'choice_sections', 'judge_case', 'CascadeTest', 'cascade_sections', 'judged_labels', 'label_sections',
-           'undoubted_section', 'data_sections', 'nets_section', 'settings_section', 'training_sections']
+           'choice_sections', 'judge_case', 'verification_sections', 'CascadeTest', 'cascade_sections', 'judged_labels',
+           'label_sections', 'undoubted_section', 'data_sections', 'nets_section', 'settings_section',
+           'training_sections']
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #c6fd55a0
 import dataclasses
@@ -19,6 +20,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import balanced_accuracy_score
 
+from ..base.checks import group_codes
+from ..base.html import ACCENT, INK, quiet_figure
 from ..core import Config
 from ..evaluate.importance import block_importance, permutation_importance
 from ..evaluate.learning_curve import learning_curve
@@ -32,6 +35,7 @@ from ..learn.config import NOT_WORSE
 from ..learn.out_of_fold import encode_blocks, fit_candidate
 from ..learn.refusal import Refusal
 from ..learn.trainer import HybridTrainer
+from ..learn.verification import VerificationCurve, judge_threshold, split_claims
 from ..model.cascade import asked_tiers, cascade_answers
 from ..model.inference import Tier
 from ..model.tier_engine import ask_tier
@@ -185,6 +189,40 @@ def judge_case(
     novel = None if case.novelty is None else asked & (np.asarray(case.novelty.known) > case.novelty.threshold)
     return judge_refusal(refusal, case.y_true, case.proba if proba is None else proba, case.groups, novel, case.n_boot,
                          case.seed)
+
+# %% ../../nbs/85_jobs/18_sections.ipynb #new7802
+def _roc_figure(curve, right, wrong):
+    "Right against wrong claims that pass: of the test as a line, of training as points"
+    steps = np.unique(np.r_[right, np.quantile(wrong, np.linspace(0, 1, 500))])
+    figure,ax = quiet_figure(5.4, 3)
+    ax.plot([(wrong >= t).mean() for t in steps], [(right >= t).mean() for t in steps], color=INK, label='this test')
+    ax.plot([p.false_accept for p in curve.points], [p.true_accept for p in curve.points], 'o', color=ACCENT,
+            label='training, out of fold')
+    ax.set(xlabel='wrong claims that pass', ylabel='right claims that pass', ylim=(-.02, 1.02))
+    ax.set_xscale('symlog', linthresh=1e-3)
+    ax.legend(loc='lower right', frameon=False)
+    return figure
+
+def verification_sections(
+    curve:VerificationCurve|None, # Of the model; None: it has none
+    case:EvaluationCase # Test photos, with the probabilities of the ensemble
+) -> list[tuple[str,str,Any]]: # Title, text, and a table or a figure
+    "What the thresholds of claims come to on test photos"
+    if curve is None: return []
+    y,proba = np.asarray(case.y_true),np.asarray(case.proba)
+    right,wrong = split_claims(y, proba)
+    codes = group_codes(case.groups, len(y))
+    rows = [{'wrong claims that may pass': level, 'threshold': p.threshold, 'training: wrong pass': p.false_accept,
+             'at most': p.bound, 'training: right pass': p.true_accept, 'this test: wrong pass': t.false_accept,
+             'test: at most': t.bound, 'this test: right pass': t.true_accept}
+            for level,p in zip(curve.levels, curve.points)
+            if (t := judge_threshold(p.threshold, right, wrong, codes))]
+    text = ('`amulet verify` and `classifier.verify` accept from a threshold on that a photo is of a named class. '
+            'Wrong claims are made here about photos of known classes, each class as likely as another; photos of '
+            'unknown things are what the novelty detector is for.')
+    about = 'Each threshold lets some wrong claims pass and turns some right ones down.'
+    return [('Is it one of mine?', text, pd.DataFrame(rows).round(4)),
+            ('Claims that pass', about, _roc_figure(curve, right, wrong))]
 
 # %% ../../nbs/85_jobs/18_sections.ipynb #54f25efc
 @dataclass(eq=False)

@@ -40,6 +40,7 @@ from .config import RunConfig
 from .prepare import RunData, hold_out, prepare_photos, split_table
 from .sections import curve_section, importance_sections, random_split_note, speed_profile
 from .sections import CascadeTest, cascade_sections, judge_case, nets_section, training_sections
+from .sections import verification_sections
 from .tracking import make_tracker, run_parameters, track_output
 from ..learn.finetuned_member import MOST_PHOTOS as MOST_FINETUNED
 from ..learn.finetuned_member import MapRows
@@ -234,8 +235,9 @@ def photo_case(
         read_neighbour=lambda path: read_image(root/path, at_least=100),
         notes=[*data.notes, *_matching_cost(stages)], sections=sections,
         title=f'{Path(config.data_dir).name}: held-out report', seed=seed), cascade.refusal.threshold)
+    claims = verification_sections(model.verification, served.case)
     case = served.serve()
-    case.sections = [*cascade_sections(served, cascade, costs), *sections]
+    case.sections = [*cascade_sections(served, cascade, costs), *claims, *sections]
     return served
 
 # %% ../../nbs/85_jobs/20_train.ipynb #8a8536a5
@@ -325,17 +327,19 @@ _MAY_DIFFER = ('output_dir', 'cache_dir', 'cache_gb', 'jobs', 'track', 'overwrit
 
 def check_output(
     output:Path, # Folder of the run
-    config:RunConfig # Its settings
+    config:Any, # Its settings, with `overwrite`
+    may_differ:Sequence[str]=_MAY_DIFFER, # Settings that may be others
+    unfinished:bool=False # Of a run that has not ended, too
 ):
     "Refuse to write over a finished run of other settings, unless `overwrite` says so"
-    if config.overwrite or not (output/RESULT).is_file() or not (output/CONFIG).is_file(): return
+    if config.overwrite or not (unfinished or (output/RESULT).is_file()) or not (output/CONFIG).is_file(): return
     try: before = type(config).load(output/CONFIG).to_dict()
     except AmuletError: before = {} # of another version, or of a table
     now = config.to_dict()
-    changed = sorted(k for k in now if k not in _MAY_DIFFER and before.get(k)!=now[k])
+    changed = sorted(k for k in now if k not in may_differ and before.get(k)!=now[k])
     if not changed: return
     shown = ', '.join(changed[:5]) if before else 'all settings'
-    raise ConfigError(f'a finished run with other settings lies there ({shown})', code='not_empty', where=output,
+    raise ConfigError(f'a run with other settings lies there ({shown})', code='not_empty', where=output,
                       advice='Choose another folder, or write over it: --overwrite (overwrite=True)')
 
 # %% ../../nbs/85_jobs/20_train.ipynb #00342c76

@@ -26,6 +26,7 @@ from .conformal import ConformalPredictor
 from .ood_selection import NoveltyDetector
 from .out_of_fold import TrainingRows, encode_blocks, fit_encoders, fit_join
 from .refusal import Refusal
+from .verification import VerificationCurve
 
 # %% ../../nbs/30_learn/75_ensemble.ipynb #9fa054ac
 def photo_losses(
@@ -185,6 +186,7 @@ class HybridModel:
     refusal:Refusal=Refusal() # Confidence below which nothing is named
     novelty_note:str='' # Why there is no `novelty`
     matching:Any=None # `MatchEvidence` that multiplies the calibrated probabilities; None: off
+    verification:VerificationCurve|None=None # Thresholds of claims that a photo shows a class
 
     @property
     def blocks(self) -> list[str]:

@@ -32,6 +32,7 @@ from .joins import CostModel, default_joins, describe_blocks, list_candidates
 from .match_evidence import MatchRows
 from .match_fitting import ask_matching
 from .out_of_fold import AugmentedRows, Checkpoint, TrainingRows
+from .verification import fit_verification
 
 # %% ../../nbs/30_learn/85_trainer.ipynb #52193535
 def _match(trainer, rows, points):
@@ -130,6 +131,7 @@ class HybridTrainer(BaseEstimator):
         self.model_.conformal,self.model_.novelty,self.model_.novelty_note = sets,detector.detector,detector.reason
         _match(self, rows, points)
         self.model_.refusal = find_refusal(self.y_, self.cross_proba_, groups, config)
+        self.model_.verification = fit_verification(self.y_, self.cross_proba_, groups)
         return self
 
     def final_predictions(self,

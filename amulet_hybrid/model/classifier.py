@@ -27,6 +27,7 @@ from .prediction import Failure, Prediction
 from .similar_photos import SimilarPhotos
 from .tier_engine import CachedEngine, RoutePlanner, TierAnswer, TierCosts, TierEngine, ask_tier
 from .usage import AnswerStatistics, MemoryGuard
+from .verification import VerificationMixin
 
 # %% ../../nbs/50_model/80_classifier.ipynb #14e2b35d
 THRESHOLD_HELP = 'Below this confidence no label is given; not set: the one that the bundle brings; 0: none is too low'
@@ -275,7 +276,7 @@ class SimilarPhotosMixin:
         return replace(prediction, similar=[p.to_dict() for p in found], timings=timings)
 
 # %% ../../nbs/50_model/80_classifier.ipynb #f2337c77
-class HybridClassifier(BatchMixin, SimilarPhotosMixin):
+class HybridClassifier(BatchMixin, SimilarPhotosMixin, VerificationMixin):
     "Names photos with a bundle"
     def __init__(self,
         bundle:Bundle|str|Path, # A loaded bundle, or its folder

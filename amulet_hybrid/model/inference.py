@@ -21,6 +21,7 @@ from ..learn.conformal import ConformalPredictor
 from ..learn.match_evidence import MatchEvidence
 from ..learn.ood_selection import NoveltyDetector
 from ..learn.refusal import Refusal
+from ..learn.verification import VerificationCurve
 from .checks import check_calibrator, check_conformal, check_head, check_matching
 from .checks import check_numbers, check_projection
 from .export import ClassifierHead, convert_model
@@ -103,6 +104,7 @@ class ServedModel:
     refusal:Refusal=Refusal() # Confidence below which nothing is named
     novelty_note:str='' # Why there is no `novelty`
     matching:MatchEvidence|None=None # Multiplies the vote; None: off
+    verification:VerificationCurve|None=None # Thresholds of claims that a photo shows a class; None: not known
 
     @property
     def blocks(self) -> list[str]:
@@ -165,7 +167,7 @@ class ServedModel:
             if projection is not None: projections[join] = projection
         return cls(list(model.classes), [members[id(m)] for m in model.members], projections, model.calibrator,
                    dict(model.encoders), model.conformal, model.novelty, model.geometric, model.refusal,
-                   model.novelty_note, model.matching)
+                   model.novelty_note, model.matching, model.verification)
 
     def to_dict(self) -> dict: # What JSON can hold
         "All that is no array"
@@ -195,6 +197,7 @@ def _model_dict(model):
                 'direct': m.direct} for m in model.members]
     said = {'refusal': model.refusal.to_dict()} if model.refusal.method else {}
     if model.novelty_note: said['novelty_note'] = model.novelty_note
+    if model.verification is not None: said['verification'] = model.verification.to_dict()
     return {'voices': members, 'geometric': model.geometric, 'projections': [list(join) for join in model.projections],
             'parts': [k for k in ('conformal', 'novelty', 'matching') if getattr(model, k) is not None], **said}
 
@@ -244,7 +247,8 @@ def _load_model(cls, about, arrays, classes, extractors):
     return cls(list(classes), members, projections, scaler_from_arrays(parts['calibrator']), encoders,
                part('conformal', ConformalPredictor.from_arrays), part('novelty', NoveltyDetector.from_arrays),
                bool(about['geometric']), Refusal.from_dict(about.get('refusal', {})),
-               str(about.get('novelty_note', ''))[:_LONGEST], part('matching', MatchEvidence.from_arrays))
+               str(about.get('novelty_note', ''))[:_LONGEST], part('matching', MatchEvidence.from_arrays),
+               VerificationCurve.from_dict(about['verification']) if about.get('verification') else None)
 
 # %% ../../nbs/50_model/20_inference.ipynb #073590a2
 TIERS = ('rules', 'neural', 'ensemble') # From cheap to dear

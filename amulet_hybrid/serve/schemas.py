@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PhotoUpload', 'HTTP_NAMES', 'HTTP_ERRORS', 'ANY_ERRORS', 'BODY_ERRORS', 'PHOTO_ERRORS', 'RECORD_ERRORS', 'ROW_ERRORS',
-           'PATHS', 'Classifier', 'Recorder', 'Options', 'PredictRequest', 'BatchRequest', 'FeedbackRequest',
-           'meant_field', 'validation_error', 'read_options', 'PredictResponse', 'prediction_fields', 'ErrorResponse',
-           'failure_body', 'BatchResponse', 'FeedbackResponse', 'Health', 'ProbeStatus', 'Info', 'Reloaded',
-           'error_responses', 'json_response', 'error_response', 'RequestContext']
+           'PATHS', 'Classifier', 'Recorder', 'Options', 'PredictRequest', 'BatchRequest', 'SimilarOptions',
+           'SimilarRequest', 'FeedbackRequest', 'meant_field', 'validation_error', 'read_options', 'PredictResponse',
+           'prediction_fields', 'ErrorResponse', 'failure_body', 'BatchResponse', 'SimilarResponse', 'FeedbackResponse',
+           'Health', 'ProbeStatus', 'Info', 'Reloaded', 'error_responses', 'json_response', 'error_response',
+           'RequestContext']
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #98fcb26c
 import difflib
@@ -118,6 +119,18 @@ class BatchRequest(Options):
         if not self.images and not self.rows: raise ValueError('send at least one')
         return self
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #new991
+class SimilarOptions(BaseModel):
+    "Which training photos are asked for"
+    model_config = ConfigDict(extra='forbid', strict=True)
+    k:int = Field(default=5, ge=1, le=50, strict=False, description='Photos; of each class, where classes are named')
+    within:list[str] = Field(default=[], max_length=50, description='Classes whose photos are asked for; empty: all')
+
+class SimilarRequest(SimilarOptions):
+    "A photo inside JSON, and which training photos like it are asked for"
+    model_config = ConfigDict(json_schema_extra={'examples': [{'image_data': _EXAMPLE, 'k': 3}]})
+    image_data:PhotoUpload = Field(min_length=4, description='As `image_data` of /predict')
+
 # %% ../../nbs/70_serve/30_schemas.ipynb #9090c998
 class FeedbackRequest(BaseModel):
     "What a photo really showed"
@@ -163,12 +176,13 @@ def validation_error(
 _NUMBER = re.compile(r'-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?')
 
 def read_options(
-    texts:Mapping[str,str] # Name -> text
-) -> Options: # Checked
+    texts:Mapping[str,str], # Name -> text
+    model:type[BaseModel]=Options # Whose fields these are
+) -> Any: # A checked `model`
     "Options from a form or from the query"
     def value(text): return {'true': True, 'false': False}.get(text, float(text) if _NUMBER.fullmatch(text) else text)
-    try: return Options.model_validate({k: value(v) for k,v in texts.items()})
-    except ValidationError as error: raise validation_error(error, Options.model_fields) from None
+    try: return model.model_validate({k: [v] if k=='within' else value(v) for k,v in texts.items()})
+    except ValidationError as error: raise validation_error(error, model.model_fields) from None
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #a3727cc1
 # Field of `Prediction` -> field of the answer, where they differ
@@ -261,6 +275,21 @@ class BatchResponse(BaseModel):
     processing_time_ms:float = Field(description='For all of them')
     results:list[PredictResponse|ErrorResponse]
 
+# %% ../../nbs/70_serve/30_schemas.ipynb #new992
+_LIKE:Any = dict(label='gold', digest='0f3a'*3, distance=.12, usual=.41, thumbnail=None)
+
+class SimilarResponse(BaseModel):
+    "Training photos that are most like a photo"
+    model_config = ConfigDict(protected_namespaces=(), json_schema_extra={'examples': [
+        dict(success=True, request_id='9e1b'*8, model_version='bright-1', processing_time_ms=4.2, photos=[_LIKE])]})
+    success:bool = True
+    request_id:str = Field(description=_ID)
+    model_version:str = Field(description='Version of the model whose training photos these are')
+    processing_time_ms:float = Field(description='From the bytes of the photo to this answer')
+    photos:list[dict[str,str|float|None]] = Field(
+        description='The nearest first: label, digest (sha256, 12 digits), distance (0: the same photo), usual (share '
+                    'of known photos that are as far from their class), thumbnail (a data URI; null: none is kept)')
+
 # %% ../../nbs/70_serve/30_schemas.ipynb #a8523fec
 class FeedbackResponse(BaseModel):
     "Feedback that was recorded"
@@ -311,6 +340,7 @@ class Info(BaseModel):
                                               '`bound`, `named`, `photos`, `groups`, `note`; empty where it brings '
                                               'none')
     novelty_note:str = Field(description='Why novelty cannot be judged, or how little is known of it; else empty')
+    explains:list[str] = Field(default=[], description='What `explain` may ask for')
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #0f8b4d75
 class Reloaded(BaseModel):
@@ -431,8 +461,8 @@ def error_response(
     return json_response(failure_body(known, request_id), status, headers),known.code
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #6b362f67
-PATHS = ('/predict', '/predict/file', '/predict-batch', '/feedback', '/health', '/health/live', '/health/ready',
-         '/info', '/metrics', '/admin/reload', '/', '/reference', '/openapi.json', '/docs',
+PATHS = ('/predict', '/predict/file', '/predict-batch', '/similar', '/feedback', '/health', '/health/live',
+         '/health/ready', '/info', '/metrics', '/admin/reload', '/', '/reference', '/openapi.json', '/docs',
          '/docs/swagger-ui-bundle.js', '/docs/swagger-ui.css') # All that the service answers
 
 @dataclass(slots=True)

@@ -99,6 +99,7 @@ class Model:
         refusal = getattr(bundle, 'refusal', None)
         self.refusal = refusal.to_dict() if refusal is not None and refusal.method else {}
         self.novelty_note = str(getattr(bundle, 'novelty_note', ''))
+        self.explains = ['photos'] if getattr(bundle, 'photos', None) is not None else []
         self.confidence_threshold = float(getattr(classifier, 'confidence_threshold', 0.))
 
     @property
@@ -127,7 +128,7 @@ class Model:
         wanted = {'confidence_threshold': options.confidence_threshold, 'coverage': options.coverage,
                   'time_budget_ms': options.time_budget_ms, 'explain': options.explain}
         given:dict[str,Any] = {k: v for k,v in wanted.items() if v is not None}
-        if options.explain and getattr(getattr(self.classifier, 'bundle', None), 'photos', None) is None:
+        if options.explain and options.explain not in self.explains:
             raise AmuletError('this model keeps no index of training photos', code='unsupported_option',
                               advice='Leave `explain` out')
         if isinstance(asked, Mapping):

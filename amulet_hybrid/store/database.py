@@ -9,7 +9,9 @@ __all__ = ['NAMES', 'HEAD', 'PRIMARY_KEYS', 'metadata', 'parse_time', 'shape_row
 # %% ../../nbs/65_store/10_database.ipynb #47edb565
 import logging
 import re
+import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -164,11 +166,18 @@ def database_url(
     return url
 
 # %% ../../nbs/65_store/10_database.ipynb #b118f4db
-def _set_pragmas(connection, _):
+def _set_pragmas(connection, seconds):
     "Settings of each new SQLite connection"
     connection.isolation_level = None # transactions begin where we say
-    cursor = connection.cursor()
-    for pragma in ('journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON'): cursor.execute(f'PRAGMA {pragma}')
+    cursor,given_up = connection.cursor(),time.monotonic()+seconds
+    while True: # SQLite itself does not wait where several open a new file at once
+        try:
+            cursor.execute('PRAGMA journal_mode=WAL')
+            break
+        except sqlite3.OperationalError as error:
+            if 'locked' not in str(error) or time.monotonic() > given_up: raise
+            time.sleep(.02)
+    for pragma in ('synchronous=FULL', 'foreign_keys=ON'): cursor.execute(f'PRAGMA {pragma}')
     cursor.close()
 
 def _begin(connection):
@@ -184,7 +193,7 @@ def _sqlite_engine(parsed, timeout):
         try: Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         except OSError: pass # opening it will fail, with a better message
     engine = sa.create_engine(parsed, connect_args={'timeout': timeout*3})
-    sa.event.listen(engine, 'connect', _set_pragmas)
+    sa.event.listen(engine, 'connect', lambda connection, _: _set_pragmas(connection, timeout*3))
     sa.event.listen(engine, 'begin', _begin)
     return engine
 

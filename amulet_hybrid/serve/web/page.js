@@ -536,6 +536,7 @@ function show(entry) {
     make('h3', { textContent: title }),
     ...bars(s),
     ...may,
+    ...why(entry),
     ...feedback(entry),
     make('details', {}, make('summary', { textContent: 'How it was decided' }), facts(s, entry.took)),
     program(entry),
@@ -543,6 +544,59 @@ function show(entry) {
   announce(
     [...parts.slice(1, 4), s.predicted_class ? '' : percent(s.confidence), s.note].filter(Boolean).join('. '),
   );
+}
+
+// Why: the training photos that are most like it, of each of the most probable classes. Asked for when somebody wants it.
+
+const asBase64 = (file) =>
+  new Promise((done, failed) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result.slice(reader.result.indexOf(',') + 1));
+    reader.onerror = () => failed({ message: `${nameOf(file)} can no longer be read.`, advice: 'Choose it again.' });
+    reader.readAsDataURL(file);
+  });
+
+function why(entry) {
+  if (!entry.files || !info.explains?.includes('photos')) return [];
+  const button = make('button', { type: 'button', textContent: 'Show me why' }),
+    said = make('span', { className: 'small', role: 'alert' }),
+    box = make('div', { className: 'why' }, make('div', { className: 'row' }, button, said));
+  button.onclick = async () => {
+    button.disabled = true;
+    said.textContent = '';
+    try {
+      const rows = Object.entries(entry.seen.probabilities || {}).sort((a, b) => b[1] - a[1]),
+        within = rows.length ? rows.slice(0, 3).map(([name]) => name) : [entry.seen.top_class],
+        found = await ask('similar', json({ image_data: await asBase64(entry.files[0]), k: 4, within }));
+      box.replaceChildren(...within.flatMap((name) => likeOf(name, found.photos)));
+      announce(`${found.photos.length} training photos that are most like it are shown.`);
+    } catch (e) {
+      said.textContent = `${sentence(capital(e.message))} ${e.advice || ''}`;
+      button.disabled = false;
+    }
+  };
+  return [box];
+}
+
+function likeOf(name, photos) {
+  const known = photos.filter((p) => p.label === name);
+  return [
+    make('h3', { textContent: `Most like it among photos of ${pretty(name)}` }),
+    make(
+      'ul',
+      { className: 'like' },
+      ...known.map((p) => {
+        const far =
+          p.usual === null ? `distance ${p.distance.toFixed(2)}` : `${percent(p.usual)} of known photos are no nearer`;
+        return make(
+          'li',
+          { title: `distance ${p.distance.toFixed(3)}` },
+          p.thumbnail ? make('img', { src: p.thumbnail, alt: `A known photo of ${pretty(name)}` }) : small(p.digest),
+          small(far),
+        );
+      }),
+    ),
+  ];
 }
 
 // After the answer: feedback, the same request as a command, and earlier photos. The history lives as long as the page.
