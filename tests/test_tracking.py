@@ -142,7 +142,7 @@ def test_mlflow_records_a_net(mlflow, tmp_path, told):
                       track=f'mlflow:sqlite:///{tmp_path}/runs.db')
     result = run.run()
     assert not [words for words in told() if 'the run goes on' in words]
-    client = make_tracker(f'mlflow:sqlite:///{tmp_path}/runs.db').client
+    client = mlflow.MlflowClient(f'sqlite:///{tmp_path}/runs.db')
     found, = client.search_runs([e.experiment_id for e in client.search_experiments()])
     curve = client.get_metric_history(found.info.run_id, 'train_loss')
     assert [m.value for m in curve]==pytest.approx(run.trainer.history['train_loss'].tolist())
