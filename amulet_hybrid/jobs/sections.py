@@ -200,6 +200,7 @@ def _roc_figure(curve, right, wrong):
             label='training, out of fold')
     ax.set(xlabel='wrong claims that pass', ylabel='right claims that pass', ylim=(-.02, 1.02))
     ax.set_xscale('symlog', linthresh=1e-3)
+    ax.set_xlim(0, 1)
     ax.legend(loc='lower right', frameon=False)
     return figure
 
