@@ -217,7 +217,7 @@ def verification_sections(
              'at most': p.bound, 'training: right pass': p.true_accept, 'this test: wrong pass': t.false_accept,
              'test: at most': t.bound, 'this test: right pass': t.true_accept}
             for level,p in zip(curve.levels, curve.points)
-            if (t := judge_threshold(p.threshold, right, wrong, codes))]
+            for t in [judge_threshold(p.threshold, right, wrong, codes)]]
     text = ('`amulet verify` and `classifier.verify` accept from a threshold on that a photo is of a named class. '
             'Wrong claims are made here about photos of known classes, each class as likely as another; photos of '
             'unknown things are what the novelty detector is for.')

@@ -89,6 +89,17 @@ def _convert_join(model, join, members, blocks):
     exact = any(h.kind in ('forest', 'boosting') for h in heads)
     return found,projection.astype(float if exact else np.float32)
 
+def _convert_members(model, blocks):
+    "Members of all joins in the order of the model, and projections by join"
+    encoded = {b: model.encoders[b].transform(X) if b in model.encoders else X for b,X in blocks.items()}
+    members,projections = {},{}
+    for join in dict.fromkeys(m.candidate.blocks for m in model.members):
+        trained = [m for m in model.members if m.candidate.blocks==join]
+        found,projection = _convert_join(model, join, trained, encoded)
+        members |= dict(zip(map(id, trained), found))
+        if projection is not None: projections[join] = projection
+    return [members[id(m)] for m in model.members],projections
+
 # %% ../../nbs/50_model/20_inference.ipynb #7ab1fb9e
 @dataclass
 class ServedModel:
@@ -158,16 +169,10 @@ class ServedModel:
         blocks:Mapping[str,np.ndarray]|None=None # Some rows, on which heads have to prove themselves; None: made up
     ) -> 'ServedModel':
         "The trained ensemble without its libraries; raises `BundleError` for a model that cannot be written"
-        encoded = {b: model.encoders[b].transform(X) if b in model.encoders else X for b,X in (blocks or {}).items()}
-        members,projections = {},{}
-        for join in dict.fromkeys(m.candidate.blocks for m in model.members):
-            trained = [m for m in model.members if m.candidate.blocks==join]
-            found,projection = _convert_join(model, join, trained, encoded)
-            members |= dict(zip(map(id, trained), found))
-            if projection is not None: projections[join] = projection
-        return cls(list(model.classes), [members[id(m)] for m in model.members], projections, model.calibrator,
-                   dict(model.encoders), model.conformal, model.novelty, model.geometric, model.refusal,
-                   model.novelty_note, model.matching, model.verification)
+        members,projections = _convert_members(model, blocks or {})
+        return cls(list(model.classes), members, projections, model.calibrator, dict(model.encoders), model.conformal,
+                   model.novelty, model.geometric, model.refusal, model.novelty_note, model.matching,
+                   model.verification)
 
     def to_dict(self) -> dict: # What JSON can hold
         "All that is no array"

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, get_origin
 
 from ..core import AmuletError, ConfigError, ImageError, ResourceError, lack_of_memory, log, require
 from ..data.images import FORMATS
@@ -180,8 +180,9 @@ def read_options(
     model:type[BaseModel]=Options # Whose fields these are
 ) -> Any: # A checked `model`
     "Options from a form or from the query"
+    lists = {k for k,field in model.model_fields.items() if get_origin(field.annotation) is list} # of one text here
     def value(text): return {'true': True, 'false': False}.get(text, float(text) if _NUMBER.fullmatch(text) else text)
-    try: return model.model_validate({k: [v] if k=='within' else value(v) for k,v in texts.items()})
+    try: return model.model_validate({k: [v] if k in lists else value(v) for k,v in texts.items()})
     except ValidationError as error: raise validation_error(error, model.model_fields) from None
 
 # %% ../../nbs/70_serve/30_schemas.ipynb #a3727cc1
