@@ -24,7 +24,7 @@ BIN := .venv/bin
 FROM := settings.ini setup.py pyproject.toml constraints.txt
 # Versions that were tested together; NEWEST=1 takes the newest there are
 NEWEST =
-MEASURED = $(if $(filter-out 0,$(COVERAGE)),--cov --cov-report=term --cov-fail-under=90,)
+MEASURED = $(filter-out 0,$(COVERAGE))
 LOCKED = $(if $(filter-out 0,$(NEWEST)),,-c constraints.txt)
 # Large downloads are shown, the hundred small ones are not
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
@@ -104,7 +104,8 @@ WORKERS ?= 3
 
 tests:
 	@rm -f .coverage .coverage.*
-	@OMP_NUM_THREADS=1 AMULET_PROGRESS=off $(BIN)/python -m pytest -n $(WORKERS) $(MEASURED) tests
+	@OMP_NUM_THREADS=1 AMULET_PROGRESS=off MEASURE_NOTEBOOKS=$(MEASURED) $(BIN)/python -m pytest -n $(WORKERS) tests
+	@[ -z '$(MEASURED)' ] || { $(BIN)/coverage combine -q && $(BIN)/coverage report --fail-under=90; }
 
 notebooks: dev ## Every notebook, executed, without the other tests
 	@OMP_NUM_THREADS=1 AMULET_PROGRESS=off $(BIN)/python -m pytest -n $(WORKERS) tests/test_notebooks.py

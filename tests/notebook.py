@@ -74,16 +74,20 @@ def run_in_fork(path:str, output:str):
     os.environ['AMULET_PROGRESS'] = 'off'
     os.chdir(ROOT)
     multiprocessing.set_start_method(None, force=True) # the usual one, not the one that made this process
+    measured = None
+    if os.environ.get('MEASURE_NOTEBOOKS'): # a fork that begins without it, so nothing else is slowed by it
+        from coverage import Coverage
+        measured = Coverage(config_file=str(ROOT/'pyproject.toml'), data_suffix=True)
+        measured.start()
     passed = run_notebook(Path(path))[0]
     if multiprocessing.active_children(): # joblib's, which are idle for five minutes before they end by themselves
         from joblib.externals.loky import get_reusable_executor
         get_reusable_executor().shutdown(wait=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    measured = sys.modules.get('coverage')
-    if measured and (current := measured.Coverage.current()): # a fork ends without `atexit`
-        current.stop()
-        current.save()
+    if measured: # a fork ends without `atexit`
+        measured.stop()
+        measured.save()
     sys.exit(not passed)
 
 if __name__=='__main__':

@@ -1,6 +1,5 @@
 """Extraction on a Ray cluster: the same rows as on this machine, also when a node dies half way (needs: pip install
 'amulet_hybrid[ray]')"""
-import os
 import subprocess
 import sys
 
@@ -60,8 +59,10 @@ def photos(tmp_path_factory):
     return folder
 
 def test_a_node_dies_half_way_and_nothing_is_lost(photos, tmp_path):
-    done = subprocess.run([sys.executable, '-c', PROGRAM, str(photos), str(tmp_path/'rows.npz')], capture_output=True,
-                          text=True, timeout=600, env={**os.environ, 'RAY_raylet_start_wait_time_s': '120'})
+    for _ in range(4): # a busy machine may need longer for a node than the 30 s that Ray waits
+        done = subprocess.run([sys.executable, '-c', PROGRAM, str(photos), str(tmp_path/'rows.npz')],
+                              capture_output=True, text=True, timeout=600)
+        if 'timed out during startup' not in done.stderr: break
     assert done.returncode==0, done.stderr[-3000:]
     paths = sorted(photos.rglob('*.jpg'))
     wanted = HybridFeatureExtractor(FeatureConfig(blocks=('colour', 'hog'))).extract_batch(paths)
