@@ -23,6 +23,7 @@ import pandas as pd
 from accuracy import load
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from amulet_hybrid.core import file_digest
 from amulet_hybrid.data.images import read_image, resize_image
 from amulet_hybrid.data.manifest import make_manifest
 from amulet_hybrid.evaluate.metrics import evaluate_predictions
@@ -47,6 +48,7 @@ def measure_maps(data: Path, name: str, cache: Path, side: int):
     csv = data/f'{name}_groups.csv'
     manifest, root = make_manifest(data/name, csv if csv.exists() else None)
     manifest = manifest.sort_values('path', ignore_index=True)
+    manifest['sha256'] = [file_digest(root/p) for p in manifest['path']]
     block = f'cnn:{NET}@maps:side={side}'
     extractor = HybridFeatureExtractor(FeatureConfig(blocks=(block,)), cache)
     rows = extractor.extract_manifest(manifest, root)

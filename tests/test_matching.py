@@ -68,6 +68,22 @@ def test_a_new_photo_of_a_known_piece_is_found(folder):
     assert again.cached and again.match==found[0].match and again.probabilities==found[0].probabilities
     assert 'matching' in found[0].timings and 'local' in found[0].timings
 
+def test_an_explanation_counts_the_matched_points(folder):
+    classifier,counted = HybridClassifier(folder, enable_caching=False),0
+    matching,extractor = classifier.bundle.model.matching,classifier.bundle.extractor
+    for i in np.flatnonzero(~KNOWN)[:8]:
+        found = classifier.explain(PHOTOS[i])
+        rows = {b: r[None] for b,r in extractor.extract(extractor.read(PHOTOS[i])).items()}
+        matches = matching.find(classifier.bundle.model.vote(rows)[0], rows)
+        def worth(name, matches=matches):
+            c = classifier.classes.index(name)
+            return np.clip(len(matches[c][1])-matching.start, 0, 6) if c in matches else 0
+        part = next(p for p in found.parts if p.member=='matched photos')
+        assert abs(part.contribution-matching.weight*(worth(found.label)-worth(found.against))) < 1e-6
+        assert abs(found.check) < 1e-4
+        counted += part.contribution!=0
+    assert counted
+
 def test_file_names_do_not_leave_over_http(folder):
     classifier = HybridClassifier(folder)
     prediction = next(p for p in map(classifier.classify, PHOTOS) if p.match)

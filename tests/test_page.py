@@ -283,11 +283,27 @@ def test_training_photos_are_shown_when_asked_for(page, amulets, service):
     page.click('.why button')
     page.wait("document.querySelectorAll('.like').length")
     assert page.run("[...document.querySelectorAll('.like')].map(l => l.children.length)")==[4, 4, 4]
+    page.wait("document.querySelector('.why .map')?.naturalWidth > 100")
+    assert 'rather than' in page.text('.why h3') and 'log odds' in page.text('.why .note')
     page.wait("[...document.querySelectorAll('.like img')].every(i => i.naturalWidth > 40)")
     first = page.text('.bars .top span')
     assert f'Most like it among photos of {first}' in page.text('.why')
     assert 'of known photos are no nearer' in page.text('.like') and '.jpg' not in page.text('.why')
     page.screenshot(SHOTS/'page_why.png')
+    assert page.complaints()==[]
+
+def test_a_claim_is_judged(page, amulets):
+    "Each photo passes for its own class or is not sure of it, and for no class that is far from it"
+    label,photo = list(amulets[1].items())[0]
+    ask(page, photo)
+    for claim in (label, list(amulets[1])[-1]):
+        page.run("(name => { const s = document.querySelector('.why select'); s.value = name; "
+                 f"s.dispatchEvent(new Event('change')) }})({json.dumps(claim)})")
+        page.wait(f"/pass(es)? for {claim.replace('_', ' ')}/.test(document.querySelector('.claim')?.innerText)")
+        assert 'wrong claims passed in training' in page.text('.why .note')
+        assert page.run("document.querySelectorAll('.like li').length")==4
+        page.screenshot(SHOTS/f'page_claim_{claim==label}.png')
+    assert page.text('.claim').startswith('It does not pass')
     assert page.complaints()==[]
 
 def test_feedback_is_recorded(page, service, amulets):

@@ -24,7 +24,7 @@ def data(name): return place('AMULET_DATA', 'data', name)
 
 def test_amulets_with_weights(tmp_path):
     weights = place('AMULET_WEIGHTS', 'weights', 'mobilenet_v2.pth').parent
-    run = TrainingRun(data('amulet6'), output_dir=str(tmp_path), weights=str(weights), quick=True)
+    run = TrainingRun(data('amulet6'), output_dir=str(tmp_path), weights=str(weights), preset='balanced', quick=True)
     result = run.run()
     assert result['figures']['balanced_accuracy']['value'] > .75
     assert run.trainer.candidates_['blocks'].str.contains('cnn:efficientnet_lite2').any()

@@ -139,6 +139,15 @@ def test_service_answers_as_python_does(done, photos):
         sent = {'image_data': base64.b64encode(data).decode(), 'k': 2, 'within': list(classifier.classes[:2])}
         alike = httpx.post(f'{url}/similar', json=sent).json()['photos']
         assert [p['digest'] for p in alike]==[p.digest for p in classifier.similar(data, 2, sent['within'])]
+        label = own[0]['label']
+        judged = httpx.post(f'{url}/verify', json={'image_data': sent['image_data'], 'label': label}).json()
+        claim = classifier.verify(data, label)
+        assert (judged['accepted'], judged['words'])==(claim.accepted, claim.words)
+        assert [p['digest'] for p in judged['photos']]==[p.digest for p in claim.similar]
+        summed = httpx.post(f'{url}/explain', files={'file': data}, data={'overlay': 'false'}).json()
+        reason = classifier.explain(data)
+        assert (summed['label'], summed['against'])==(reason.label, reason.against) and abs(summed['check']) < 1e-4
+        np.testing.assert_allclose(np.sum(summed['places']), reason.placed, atol=.2) # they are rounded
         form = httpx.post(f'{url}/similar', files={'file': data}, data={'k': '3'}).json()
         assert [p['label'] for p in form['photos']]==[p.label for p in classifier.similar(data, 3)]
         refused = httpx.post(f'{url}/similar', files={'file': data}, data={'within': 'none'}).json()

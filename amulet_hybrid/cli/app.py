@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from . import bundles, data, finetune, predict, serve, store, training, weights
+from . import bundles, data, finetune, predict, serve, store, teaching, training, weights
 from .options import echo, new_app
 
 # %% ../../nbs/90_cli/80_app.ipynb #962b6f92
@@ -22,7 +22,7 @@ app = new_app(name='amulet', no_args_is_help=True,
               help='From a folder of photos to a served, calibrated classifier.\n\n'
                    'A first look: amulet samples --output-dir samples, then amulet run --data-dir samples --groups '
                    'samples/groups.csv')
-for part in (data, training, finetune, weights, predict, serve):
+for part in (data, training, finetune, weights, predict, teaching, serve):
     app.registered_commands += part.commands.registered_commands
 app.add_typer(bundles.commands, name='bundle')
 app.add_typer(store.commands, name='store')

@@ -214,8 +214,8 @@ class Shipment:
 # %% ../../nbs/80_deploy/20_rendering.ipynb #087f0a03
 _HEALTH = ("import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', {port}, timeout=4); c.request('GET', "
         "'/health/ready'); sys.exit(c.getresponse().status != 200)")
-_PUBLIC_PATHS = ('/', '/predict', '/predict-batch', '/similar', '/feedback', '/health', '/info', '/docs',
-                 '/openapi.json')
+_PUBLIC_PATHS = ('/', '/predict', '/predict-batch', '/similar', '/verify', '/explain', '/feedback', '/health',
+                 '/info', '/docs', '/openapi.json')
 _FIXED = ('AMULET_HOST', 'AMULET_PORT', 'AMULET_MODEL_DIR', 'AMULET_JOURNAL_DIR', 'AMULET_PUBLIC_KEY') # In the image
 
 def _context(s, kinds, ship):

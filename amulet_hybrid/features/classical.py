@@ -107,6 +107,12 @@ class EdgeFeatures(BaseFeatureExtractor):
         straight = [f'edges_straight{w}_{what}' for w in self.windows for what in ('mean', 'deviation')]
         return [*cells, *shares, 'edges_density', 'edges_prevailing', *straight]
 
+    def place_grids(self,
+        values:np.ndarray # (n_features,) one for each number of a row
+    ) -> list[np.ndarray]: # (rows, columns) each
+        "Sums of values by cell; numbers of the whole photo are in none"
+        return [values[:self.grid**2*self.bins].reshape(self.grid, self.grid, self.bins).sum(-1)]
+
 EXTRACTORS['edges'] = EdgeFeatures
 
 # %% ../../nbs/20_features/30_classical.ipynb #75050422
@@ -149,6 +155,12 @@ class GradientFeatures(BaseFeatureExtractor):
     def get_feature_names(self) -> list[str]:
         "Cell and direction"
         return [f'gradient_{at}_direction{b}' for at in _places(self.grid) for b in range(self.bins)]
+
+    def place_grids(self,
+        values:np.ndarray # (n_features,) one for each number of a row
+    ) -> list[np.ndarray]: # (rows, columns) each
+        "Sums of values by cell"
+        return [values.reshape(self.grid, self.grid, self.bins).sum(-1)]
 
 EXTRACTORS['gradient'] = GradientFeatures
 

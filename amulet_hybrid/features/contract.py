@@ -158,6 +158,12 @@ class BaseFeatureExtractor(TransformerMixin, BaseEstimator):
         "What must learn before rows are of use, e.g. a vocabulary; the trainer fits it inside every fold"
         return None
 
+    def place_grids(self,
+        values:np.ndarray # (n_features,) one for each number of a row
+    ) -> list[np.ndarray]: # (rows, columns) each, over the whole square view; what has no place is in none of them
+        "Sums of values by the place that their numbers are measured at; [] where a block knows no places"
+        return []
+
     def get_feature_names(self) -> list[str]: # As long as a row
         "A name for each number: the block's own and a count, where an extractor says nothing better"
         return [f'{self.name}_{i}' for i in range(len(self.extract_features(np.zeros((64,64,3), np.uint8))))]

@@ -90,6 +90,12 @@ class KeypointExtractor(BaseFeatureExtractor):
 
     def _limit(self) -> int: return self.limit
 
+    def centres(self,
+        places:np.ndarray # (n, 2) down and right, 0..1, as descriptors hold them
+    ) -> np.ndarray: # (n, 2) 0..1 of the square view
+        "Where the middles of patches lie"
+        return places
+
     def _finding(self) -> float:
         "Multiplications to find and describe the patches of a photo"
         return 0.
@@ -141,6 +147,13 @@ class DenseSIFT(KeypointExtractor):
     def _starts(self, cell): return np.arange(0, self.side-4*cell+1, self.step)
 
     def _limit(self) -> int: return sum(len(self._starts(c))**2 for c in self.cells)
+
+    def centres(self,
+        places:np.ndarray # (n, 2) down and right, 0..1, from the first patch to the last
+    ) -> np.ndarray: # (n, 2) 0..1 of the square view
+        "Middles of patches; of several sizes, as if all were of the mean size"
+        half = 2*float(np.mean(self.cells))/self.side
+        return half+np.asarray(places)*(1-2*half)
 
     def _finding(self) -> float: # directions and two blurs of eight maps: 60 a pixel; 128 x 46 numbers a patch
         return 60*self.side**2+128*46*self._limit()

@@ -7,6 +7,7 @@ __all__ = ['LIMIT', 'pool_stages', 'pool_tiles', 'pool_covariance', 'CovarianceE
 
 # %% ../../nbs/20_features/56_poolings.ipynb #8b0e0fe7
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,12 @@ def _channels(width): # of a row -> of its covariance; 0: it is none
     count = int(np.sqrt(8*width+1)-1)//2
     return count if count*(count+1)//2==width else 0
 
+@lru_cache(8)
+def _upper(count): return np.triu_indices(count) # Shared: do not write to it
+
 def _square(rows): # (n, c*(c+1)/2) -> (n, c, c)
     count = _channels(rows.shape[1])
-    i,j = np.triu_indices(count)
+    i,j = _upper(count)
     out = np.empty((len(rows), count, count), rows.dtype)
     out[:,i,j] = out[:,j,i] = rows
     return out
@@ -102,7 +106,7 @@ class CovarianceEncoder(TransformerMixin, BaseEstimator):
     ) -> np.ndarray: # (n, parts*k*(k+1)/2) float32
         "Covariances on the axes"
         check_is_fitted(self, 'axes_')
-        upper = np.triu_indices(self.axes_.shape[2])
+        upper = _upper(self.axes_.shape[2])
         out = []
         for part,axes in zip(self._parts(X), self.axes_):
             if _channels(part.shape[1])!=len(axes):

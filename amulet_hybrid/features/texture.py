@@ -99,6 +99,19 @@ class HOGFeatures(BaseFeatureExtractor):
         return [f'hog_{side}_x{x}_y{y}_cell_x{cx}_y{cy}_direction{b}' for side in self.sides
                 for x,y,cx,cy,b in np.ndindex(side//self.cell-1, side//self.cell-1, 2, 2, self.bins)]
 
+    def place_grids(self,
+        values:np.ndarray # (n_features,) one for each number of a row
+    ) -> list[np.ndarray]: # (rows, columns) each
+        "Sums of values by cell, a grid a size: a cell is in up to four blocks"
+        counts = [side//self.cell-1 for side in self.sides]
+        grids = []
+        for n,part in zip(counts, np.split(values, np.cumsum([4*self.bins*n*n for n in counts])[:-1])):
+            blocks = part.reshape(n, n, 2, 2, self.bins).sum(-1) # x, y, and the cell in the block
+            grid = np.zeros((n+1, n+1))
+            for cx,cy in np.ndindex(2, 2): grid[cy:cy+n, cx:cx+n] += blocks[:,:,cx,cy].T
+            grids.append(grid)
+        return grids
+
 EXTRACTORS['hog'] = HOGFeatures
 
 # %% ../../nbs/20_features/25_texture.ipynb #0ab231a5
@@ -157,6 +170,12 @@ class LBPFeatures(BaseFeatureExtractor):
     def get_feature_names(self) -> list[str]:
         "Radius, cell and bin of `uniform_table`"
         return [f'lbp_radius{r}_{at}_bin{b}' for r in self.radii for at in _places(self.grid) for b in range(59)]
+
+    def place_grids(self,
+        values:np.ndarray # (n_features,) one for each number of a row
+    ) -> list[np.ndarray]: # (rows, columns) each
+        "Sums of values by cell"
+        return [values.reshape(len(self.radii), self.grid, self.grid, 59).sum((0,3))]
 
 EXTRACTORS['lbp'] = LBPFeatures
 
@@ -247,6 +266,12 @@ class HaralickFeatures(BaseFeatureExtractor):
         return [f'haralick_{at}_distance{d}_{what}_{m}' for at in _places(self.grid) for d in self.distances
                 for what in ('mean', 'range') for m in HARALICK]
 
+    def place_grids(self,
+        values:np.ndarray # (n_features,) one for each number of a row
+    ) -> list[np.ndarray]: # (rows, columns) each
+        "Sums of values by cell"
+        return [values.reshape(self.grid, self.grid, -1).sum(-1)]
+
 EXTRACTORS['haralick'] = HaralickFeatures
 
 # %% ../../nbs/20_features/25_texture.ipynb #3efcee43
@@ -307,5 +332,11 @@ class GaborFeatures(BaseFeatureExtractor):
         "Mean or deviation, wavelength, angle of the wave in degrees, cell"
         return [f'gabor_{what}_wave{w}_angle{round(180*k/self.orientations)}_{at}' for what in ('mean', 'deviation')
                 for w in self.wavelengths for k in range(self.orientations) for at in _places(self.grid)]
+
+    def place_grids(self,
+        values:np.ndarray # (n_features,) one for each number of a row
+    ) -> list[np.ndarray]: # (rows, columns) each
+        "Sums of values by cell"
+        return [values.reshape(-1, self.grid, self.grid).sum(0)]
 
 EXTRACTORS['gabor'] = GaborFeatures

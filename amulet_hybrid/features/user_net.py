@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import FeatureError, atomic_write, bytes_digest
 from .contract import EXTRACTORS
-from .nets import EXPORT_LOCK, NetFeatures, OnnxNet, with_meanmax
+from .nets import EXPORT_LOCK, NetFeatures, OnnxNet, channels_first, with_meanmax
 from .onnx_files import embed_weights
 from .weights import user_cache
 
@@ -82,7 +82,7 @@ class _UserNet(OnnxNet):
         x = photos if self.input.kind is np.uint8 else ((photos-self.mean)/self.std).astype(self.input.kind)
         return {self.input.name: np.ascontiguousarray(x.transpose(0,3,1,2)) if self.input.first else x}
 
-    def run(self, photos): # (n, side, side, 3) uint8 -> pooling: (n, features)
+    def _output(self, photos): # (n, side, side, 3) uint8 -> row, tokens or map
         try: out = self.session.run([self.output], self.feed(photos))[0].astype(np.float32)
         except Exception as error:
             raise FeatureError(f'the net fails on photos of side={photos.shape[1]}: {str(error)[:200]}',
@@ -90,7 +90,16 @@ class _UserNet(OnnxNet):
         if out.ndim not in (2, 3, 4) or len(out)!=len(photos):
             raise FeatureError(f'the output {self.output!r} is {out.shape}, not a row, tokens or a map a photo',
                                code='bad_onnx')
-        return _pool_map(out, self.channels_last, self.gem_power)
+        return out
+
+    def run(self, photos): # (n, side, side, 3) uint8 -> pooling: (n, features)
+        return _pool_map(self._output(photos), self.channels_last, self.gem_power)
+
+    def run_maps(self, photo, read): # (1, side, side, 3) uint8 -> what `run` gives, and the one map that is pooled
+        out = self._output(photo)
+        rows = _pool_map(out, self.channels_last, self.gem_power)
+        found = None if out.ndim==2 else channels_first(out[0], rows['mean'][0])
+        return rows,[found, found]
 
 # %% ../../nbs/20_features/65_user_net.ipynb #c9727314
 def _self_contained(path, cache_dir):

@@ -32,12 +32,13 @@ from ..features.contract import EXTRACTORS, make_extractor, parse_block
 from ..features.extractor import HybridFeatureExtractor
 from ..learn.refusal import Refusal
 from .bundle_files import FORMAT, MANIFEST, MODEL, MOST_CLASSES, MOST_FILES, PHOTOS, REQUIREMENTS
-from .bundle_files import TRAINING
+from .bundle_files import TAUGHT, TAUGHT_FORMAT, TRAINING
 from .bundle_files import bundle_folder, file_entry, maker_of
 from .bundle_files import read_verified, refuse_bundle, signed_at, write_manifest
 from .inference import TIERS, Cascade, ServedModel, Tier
 from .model_card import Part, card_html, card_markdown, card_parts
 from .similar_photos import PhotoIndex
+from .taught_classes import TaughtClasses, read_taught, teach_tiers
 
 # %% ../../nbs/50_model/50_bundle.ipynb #14a25f08
 @dataclass
@@ -117,7 +118,9 @@ class Bundle:
     card:str='' # Its MODEL_CARD.md
     # When it was signed, as text that sorts by time; '' where no signature was asked for, or it does not say
     signed_at:str=''
-    photos:PhotoIndex|None=None # Of the training photos; None: it was left out
+    photos:PhotoIndex|None=None # Of the training photos, and of those that taught it; None: it was left out
+    taught:TaughtClasses|None=None # Classes that it was taught from a few photos; None: none
+    trained_photos:PhotoIndex|None=None # Of the training photos alone
 
     @property
     def model(self) -> ServedModel:
@@ -218,11 +221,34 @@ def _load_extractor(folder, manifest, content):
     extractors = {name: _load_block(folder, name, about, manifest, content) for name,about in stored}
     return HybridFeatureExtractor(settings, extractors=extractors)
 
+# %% ../../nbs/50_model/50_bundle.ipynb #f3357c4d
+def _trained_classes(manifest, folder):
+    "Classes that the model was trained on: all but those that were taught, which its manifest names last"
+    classes = manifest['classes']
+    if manifest['format']!=TAUGHT_FORMAT: return classes
+    try: labels = [str(entry['label']) for entry in manifest['taught']]
+    except (KeyError, TypeError) as error:
+        raise BundleError('its taught classes are not described', code='bad_manifest', where=folder/MANIFEST) from error
+    if not labels or labels!=classes[len(classes)-len(labels):]:
+        refuse_bundle('its taught classes are not those that it names last', 'bad_manifest', folder/MANIFEST)
+    return classes[:len(classes)-len(labels)]
+
+def _load_taught(folder, content, manifest, index):
+    "Classes that were taught"
+    if TAUGHT not in content or index is None:
+        refuse_bundle(f'{TAUGHT if index is not None else PHOTOS} is not listed', 'missing_file', folder)
+    file = folder/TAUGHT
+    try: taught = read_taught(unpack_arrays(content[TAUGHT], file), index)
+    except BundleError as error: raise BundleError(error.message, code=error.code, where=file) from error
+    if list(taught.labels)!=[entry['label'] for entry in manifest['taught']]:
+        refuse_bundle('its classes are not those of the manifest', 'bad_model', file)
+    return taught
+
 # %% ../../nbs/50_model/50_bundle.ipynb #47210ba5
 def _load_tier(folder, about, arrays, manifest, extractors):
     "A tier from its description and the bytes of its arrays"
     file = folder/f'{about["name"]}.npz'
-    try: model = ServedModel.load(about, unpack_arrays(arrays, file), manifest['classes'], extractors)
+    try: model = ServedModel.load(about, unpack_arrays(arrays, file), _trained_classes(manifest, folder), extractors)
     except BundleError as error:
         raise BundleError(error.message, code=error.code, where=file, advice=error.advice) from error
     if lacking := [b for b in model.blocks if b not in extractors]:
@@ -263,7 +289,9 @@ def load_bundle(
     "Verify, then load; nothing in it can run code"
     folder = bundle_folder(folder)
     manifest,content = read_verified(folder, public_key)
-    classes,about = manifest['classes'],parse_json(content[MODEL], folder/MODEL)
+    about = parse_json(content[MODEL], folder/MODEL)
+    _check_classes(manifest['classes'], folder)
+    classes = _trained_classes(manifest, folder)
     _check_classes(classes, folder)
     _check_measured(manifest['measured'], folder)
     try:
@@ -277,9 +305,14 @@ def load_bundle(
     extractor = _load_extractor(folder, manifest, content)
     tiers = [_load_tier(folder, t, content.pop(f'{t["name"]}.npz'), manifest, extractor.extractors)
              for t in about['tiers']]
+    index,taught = _load_photos(folder, content, classes, extractor),None
+    joined = index
+    if manifest['format']==TAUGHT_FORMAT:
+        taught = _load_taught(folder, content, manifest, index)
+        tiers,joined = teach_tiers(tiers, index, taught)
     return Bundle(folder, manifest, tiers, extractor, list(about.get('cascade', [])),
                   [*about.get('notes', []), *_savings(tiers)], content['MODEL_CARD.md'].decode('utf-8', 'replace'),
-                  signed_at(content), _load_photos(folder, content, classes, extractor))
+                  signed_at(content), joined, taught, index)
 
 # %% ../../nbs/50_model/50_bundle.ipynb #29cccc3e
 def _savings(tiers):

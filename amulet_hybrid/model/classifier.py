@@ -22,6 +22,7 @@ from ..data.images import LIMITS, ImageLimits, open_image
 from .answer_cache import make_cache
 from .batch import BatchMixin
 from .bundle import Bundle, load_bundle
+from .explanation import ExplanationMixin
 from .photo_source import read_source
 from .prediction import Failure, Prediction
 from .similar_photos import SimilarPhotos
@@ -276,7 +277,7 @@ class SimilarPhotosMixin:
         return replace(prediction, similar=[p.to_dict() for p in found], timings=timings)
 
 # %% ../../nbs/50_model/80_classifier.ipynb #f2337c77
-class HybridClassifier(BatchMixin, SimilarPhotosMixin, VerificationMixin):
+class HybridClassifier(BatchMixin, SimilarPhotosMixin, VerificationMixin, ExplanationMixin):
     "Names photos with a bundle"
     def __init__(self,
         bundle:Bundle|str|Path, # A loaded bundle, or its folder

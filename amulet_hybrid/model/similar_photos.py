@@ -21,6 +21,7 @@ from ..core import BundleError, ConfigError, TrainingError
 from ..features.contract import join_blocks
 from ..learn.ood_selection import known_folds
 from .checks import check_numbers
+from .class_trials import ClassTrials, check_trials
 
 # %% ../../nbs/50_model/47_similar_photos.ipynb #9bb650f2
 AXES = 96 # Numbers that are kept of a photo
@@ -127,6 +128,8 @@ class PhotoIndex:
     digests:np.ndarray # (n,) str, beginnings of the files' sha256
     known:np.ndarray # (m,) ascending distances of held-out photos to the nearest photo of their class
     thumbnails:tuple[bytes,...]=() # (n,) JPEG files, or none
+    # What classes come to that are taught from a few photos; without rows: none can be taught
+    trials:ClassTrials=ClassTrials(np.zeros((0,5), np.float16))
 
     @classmethod
     def fit(cls,
@@ -136,7 +139,8 @@ class PhotoIndex:
         digests:Sequence[str]=(), # (n,) sha256 of the files
         groups:Any=None, # (n,) photos of one group are not compared with each other; None: each photo alone
         thumbnails:Sequence[bytes]=(), # (n,) small JPEG files
-        seed:int=0 # Of the folds from which usual distances come
+        seed:int=0, # Of the folds from which usual distances come
+        trials:bool=True # Teach each class in trial, so that new ones can be taught later
     ) -> 'PhotoIndex':
         "Learn axes and usual distances; raises `TrainingError` where lengths differ"
         y,n = np.asarray(y),len(photos)
@@ -145,24 +149,30 @@ class PhotoIndex:
         axes = class_axes(blocks, y)
         rows = _bytes(axes.transform(join_blocks(blocks, list(blocks))))
         known = _held_out_distances(blocks, y, group, seed)
+        found = ClassTrials.fit(blocks, y, group, seed) if trials else cls.trials
         return cls(tuple(blocks), axes, rows, y.astype(np.int32), np.array(photos, str),
-                   np.array([d[:12] for d in digests] or ['']*n), known, tuple(thumbnails))
+                   np.array([d[:12] for d in digests] or ['']*n), known, tuple(thumbnails), found)
 
     def __len__(self): return len(self.y)
 
     @cached_property
     def _unit(self): return unit_rows(self.rows.astype(np.float32))
 
-    def distances(self,
+    def directions(self,
         blocks:dict[str,np.ndarray] # Block name -> (n, n_features)
-    ) -> np.ndarray: # (n, n_photos) 0..2
-        "One less the cosine to every photo of the index; raises `BundleError` for blocks of another length"
+    ) -> np.ndarray: # (n, n_axes) int8
+        "Photos as the index keeps them; raises `BundleError` for blocks of another length"
         X = join_blocks(blocks, list(self.blocks))
         if X.shape[1]!=len(self.axes.mean):
             raise BundleError(f'the index of photos wants {len(self.axes.mean)} numbers of a photo, not {X.shape[1]}',
                               code='bad_model')
-        Z = self.axes.transform(X)
-        return np.maximum(1-unit_rows(_bytes(Z).astype(np.float32))@self._unit.T, 0)
+        return _bytes(self.axes.transform(X))
+
+    def distances(self,
+        blocks:dict[str,np.ndarray] # Block name -> (n, n_features)
+    ) -> np.ndarray: # (n, n_photos) 0..2
+        "One less the cosine to every photo of the index"
+        return np.maximum(1-unit_rows(self.directions(blocks).astype(np.float32))@self._unit.T, 0)
 
     def usual(self,
         distance:float # To the nearest photo of a class
@@ -194,7 +204,8 @@ class PhotoIndex:
                 'sizes': np.array([len(t) for t in self.thumbnails], np.int32)} if self.thumbnails else {}
         return {'blocks': np.array(self.blocks), 'mean': a.mean, 'scale': a.scale, 'low': a.low, 'high': a.high,
                 'components': a.components.astype(np.float16), 'rows': self.rows, 'y': self.y, 'photos': self.photos,
-                'digests': self.digests, 'known': self.known, **more}
+                'digests': self.digests, 'known': self.known, **more,
+                **({'trials': self.trials.rows} if len(self.trials) else {})}
 
     @classmethod
     def from_arrays(cls,
@@ -208,7 +219,7 @@ class PhotoIndex:
         data,sizes = (a['thumbnails'].tobytes(), a['sizes']) if 'sizes' in a else (b'', np.zeros(0, int))
         pictures = tuple(data[end-size:end] for end,size in zip(np.cumsum(sizes), sizes))
         return cls(tuple(map(str, a['blocks'])), axes, a['rows'], a['y'], a['photos'], a['digests'], a['known'],
-                   pictures)
+                   pictures, check_trials(a['trials']) if 'trials' in a else cls.trials)
 
 # %% ../../nbs/50_model/47_similar_photos.ipynb #8ebe01c4
 _WANTED = {'mean': 'f', 'scale': 'f', 'low': 'f', 'high': 'f', 'components': 'f', 'rows': 'i', 'y': 'i', 'known': 'f',

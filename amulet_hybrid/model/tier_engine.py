@@ -10,7 +10,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from ..base.arrays import parse_json
 from ..base.parallel import one_blas_thread
 from ..core import BundleError, ConfigError, FeatureError, ImageError, json_digest
 from ..data.images import LIMITS, ImageLimits
+from ..features.contract import Photo
 from .answer_cache import SingleFlight
 from .bundle import Bundle, HeldOut, measure_tiers
 from .inference import Tier
@@ -193,16 +194,30 @@ class TierEngine:
         least:float=0. # Confidence below which no label is given: all but the last pass such a photo on
     ) -> TierAnswer: # Of the first confident tier, else of the last
         "Ask the tiers of a plan, in order; raises `ImageError` for what is no photo"
-        with _timed(timings, 'decode'): photo = self._decode(source)
+        with _timed(timings, 'decode'): photo = self.decode(source)
+        return self.ask(photo, names, timings, least)[0]
+
+    def ask(self,
+        photo:Photo, # What `decode` gave
+        names:Sequence[str], # As for `answer`
+        timings:dict[str,float], # Likewise
+        least:float=0., # Likewise
+        before:Callable[[list[str]],Any]|None=None # Told which blocks are measured next
+    ) -> tuple[TierAnswer,dict[str,np.ndarray]]: # And all blocks that were measured: name -> (1, n_features)
+        "Ask the tiers of a plan about a decoded photo"
         blocks:dict[str,np.ndarray] = {}
         for tier in (self.tiers[name] for name in names):
             lacking = [b for b in tier.model.blocks if b not in blocks]
+            if before is not None: before(lacking)
             blocks |= {b: row[None] for b,row in self.extractor.extract(photo, lacking, timings).items()}
             answer = ask_tier(tier, blocks, timings, 0. if tier.name==names[-1] else least)
             if answer.confident: break
-        return answer
+        return answer,blocks
 
-    def _decode(self, source):
+    def decode(self,
+        source:PhotoSource # A photo
+    ) -> Photo:
+        "The photo as extractors want it; raises `ImageError` with its path"
         try: return self.extractor.read(source.content, self.limits)
         except ImageError as error:
             raise ImageError(error.message, code=error.code, where=error.where or source.path,

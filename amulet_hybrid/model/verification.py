@@ -63,7 +63,9 @@ def judge_claim(
     point,probability = curve.at(false_accept),prediction.probabilities[label]
     reason = prediction.reason
     if not reason and probability < point.threshold:
-        reason = f'The probability {probability:.3g} is below {point.threshold:.3g}.'
+        shown = next(pair for digits in (3, 6, 17) # in which they differ
+                     if len(set(pair := [f'{v:.{digits}g}' for v in (probability, point.threshold)]))==2)
+        reason = f'The probability {shown[0]} is below {shown[1]}.'
     return Verification(label, not reason, probability, point.threshold, point.false_accept, point.bound,
                         point.true_accept, reason, prediction.top, prediction.novelty, prediction.model_version,
                         similar if similar is not None else SimilarPhotos())
@@ -84,7 +86,7 @@ class VerificationMixin:
     ) -> Verification:
         """Whether a photo shows a class; raises `ConfigError` for one that is not there, and `BundleError` with code
         'no_thresholds' where the bundle was made before there were any"""
-        curve = self.bundle.model.verification
+        curve = self.bundle.model.claims(label)
         if curve is None:
             raise BundleError('this bundle knows no thresholds of claims', code='no_thresholds',
                               where=self.bundle.folder, advice='Train anew')

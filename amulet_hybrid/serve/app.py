@@ -27,14 +27,17 @@ from .request_body import decode_image_data
 from .schemas import ANY_ERRORS, BODY_ERRORS, HTTP_ERRORS, PHOTO_ERRORS, RECORD_ERRORS, ROW_ERRORS
 from .schemas import BatchRequest, BatchResponse, Classifier, FeedbackRequest, FeedbackResponse
 from .schemas import Health, Info, PredictRequest, PredictResponse, ProbeStatus, Recorder
-from .schemas import Reloaded, SimilarOptions, SimilarRequest, SimilarResponse
+from .schemas import Reloaded
 from .schemas import error_responses, failure_body, json_response
 from .requests import FORM_COPIES, base64_bytes, check_size, either_body, form_body
 from .requests import json_body, media_type, read_form, read_json
 from .server import run_server
 from .service import PredictionService, Question, answer_batch, offload, warm_up
 from .settings import Settings, load_settings
-from .similar import similar_photos
+from .explanation_schemas import ExplainOptions, ExplainRequest, ExplainResponse
+from .explanation_schemas import SimilarOptions, SimilarRequest, SimilarResponse
+from .explanation_schemas import VerifyOptions, VerifyRequest, VerifyResponse
+from .explanations import explain_margin, similar_photos, verify_photo
 from .telemetry import start_logging
 from .worker_pool import while_connected
 
@@ -112,28 +115,51 @@ def _add_batch_routes(app, service, settings):
         return json_response(await service.records.add_feedback(request.scope['context'], sent))
 
 # %% ../../nbs/70_serve/80_app.ipynb #new998
-def _add_similar_route(app, service, settings):
-    "`/similar`"
-    form = form_body('One photo', 1, SimilarOptions)
-    @app.post('/similar', responses=error_responses('bad_base64', *ANY_ERRORS, *BODY_ERRORS, *PHOTO_ERRORS),
-              response_model=SimilarResponse,
-              openapi_extra={**either_body(json_body('SimilarRequest'), form), 'parameters': form['parameters']})
+async def _read_photo(request, settings, of_form, of_json):
+    "One photo, or a row of a table, and its options, from a form or from JSON"
+    if media_type(request)=='multipart/form-data':
+        photos,options = await read_form(request, settings, of_form)
+        if len(photos)!=1: raise AmuletError(f'{len(photos)} photos', code='bad_request', advice='Send one photo')
+        return check_size(photos[0], settings),options
+    options = await read_json(request, of_json, base64_bytes(settings.max_bytes)+2**16, settings)
+    if 'features' in options.model_fields_set: return options.features,options
+    photo = await offload(decode_image_data, options.image_data, len(options.image_data))
+    options.image_data = ''
+    request.scope['context'].body.keep(len(photo))
+    return check_size(photo, settings),options
+
+def _add_explanation_routes(app, service, settings):
+    "`/similar`, `/verify` and `/explain`"
+    def post(path, response, of_form, of_json):
+        form = form_body('One photo', 1, of_form)
+        return app.post(path, response_model=response,
+                        responses=error_responses('bad_base64', *ANY_ERRORS, *BODY_ERRORS, *PHOTO_ERRORS, *ROW_ERRORS),
+                        openapi_extra={**either_body(json_body(of_json.__name__), form),
+                                       'parameters': form['parameters']})
+
+    async def answer(request, work, of_form, of_json):
+        service.pool.check()
+        context = request.scope['context']
+        asked = work(service, context, *await _read_photo(request, settings, of_form, of_json))
+        return json_response(await while_connected(context.body.receive, asked, settings.timeout_seconds))
+
+    @post('/similar', SimilarResponse, SimilarOptions, SimilarRequest)
     async def similar(request:Request) -> Response:
         """Show the training photos that are most like one, sent as base64 in JSON or as a form's `file`.
         Nothing is recorded"""
-        service.pool.check()
-        context = request.scope['context']
-        if media_type(request)=='multipart/form-data':
-            photos,options = await read_form(request, settings, SimilarOptions)
-            if len(photos)!=1: raise AmuletError(f'{len(photos)} photos', code='bad_request', advice='Send one photo')
-            photo = photos[0]
-        else:
-            options = await read_json(request, SimilarRequest, base64_bytes(settings.max_bytes)+2**16, settings)
-            photo = await offload(decode_image_data, options.image_data, len(options.image_data))
-            options.image_data = ''
-            context.body.keep(len(photo))
-        work = similar_photos(service, context, check_size(photo, settings), options)
-        return json_response(await while_connected(context.body.receive, work, settings.timeout_seconds))
+        return await answer(request, similar_photos, SimilarOptions, SimilarRequest)
+
+    @post('/verify', VerifyResponse, VerifyOptions, VerifyRequest)
+    async def verify(request:Request) -> Response:
+        """Say whether a photo, sent as base64 in JSON or as a form's `file`, passes for a class.
+        Nothing is recorded"""
+        return await answer(request, verify_photo, VerifyOptions, VerifyRequest)
+
+    @post('/explain', ExplainResponse, ExplainOptions, ExplainRequest)
+    async def explain(request:Request) -> Response:
+        """Say why one class rather than another, for a photo sent as base64 in JSON or as a form's `file`, or for a row
+        of a table sent as `features`. Nothing is recorded"""
+        return await answer(request, explain_margin, ExplainOptions, ExplainRequest)
 
 # %% ../../nbs/70_serve/80_app.ipynb #43e15d8d
 def _add_health_routes(app, service):
@@ -190,7 +216,8 @@ def _add_model_routes(app, service, settings, keys):
                               'columns': list(getattr(model.classifier, 'columns', ())),
                               'figures': model.figures, 'card': model.card, 'limits': limits,
                               'confidence_threshold': model.confidence_threshold, 'refusal': model.refusal,
-                              'novelty_note': model.novelty_note, 'explains': model.explains})
+                              'novelty_note': model.novelty_note, 'explains': model.explains,
+                              'verifies': model.verifies, 'sums': model.sums})
 
     text = {'description': 'In the text format of Prometheus',
             'content': {'text/plain': {'schema': {'type': 'string'}}}}
@@ -235,12 +262,12 @@ def _openapi(app, service, policy):
     "The OpenAPI document"
     spec = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _,found = models_json_schema([(m, 'validation') for m in (PredictRequest, BatchRequest, FeedbackRequest,
-                                                                  SimilarRequest)],
+                                                                  SimilarRequest, VerifyRequest, ExplainRequest)],
                                  ref_template='#/components/schemas/{model}')
     schemas = spec['components']['schemas']
     schemas |= found['$defs']
     schemas['BatchRequest']['properties']['images']['maxItems'] = service.settings.max_photos
-    for name in ('PredictRequest', 'BatchRequest'):
+    for name in ('PredictRequest', 'BatchRequest', 'ExplainRequest'):
         _narrow_request(schemas[name], getattr(service.model.classifier, 'columns', ()))
     if root := service.settings.root_path: spec['servers'] = [{'url': root}]
     spec['components']['securitySchemes'] = {'bearer': {'type': 'http', 'scheme': 'bearer',
@@ -294,7 +321,7 @@ def _lifespan(service, keys, open_recorder=None):
     return lifespan
 
 # %% ../../nbs/70_serve/80_app.ipynb #22607b67
-_LIMITED = ('/predict', '/predict/file', '/predict-batch', '/similar', '/feedback')
+_LIMITED = ('/predict', '/predict/file', '/predict-batch', '/similar', '/verify', '/explain', '/feedback')
 _WITH_KEY = (*_LIMITED, '/info', '/metrics')
 
 def _policy(settings, keys):
@@ -358,7 +385,7 @@ def create_app(
                        body_budget=service.body_budget, routes=routes)
     _add_prediction_routes(app, service, settings)
     _add_batch_routes(app, service, settings)
-    _add_similar_route(app, service, settings)
+    _add_explanation_routes(app, service, settings)
     _add_health_routes(app, service)
     _add_model_routes(app, service, settings, keys)
     routes.update({(m, r.path): r.endpoint for r in app.routes if isinstance(r, APIRoute) for m in r.methods or ()})

@@ -100,6 +100,8 @@ class Model:
         self.refusal = refusal.to_dict() if refusal is not None and refusal.method else {}
         self.novelty_note = str(getattr(bundle, 'novelty_note', ''))
         self.explains = ['photos'] if getattr(bundle, 'photos', None) is not None else []
+        self.verifies = getattr(getattr(bundle, 'model', None), 'verification', None) is not None
+        self.sums = getattr(classifier, 'explain', None) is not None
         self.confidence_threshold = float(getattr(classifier, 'confidence_threshold', 0.))
 
     @property

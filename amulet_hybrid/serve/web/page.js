@@ -546,7 +546,8 @@ function show(entry) {
   );
 }
 
-// Why: the training photos that are most like it, of each of the most probable classes. Asked for when somebody wants it.
+// Why: where the photo speaks for its class, and the training photos that are most like it, of each of the most
+// probable classes; and whether it passes for a class that somebody names. Asked for when somebody wants it.
 
 const asBase64 = (file) =>
   new Promise((done, failed) => {
@@ -557,25 +558,75 @@ const asBase64 = (file) =>
   });
 
 function why(entry) {
-  if (!entry.files || !info.explains?.includes('photos')) return [];
-  const button = make('button', { type: 'button', textContent: 'Show me why' }),
-    said = make('span', { className: 'small', role: 'alert' }),
-    box = make('div', { className: 'why' }, make('div', { className: 'row' }, button, said));
-  button.onclick = async () => {
-    button.disabled = true;
+  if (!entry.files) return [];
+  const said = make('span', { className: 'small', role: 'alert' }),
+    shown = make('div', {}),
+    row = make('div', { className: 'row' });
+  const show = async (control, parts) => {
+    control.disabled = true;
     said.textContent = '';
     try {
-      const rows = Object.entries(entry.seen.probabilities || {}).sort((a, b) => b[1] - a[1]),
-        within = rows.length ? rows.slice(0, 3).map(([name]) => name) : [entry.seen.top_class],
-        found = await ask('similar', json({ image_data: await asBase64(entry.files[0]), k: 4, within }));
-      box.replaceChildren(...within.flatMap((name) => likeOf(name, found.photos)));
-      announce(`${found.photos.length} training photos that are most like it are shown.`);
+      const image_data = await asBase64(entry.files[0]);
+      shown.replaceChildren(...(await parts((path, options) => ask(path, json({ image_data, ...options })))));
     } catch (e) {
       said.textContent = `${sentence(capital(e.message))} ${e.advice || ''}`;
-      button.disabled = false;
     }
+    control.disabled = false;
   };
-  return [box];
+  if (info.sums || info.explains?.includes('photos')) row.append(whyButton(entry, show));
+  if (info.verifies) row.append(claimChoice(show));
+  return row.children.length ? [make('div', { className: 'why' }, row, said, shown)] : [];
+}
+
+function whyButton(entry, show) {
+  const rows = Object.entries(entry.seen.probabilities || {}).sort((a, b) => b[1] - a[1]),
+    within = rows.length ? rows.slice(0, 3).map(([name]) => name) : [entry.seen.top_class],
+    button = make('button', { type: 'button', textContent: 'Show me why' });
+  button.onclick = () =>
+    show(button, async (why) => {
+      const sum = info.sums ? await why('explain', {}) : null,
+        found = info.explains?.includes('photos') ? (await why('similar', { within, k: 4 })).photos : [];
+      announce(
+        [sum?.words, found.length ? `${found.length} training photos that are most like it are shown.` : '']
+          .filter(Boolean)
+          .join(' '),
+      );
+      return [...(sum ? sumOf(sum) : []), ...(found.length ? within.flatMap((name) => likeOf(name, found)) : [])];
+    });
+  return button;
+}
+
+function sumOf(sum) {
+  const title = `Where it speaks for ${pretty(sum.label)} rather than ${pretty(sum.against)}`;
+  return [
+    make('h3', { textContent: title }),
+    ...(sum.overlay ? [make('img', { className: 'map', src: sum.overlay, alt: title })] : []),
+    make('p', { className: 'note', textContent: sum.words }),
+  ];
+}
+
+function claimChoice(show) {
+  const choice = make(
+    'select',
+    { ariaLabel: 'Does it pass for' },
+    make('option', { value: '', textContent: 'Does it pass for…' }),
+    ...[...info.classes].sort().map((c) => make('option', { value: c, textContent: pretty(c) })),
+  );
+  choice.onchange = () => {
+    if (!choice.value) return;
+    show(choice, async (why) => {
+      const found = await why('verify', { label: choice.value, k: 4 });
+      announce(found.words);
+      const name = pretty(found.label),
+        title = found.accepted ? `It passes for ${name}` : `It does not pass for ${name}`;
+      return [
+        make('h3', { className: 'claim', textContent: title }),
+        make('p', { className: 'note', textContent: found.words }),
+        ...(found.photos.length ? likeOf(found.label, found.photos) : []),
+      ];
+    });
+  };
+  return choice;
 }
 
 function likeOf(name, photos) {
