@@ -1,5 +1,6 @@
 "A bundle evaluated again by the command line: held-out photos, new ones, unknown classes, tables, what is refused"
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from typer.testing import CliRunner
 from amulet_hybrid.cli.app import app
 from amulet_hybrid.core import BundleError, ConfigError, DatasetError
 from amulet_hybrid.data.samples import NO_FAULTS, make_samples
+from amulet_hybrid.jobs.evaluate import evaluate_bundle, evaluate_table
 from amulet_hybrid.jobs.table import TableRun
 from amulet_hybrid.jobs.train import TrainingRun
 from amulet_hybrid.model.cascade import fit_cascade
+from amulet_hybrid.model.classifier import HybridClassifier
 
 
 def call(*words): return CliRunner().invoke(app, ['evaluate', *map(str, words)])
@@ -58,6 +61,46 @@ def test_held_out_photos_again(photos, tmp_path):
                   'Does it know what it knows?', 'If it may refuse', 'Short lists instead of one name'):
         assert words in page, words
     assert (tmp_path/'figures'/'confusion.png').stat().st_size > 1000
+
+def explained(folder): # Number of mistakes beside which the page says why
+    return (folder/'report.html').read_text(encoding='utf-8').count('class="explained"')
+
+def test_the_surest_mistakes_are_explained(photos, tmp_path):
+    "Under exchanged labels nearly all is wrong: six mistakes get a map and training photos of both classes"
+    result,folder = photos
+    run = Path(result['report']).parent
+    assert explained(run)==min(6, len(figures(run)['errors']))
+    names = sorted(p.name for p in (folder/'photos').iterdir() if p.is_dir())
+    for name,other in zip(names, names[1:]+names[:1]): shutil.copytree(folder/'photos'/name, tmp_path/'wrong'/other)
+    assert call('--model-dir', result['bundle'], '--test-data-dir', tmp_path/'wrong', '--output-dir', tmp_path/'out',
+                '--quick').exit_code==0
+    assert len(figures(tmp_path/'out')['errors']) > 6 and explained(tmp_path/'out')==6
+    page = (tmp_path/'out'/'report.html').read_text(encoding='utf-8')
+    assert 'places that speak for what was said' in page and 'log odds of' in page and '://' not in page
+    assert call('--model-dir', result['bundle'], '--test-data-dir', tmp_path/'wrong', '--output-dir',
+                tmp_path/'out').exit_code==0 # the training photos are looked up, too
+    page = (tmp_path/'out'/'report.html').read_text(encoding='utf-8').replace('<wbr>', '')
+    assert len(re.findall(r'nearest of \S+ and \S+ in training', page))==6 and explained(tmp_path/'out')==6
+
+def test_the_surest_wrong_rows_are_explained(rows, tmp_path):
+    result,_,table = rows
+    known = table[table['kind']!='setosa']
+    wrong = known.assign(kind=np.where(known['kind']=='virginica', 'versicolor', 'virginica'))
+    report = evaluate_table(result['bundle'], wrong, 'kind', output_dir=tmp_path, quick=True)
+    assert len(report.reasons)==explained(tmp_path)==6
+    why = next(iter(report.reasons.values()))
+    assert {'column', 'value', 'adds'}==set(why.columns) and 'of its columns' in why.words
+
+@pytest.mark.parametrize('broken', ['explain', 'similar', '__init__'])
+def test_an_explanation_that_fails_never_costs_the_report(photos, tmp_path, monkeypatch, caplog, broken):
+    result,folder = photos
+    names = sorted(p.name for p in (folder/'photos').iterdir() if p.is_dir())
+    for name,other in zip(names, names[1:]+names[:1]): shutil.copytree(folder/'photos'/name, tmp_path/'wrong'/other)
+    def fail(*args, **kwargs): raise MemoryError('none left')
+    monkeypatch.setattr(HybridClassifier, broken, fail)
+    report = evaluate_bundle(result['bundle'], tmp_path/'wrong', tmp_path/'out', quick=True)
+    assert not report.reasons and explained(tmp_path/'out')==0 and len(report.errors) > 6
+    assert 'explained: none left' in caplog.text
 
 def test_figures_are_of_what_is_served(tmp_path):
     "Where cheaper tiers answer, report, card and a later evaluation show the cascade, with the ensemble beside it"

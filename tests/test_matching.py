@@ -1,12 +1,17 @@
 "Local matching from training to the answer: found, shown, kept out of bundles that do without, and checked when loaded"
+import hashlib
 import json
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
 from amulet_hybrid.base.arrays import pack_arrays, unpack_arrays
-from amulet_hybrid.core import BundleError
+from amulet_hybrid.cli.app import app
+from amulet_hybrid.core import BundleError, FeatureError
+from amulet_hybrid.data.images import resize_image
 from amulet_hybrid.data.samples import DESIGNS, draw_amulet
 from amulet_hybrid.features.config import FeatureConfig
 from amulet_hybrid.features.extractor import HybridFeatureExtractor
@@ -83,6 +88,71 @@ def test_an_explanation_counts_the_matched_points(folder):
         assert abs(found.check) < 1e-4
         counted += part.contribution!=0
     assert counted
+
+def with_match(classifier):
+    "Photo and explanation of the first new photo whose answer is one of a matched class"
+    for i in np.flatnonzero(~KNOWN):
+        found = classifier.explain(PHOTOS[i])
+        if found.match: return PHOTOS[i],found
+    raise AssertionError('no photo was matched')
+
+def known_photos():
+    "Name -> pixels of the training photos, as `trained` names them"
+    known = [p for p,k in zip(PHOTOS, KNOWN) if k]
+    return {f'photo_{i}.jpg': p for i,p in enumerate([*known, *(p[:,:,::-1].copy() for p in known)])}
+
+def test_the_match_of_an_explanation_is_that_of_the_answer(folder):
+    classifier = HybridClassifier(folder, enable_caching=False)
+    photo,found = with_match(classifier)
+    assert found.match==classifier.classify(photo).match and found.match['label']==found.label
+    assert f'{found.match["inliers"]} points agree' in found.match_words and found.match['photo'] in found.match_words
+    assert found.match['photo'] not in found.words # which leaves over HTTP
+    json.dumps(found.to_dict(), allow_nan=False)
+    turned = classifier.explain(photo, found.against, found.label)
+    assert turned.match is None and turned.match_words==''
+    with pytest.raises(FeatureError): turned.draw_match(photo)
+
+def test_matched_points_lie_where_they_are_drawn(folder):
+    classifier = HybridClassifier(folder, enable_caching=False)
+    photo,found = with_match(classifier)
+    other = known_photos()[found.match['photo']]
+    drawn = np.asarray(found.draw_match(other, 200)).astype(int)
+    bare = np.hstack([resize_image(p, 200) for p in (photo, other)]).astype(int)
+    changed = np.abs(drawn-bare).sum(2) > 30
+    assert 0 < changed.mean() < .6
+    for right,down,right_there,down_there in found.match['points']:
+        for x,y in ((200*right, 200*down), (200+200*right_there, 200*down_there)):
+            assert changed[max(0, int(y)-4):int(y)+5, max(0, int(x)-4):int(x)+5].any()
+
+@pytest.mark.parametrize('there', ['the photo', 'another file', 'no file', 'a name that leads out'])
+def test_the_match_as_a_file(folder, tmp_path, there):
+    "`amulet explain` draws the training photo if it is in the folder, and is the one that was trained on"
+    classifier = HybridClassifier(folder, enable_caching=False)
+    photo,found = with_match(classifier)
+    Image.fromarray(photo).save(tmp_path/'new.png')
+    (tmp_path/'photos').mkdir()
+    name = found.match['photo']
+    Image.fromarray(known_photos()[name]).save(tmp_path/'photos'/'known.png')
+    content,model = (tmp_path/'photos'/'known.png').read_bytes(),tmp_path/'bundle'
+    shutil.copytree(folder, model)
+    arrays = unpack_arrays((model/'ensemble.npz').read_bytes())
+    row = list(arrays['part|matching|photos']).index(name)
+    digests,names = (arrays[f'part|matching|{k}'].astype('U64') for k in ('digests', 'photos'))
+    digests[row] = hashlib.sha256(content+b' '*(there=='another file')).hexdigest()[:12]
+    names[row] = name if there!='a name that leads out' else f'../{name}'
+    for k,values in (('digests', digests), ('photos', names)): arrays[f'part|matching|{k}'] = values
+    (model/'ensemble.npz').write_bytes(pack_arrays(arrays))
+    manifest = json.loads((model/MANIFEST).read_text())
+    manifest['files']['ensemble.npz'] = file_entry(model/'ensemble.npz')
+    write_manifest(model, manifest)
+    at = {'no file': 'elsewhere.jpg', 'a name that leads out': f'../{name}'}.get(there, name)
+    (tmp_path/'photos'/at).write_bytes(content)
+    said = CliRunner().invoke(app, ['explain', str(tmp_path/'new.png'), '--model-dir', str(model), '--data-dir',
+                                    str(tmp_path/'photos'), '--output-dir', str(tmp_path/'why')])
+    assert said.exit_code==0, said.output
+    assert f'{found.match["inliers"]} points agree' in said.output
+    assert (tmp_path/'why'/'new_match.png').exists()==(there=='the photo')
+    assert ('is not drawn' in said.output)==(there!='the photo')
 
 def test_file_names_do_not_leave_over_http(folder):
     classifier = HybridClassifier(folder)

@@ -309,12 +309,12 @@ def test_a_claim_is_judged(page, amulets):
 def test_feedback_is_recorded(page, service, amulets):
     ask(page, list(amulets[1].values())[0])
     page.run("(s => { s.value = 'waek_man'; s.dispatchEvent(new Event('change')) })(document.querySelector('#answer "
-             "select'))")
+             "select[aria-label^=What]'))")
     page.wait("/noted: waek man/.test(document.querySelector('#answer').innerText)")
     assert recorded(service, 1)==['waek_man']
     ask(page, list(amulets[1].values())[1]) # now one that is not on the list
     page.run("(s => { s.selectedIndex = s.options.length-1; s.dispatchEvent(new Event('change')) })"
-             "(document.querySelector('#answer select'))")
+             "(document.querySelector('#answer select[aria-label^=What]'))")
     assert (page.run("document.activeElement.ariaLabel")=='Its name'
             and page.run("document.activeElement.maxLength")==200)
     page.screenshot(SHOTS/'page_other.png')
@@ -465,7 +465,8 @@ def test_a_line_shows_its_photo(page, amulets, tmp_path):
     page.click('#rows tr:nth-child(2) td:nth-child(3)')
     page.wait(ANSWERED)
     assert (photos[1].name in page.text('#name') and len(page.run("[...document.querySelectorAll('.bars li')]"))==6
-            and page.run("document.querySelector('#answer select') !== null && document.activeElement.id")=='back')
+            and page.run("document.querySelector('#answer select[aria-label^=What]') !== null && "
+                         "document.activeElement.id")=='back')
     assert 'predict/file' in page.run("document.querySelector('#answer pre').textContent")
     page.screenshot(SHOTS/'page_batch_line.png')
     page.click('#back')
@@ -619,7 +620,7 @@ def test_a_row_is_asked(rows, flowers, tmp_path):
     rows.wait(ANSWERED)
     assert json.loads(rows.run('sent'))=={'features': {'height': 1.02, 'soil': 'clay'}}
     assert 'rose' in rows.text('.verdict') and len(rows.run("[...document.querySelectorAll('.bars li')]"))==3
-    assert rows.run("document.querySelector('#answer select') !== null")
+    assert rows.run("document.querySelector('#answer select[aria-label^=What]') !== null")
     rows.run("document.querySelectorAll('#answer details').forEach(d => d.open = true)")
     assert 'known rows' in rows.text('dl') or 'stranger' not in rows.text('dl')
     if shutil.which('curl'):

@@ -151,7 +151,7 @@ def test_service_answers_as_python_does(done, photos):
         form = httpx.post(f'{url}/similar', files={'file': data}, data={'k': '3'}).json()
         assert [p['label'] for p in form['photos']]==[p.label for p in classifier.similar(data, 3)]
         refused = httpx.post(f'{url}/similar', files={'file': data}, data={'within': 'none'}).json()
-        assert refused['error_code']=='bad_request'
+        assert refused['error_code']=='unknown_label'
         assert [p['digest'] for p in shown]==[p['digest'] for p in own] and all('photo' not in p for p in shown)
         process.send_signal(signal.SIGINT)
         said,told = process.communicate(timeout=30)

@@ -160,6 +160,13 @@ def _explain(classifier, source, row, asked, occlusion):
     rows = classifier.bundle.extractor.extractors['table'].rows(table.iloc[row-1:row])
     return explain_table_row(classifier.bundle, rows[0], **asked)
 
+def _matched_photo(classifier, found, data_dir):
+    "Pixels of the training photo that was matched, as the blocks see it; None where there is none to be shown"
+    from amulet_hybrid.model.photo_source import training_photo
+    if not found.match or data_dir is None: return None
+    path = training_photo(data_dir, found.match['photo'], found.match['digest'])
+    return None if path is None else classifier.bundle.extractor.read(path).rgb
+
 @commands.command('explain', epilog='Example: amulet explain photo.jpg --model-dir runs/photos/bundle --output-dir why'
                                     '\n\nExample: amulet explain photo.jpg --model-dir runs/photos/bundle --label A '
                                     '--against B')
@@ -174,6 +181,9 @@ def explain_command(
     occlusion:Annotated[int, typer.Option(min=0, max=32, help='Places along each side of an approximate map of members '
                                                               'that are no sum; 0: none')]=0,
     output_dir:Annotated[Path|None, typer.Option(help='Write the map (PNG) and the tables (CSV) there')]=None,
+    data_dir:Annotated[Path|None, typer.Option(exists=True, file_okay=False,
+                                               help='The training photos, to draw the matched one with --output-dir '
+                                                    '(PNG), where the model matches')]=None,
     as_json:Annotated[bool, typer.Option('--json', help='Print JSON')]=False,
     public_key:PublicKey=None,
 ):
@@ -185,11 +195,15 @@ def explain_command(
     from amulet_hybrid.model.explanation import save_explanation
     classifier = HybridClassifier(model_dir, enable_caching=False, public_key=public_key)
     found = _explain(classifier, source, row, {'label': label, 'against': against}, occlusion)
-    written = save_explanation(found, output_dir, source.stem) if output_dir else []
+    matched = _matched_photo(classifier, found, data_dir)
+    written = save_explanation(found, output_dir, source.stem, matched) if output_dir else []
     if as_json:
         echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
         return
     echo(printable(found.words))
+    if found.match: echo(printable(found.match_words))
+    if found.match and data_dir and matched is None:
+        echo(printable(f'{found.match["photo"]} is not drawn: {data_dir} has no such file, or another one.'), err=True)
     for part in found.parts:
         echo('\t'.join(map(printable, (part.block, part.member, f'{part.contribution:+.3f}', f'{part.placed:+.3f}'))))
     for column,value in found.columns.items(): echo(f'{printable(column)}\t{value:+.3f}')

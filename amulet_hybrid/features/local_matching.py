@@ -14,6 +14,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
+from ..core import FeatureError
 from .contract import EXTRACTORS, Photo
 from .keypoints import SIFTFeatures, opencv_tool, patch_numbers, unpack
 
@@ -140,6 +141,18 @@ class PhotoMatch:
         "Plain numbers, a row an inlier"
         parts = (self.here.real, self.here.imag, self.there.real, self.there.imag)
         return [[round(float(x), 3) for x in row] for row in zip(*parts)]
+
+    @classmethod
+    def from_list(cls,
+        points:Sequence[Sequence[float]] # (inliers, 4) what `to_list` gave
+    ) -> 'PhotoMatch':
+        "The same again, to three digits; raises `FeatureError` for rows of anything but four finite numbers"
+        try: right,down,right_there,down_there = np.array(points, float).reshape(len(points), 4).T
+        except (TypeError, ValueError) as error:
+            raise FeatureError('points of a match are rows of four numbers', code='bad_match') from error
+        if not np.isfinite([right, down, right_there, down_there]).all():
+            raise FeatureError('points of a match must be finite', code='bad_match')
+        return cls(right+1j*down, right_there+1j*down_there)
 
 # %% ../../nbs/20_features/45_local_matching.ipynb #3720943d
 def match_photos(

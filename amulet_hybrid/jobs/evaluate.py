@@ -31,6 +31,7 @@ from ..audit.inspector import DatasetInspector
 from ..audit.inspection import InspectionConfig
 from ..evaluate.label_issues import find_label_issues
 from ..learn.candidates import MODELS, Candidate
+from .explanations import explain_mistakes
 from .past_run import GIVE_DATA, past_run, still_there
 from .sections import CascadeTest, cascade_sections, importance_sections, speed_profile
 from .sections import undoubted_section
@@ -47,6 +48,7 @@ class LabelledRows:
     table:pd.DataFrame = field(default_factory=pd.DataFrame) # path, sha256, label, group
     blocks:dict[str,np.ndarray] = field(default_factory=dict) # Block name -> (n, n_features)
     read:Callable[[str],np.ndarray]|None = None # Path -> (height, width, 3) uint8; None: there are no photos
+    root:Path|None = None # Where the paths of photos begin; None: not known
 
     def __len__(self): return len(self.table)
 
@@ -241,9 +243,18 @@ class BundleTest:
         case = self.case(**others)
         served = self.serve(case)
         case.sections = [*self.sections(case, quick), *served, *case.sections]
-        report = evaluate(case)
+        report = self.explain(evaluate(case))
         report.save(output_dir)
         return report
+
+    def explain(self,
+        report:Evaluation # Of the test photos
+    ) -> Evaluation:
+        "Say why the most certain mistakes were made, where the files are known"
+        test = self.test
+        if 'table' in test.blocks: return explain_mistakes(report, self.bundle, test.blocks['table'])
+        if test.root is None: return report
+        return explain_mistakes(report, self.bundle, [test.root/p for p in test.table['path']], self.training.root)
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #eed4dada
 def names_rows(
@@ -327,7 +338,7 @@ def _add_training(found, run, extractor):
     if len(there) > MOST_KNOWN and not extractor.cache:
         return [('info', f'{len(there):,} training photos are too many to measure again; mistakes are shown alone.')]
     found.training = LabelledRows(there, extractor.extract_manifest(there, run.root),
-                                  lambda path: read_image(run.root/path, at_least=100))
+                                  lambda path: read_image(run.root/path, at_least=100), run.root)
     return [('info', f'{len(gone)} training photos are gone or changed.')] if len(gone) else []
 
 # %% ../../nbs/85_jobs/40_evaluate.ipynb #32775b1a
@@ -354,6 +365,7 @@ def evaluate_bundle(
     found.test.blocks = extractor.extract_manifest(found.test.table, where)
     if len(found.unknown): found.unknown.blocks = extractor.extract_manifest(found.unknown.table, where)
     found.test.read = found.unknown.read = lambda path: read_image(where/path, at_least=160)
+    found.test.root = where
     asked = asked_tiers(loaded.tiers)
     models = {'cascade': asked, 'ensemble': asked[-1:]} if len(asked) > 1 else {'ensemble': loaded.model}
     timings,found.costs = speed_profile(loaded.extractor, models, [where/p for p in found.test.table['path'][:20]],

@@ -37,13 +37,13 @@ from ..features.local_matching import POINTS, LocalPoints
 from ..features.ready_blocks import nets_ahead
 from ..features.weights import net_words
 from .config import RunConfig
+from .explanations import explain_run
 from .prepare import RunData, hold_out, prepare_photos, split_table
 from .sections import curve_section, importance_sections, random_split_note, speed_profile
 from .sections import CascadeTest, cascade_sections, judge_case, nets_section, training_sections
 from .sections import verification_sections
 from .tracking import make_tracker, run_parameters, track_output
-from ..learn.finetuned_member import MOST_PHOTOS as MOST_FINETUNED
-from ..learn.finetuned_member import MapRows
+from ..learn.finetuned_member import MOST_PHOTOS as MOST_FINETUNED, MapRows
 from ..learn.finetuned_tail import FineTunedTail
 from ..learn.match_evidence import MatchRows
 from ..learn.match_fitting import MOST_PHOTOS
@@ -469,6 +469,7 @@ class TrainingRun(RunParts):
         digest = save_model(self.output, self.config, self.data, self.features, (self.trainer, self.cascade), figures)
         try: self.check_bundle()
         except AmuletError: shutil.rmtree(self.output/BUNDLE); raise
+        self.evaluation = explain_run(self.evaluation, self.data, self.features, self.output/BUNDLE, self.output)
         self.config.save(self.output/CONFIG)
         self.result = run_result(self.output, digest, self.evaluation, self.data, self.gap, self.refusal,
                                  self.features.extractor.nets())

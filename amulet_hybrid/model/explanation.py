@@ -19,7 +19,7 @@ import numpy as np
 
 from ..base.parallel import one_blas_thread
 from ..core import ConfigError, FeatureError, atomic_write
-from ..data.images import resize_image
+from ..data.images import read_image, resize_image
 from ..features.attribution import block_places, resample_sum
 from ..features.contract import Photo
 from ..features.nets import NetFeatures, photo_maps
@@ -93,6 +93,8 @@ class Explanation:
     model_version:str='' # Of the bundle
     # (rows, columns) what members that are no sum lose where a place is covered, approximate; None: not asked for
     occlusion:np.ndarray|None=field(default=None, repr=False)
+    # Training photo that speaks for `label`, as in `Prediction.match`; None: none, or it is of another class
+    match:dict|None=field(default=None, repr=False)
 
     @property
     def check(self) -> float:
@@ -130,7 +132,8 @@ class Explanation:
         return pd.DataFrame([first, *(vars(p) for p in self.parts)])
 
     def overlay(self,
-        longest:int=480 # Of the picture's sides, pixels
+        longest:int=480, # Of the picture's sides, pixels
+        words:bool=True # Say below what the colours mean
     ) -> Any: # PIL image
         "Places on the photo as the blocks saw it; raises `FeatureError` where there are none"
         if self.places is None or self.picture is None:
@@ -140,7 +143,27 @@ class Explanation:
         h,w = (max(1, round(scale*n)) for n in self.picture.shape[:2])
         picture = cv2.resize(self.picture, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         return draw_overlay(picture, _drawn_places(self.places, self.mode, h, w),
-                            (f'speaks for {self.label}', f'speaks for {self.against}'))
+                            (f'speaks for {self.label}', f'speaks for {self.against}') if words else ())
+
+    @property
+    def match_words(self) -> str: # One sentence, with a path of the training photos; '' without a match
+        "Which training photo was matched, for those who may see its name"
+        if self.match is None: return ''
+        return '{inliers} points agree with those of the training photo {photo} ({label}).'.format_map(self.match)
+
+    def draw_match(self,
+        other:np.ndarray|str|Path, # The matched training photo: (height, width, 3) uint8, or its file
+        side:int=320 # Height and width of each in the picture, pixels
+    ) -> Any: # PIL image, 2 `side` wide
+        "The photo and the matched one side by side, lines between points that agree; raises `FeatureError` without"
+        from PIL import Image
+
+        from amulet_hybrid.features.local_matching import PhotoMatch, draw_match
+        if self.match is None or self.picture is None:
+            raise FeatureError('no training photo was matched', code='no_match', advice='Look at `match` first')
+        there = other if isinstance(other, np.ndarray) else read_image(other, at_least=side)
+        one,other = (resize_image(x, side, self.mode) for x in (self.picture, there))
+        return Image.fromarray(draw_match(one, other, PhotoMatch.from_list(self.match['points']), side))
 
     def to_dict(self) -> dict: # Without the picture
         "What JSON can hold"
@@ -180,15 +203,20 @@ def _explanation_html(explanation):
 def save_explanation(
     explanation:Explanation, # To be kept
     folder:str|Path, # Where; made if it is not there
-    name:str='explanation' # Of the files, without an ending
+    name:str='explanation', # Of the files, without an ending
+    # The matched training photo, as the blocks see it or as a file; None: it is not drawn
+    matched:np.ndarray|str|Path|None=None
 ) -> list[Path]: # The files that were written
-    "The overlay (PNG), places or columns, and parts (CSV) as files"
+    "The overlay and the match (PNG), places or columns, and parts (CSV) as files"
     from amulet_hybrid.base.csv_files import csv_table
     folder,written = Path(folder),[]
     folder.mkdir(parents=True, exist_ok=True)
     if explanation.places is not None:
         written.append(folder/f'{name}.png')
         with atomic_write(written[-1]) as part: part.write_bytes(overlay_png(explanation))
+    if matched is not None and explanation.match is not None:
+        written.append(folder/f'{name}_match.png')
+        with atomic_write(written[-1]) as part: explanation.draw_match(matched).save(part, 'PNG')
     what = 'places' if explanation.places is not None else 'columns'
     for kind,table in ((what, explanation.to_frame()), ('parts', explanation.parts_frame())):
         written.append(folder/f'{name}_{kind}.csv')
@@ -316,9 +344,11 @@ class ExplanationMixin:
         margin = _margin(answer.proba, pair)
         if model.matching is not None: parts.append(ExplainedPart('', 'matched photos', margin-path.margin))
         if bent: notes.append(f'No sum over places: {", ".join(dict.fromkeys(bent))}.')
-        return Explanation(self.bundle.classes[pair[0]], self.bundle.classes[pair[1]], margin, path.baseline,
-                           _largest_first(parts), places, notes=notes, picture=read.rgb, mode=read.mode,
-                           route=answer.route, model_version=self.bundle.version, occlusion=covered)
+        classes = self.bundle.classes
+        return Explanation(classes[pair[0]], classes[pair[1]], margin, path.baseline, _largest_first(parts), places,
+                           notes=notes, picture=read.rgb, mode=read.mode,
+                           route=answer.route, model_version=self.bundle.version, occlusion=covered,
+                           match=answer.match if (answer.match or {}).get('label')==classes[pair[0]] else None)
 
     def explain_features(self,
         features:Mapping[str,Any], # Column -> value; what is left out or None is missing

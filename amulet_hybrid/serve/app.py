@@ -133,9 +133,9 @@ def _add_explanation_routes(app, service, settings):
     def post(path, response, of_form, of_json):
         form = form_body('One photo', 1, of_form)
         return app.post(path, response_model=response,
-                        responses=error_responses('bad_base64', *ANY_ERRORS, *BODY_ERRORS, *PHOTO_ERRORS, *ROW_ERRORS),
-                        openapi_extra={**either_body(json_body(of_json.__name__), form),
-                                       'parameters': form['parameters']})
+                        responses=error_responses('bad_base64', 'unknown_label', *ANY_ERRORS, *BODY_ERRORS,
+                                                  *PHOTO_ERRORS, *ROW_ERRORS),
+                        openapi_extra=either_body(json_body(of_json.__name__), form))
 
     async def answer(request, work, of_form, of_json):
         service.pool.check()

@@ -50,7 +50,7 @@ class VerifyOptions(BaseModel):
     "Which class a photo is said to show"
     model_config = ConfigDict(extra='forbid', strict=True)
     label:str = Field(min_length=1, max_length=200, description='The class; one that the model knows')
-    false_accept:float = Field(default=.01, gt=0, le=1, allow_inf_nan=False,
+    false_accept:float = Field(default=.01, ge=.001, le=1, allow_inf_nan=False,
                                description='Share of wrong claims that may pass')
     k:int = Field(default=3, ge=0, le=50, strict=False, description='Training photos of the class that are shown')
 

@@ -98,7 +98,7 @@ def json_body(
 def _optional(schema):
     "A field that may be null, as a form field or query parameter that may be left out"
     kind = next((s for s in schema.get('anyOf', ()) if s.get('type')!='null'),
-                {k: v for k,v in schema.items() if k in ('type', 'minimum', 'maximum', 'exclusiveMinimum')})
+                {k: v for k,v in schema.items() if k not in ('title', 'description', 'default')})
     if kind['type']=='array': kind = schema['items'] # a form names one
     return {**kind, 'description': schema['description']}
 
@@ -108,14 +108,16 @@ def form_body(
     most:int, # Photos
     model:Any=Options # pydantic model of the options
 ) -> dict[str,Any]: # For FastAPI
-    "A form with photos and options, and the options as query parameters"
-    options = {k: _optional(v) for k,v in model.model_json_schema()['properties'].items()}
+    "A form with photos and options, and the options that may be left out as query parameters"
+    told = model.model_json_schema()
+    options,required = {k: _optional(v) for k,v in told['properties'].items()},told.get('required', [])
     photos = {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}, 'minItems': 1, 'maxItems': most,
               'description': about}
-    schema = {'type': 'object', 'required': ['files'], 'additionalProperties': False,
+    schema = {'type': 'object', 'required': ['files', *required], 'additionalProperties': False,
               'properties': {'files': photos, **options}}
     query = [{'name': k, 'in': 'query', 'required': False, 'description': v['description'],
-              'schema': {i: j for i,j in v.items() if i!='description'}} for k,v in options.items()]
+              'schema': {i: j for i,j in v.items() if i!='description'}}
+             for k,v in options.items() if k not in required]
     return {'requestBody': {'required': True, 'content': {'multipart/form-data': {'schema': schema}}},
             'parameters': query}
 

@@ -348,6 +348,7 @@ HTTP_ERRORS:dict[str,tuple[int,str]] = { # Code -> status, meaning
     'cross_site': (403, 'A page of another web site sent this, and the settings do not name that site'),
     'not_found': (404, 'There is nothing at this address'),
     'unknown_prediction': (404, 'No prediction has this `prediction_id`'),
+    'unknown_label': (404, 'The model knows no such class, or it is the one that it is held against'),
     'method_not_allowed': (405, 'The address does not take this method'),
     'too_slow': (408, 'The body did not arrive in time'),
     'reload_failed': (409, 'The new bundle cannot be used; the old one goes on answering'),
@@ -423,7 +424,7 @@ def json_response(
 def _http_error(error):
     "An exception as an error of the table, and its status"
     error = lack_of_memory(error) or error
-    if isinstance(error, ConfigError): # an option that this model does not have
+    if isinstance(error, ConfigError) and error.code not in HTTP_ERRORS: # an option that this model does not have
         error = AmuletError(error.message, code='bad_request', advice=error.advice)
     if not isinstance(error, AmuletError): return None,500
     unlisted = 422 if isinstance(error, ImageError) else 500
