@@ -22,7 +22,7 @@ from ..learn.verification import VerificationCurve, judge_threshold
 from .checks import check_numbers
 from .class_trials import MarginCalibration
 from .inference import ServedModel, Tier
-from .similar_photos import PhotoIndex
+from .similar_photos import PhotoIndex, pack_thumbnails, unpack_thumbnails
 
 # %% ../../nbs/50_model/48_taught_classes.ipynb #acb869a4
 MOST_TAUGHT = 1000 # Photos of taught classes in a bundle
@@ -95,13 +95,11 @@ def taught_arrays(
     taught:TaughtClasses # Of a bundle
 ) -> dict[str,np.ndarray]: # For a file of arrays
     "All that is kept of taught classes"
-    pictures:dict[str,np.ndarray] = {
-        'thumbnails': np.frombuffer(b''.join(taught.thumbnails), np.uint8),
-        'sizes': np.array([len(t) for t in taught.thumbnails], np.int32)} if taught.thumbnails else {}
     return {'labels': np.array(taught.labels), 'slopes': np.array([c.slope for c in taught.calibrations]),
             'offsets': np.array([c.offset for c in taught.calibrations]),
             'counts': np.array([c.photos for c in taught.calibrations], np.int32), 'rows': taught.rows,
-            'y': taught.y.astype(np.int32), 'photos': taught.photos, 'digests': taught.digests, **pictures}
+            'y': taught.y.astype(np.int32), 'photos': taught.photos, 'digests': taught.digests,
+            **pack_thumbnails(taught.thumbnails)}
 
 _KINDS = {'labels': 'U', 'slopes': 'f', 'offsets': 'f', 'counts': 'i', 'rows': 'i', 'y': 'i', 'photos': 'U',
           'digests': 'U'} # Array -> kind of its numbers
@@ -134,10 +132,8 @@ def read_taught(
     if not len(index.trials): raise BundleError('classes were taught, and nothing was tried', code='bad_model')
     calibrations = tuple(MarginCalibration(float(s), float(o), int(c))
                          for s,o,c in zip(a['slopes'], a['offsets'], a['counts']))
-    data,sizes = (a['thumbnails'].tobytes(), a['sizes']) if 'sizes' in a else (b'', np.zeros(0, int))
-    pictures = tuple(data[end-size:end] for end,size in zip(np.cumsum(sizes), sizes))
     return TaughtClasses(tuple(map(str, a['labels'])), calibrations, a['rows'], a['y'], a['photos'], a['digests'],
-                         pictures)
+                         unpack_thumbnails(a))
 
 # %% ../../nbs/50_model/48_taught_classes.ipynb #6afc2241
 @dataclass(frozen=True)
